@@ -1,0 +1,58 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Step-aware Preference Optimization of diffusion models, beside TRL's DDPO. Names are imported on first use."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from transformers.utils import _LazyModule
+
+
+__version__ = "0.1.0"
+
+_import_structure = {
+    "modeling_step_reward": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
+    "pair_selection": ["PairSelection", "select_pairs"],
+    "pipeline_base": ["wrap_pipeline"],
+    "pipeline_stable_diffusion": ["SPOStableDiffusionPipeline"],
+    "pipeline_stable_diffusion_xl": ["SPOStableDiffusionXLPipeline"],
+    "rollout": ["StepPairs", "stepwise_rollout"],
+    "scheduling_ddim": ["ddim_step_stats"],
+    "spo_config": ["SPOConfig"],
+    "losses": ["spo_loss", "step_preference_loss"],
+    "spo_trainer": ["SPOTrainer"],
+    "step_distribution": ["gaussian_log_prob"],
+    "step_reward_config": ["StepRewardConfig"],
+    "step_reward_trainer": ["StepRewardTrainer"],
+}
+
+if TYPE_CHECKING:
+    from .losses import spo_loss, step_preference_loss
+    from .modeling_step_reward import StepAwareRewardModel, StepAwareRewardModelConfig
+    from .pair_selection import PairSelection, select_pairs
+    from .pipeline_base import wrap_pipeline
+    from .pipeline_stable_diffusion import SPOStableDiffusionPipeline
+    from .pipeline_stable_diffusion_xl import SPOStableDiffusionXLPipeline
+    from .rollout import StepPairs, stepwise_rollout
+    from .scheduling_ddim import ddim_step_stats
+    from .spo_config import SPOConfig
+    from .spo_trainer import SPOTrainer
+    from .step_distribution import gaussian_log_prob
+    from .step_reward_config import StepRewardConfig
+    from .step_reward_trainer import StepRewardTrainer
+else:
+    sys.modules[__name__] = _LazyModule(
+        __name__, __file__, _import_structure, module_spec=__spec__, extra_objects={"__version__": __version__}
+    )

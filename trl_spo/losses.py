@@ -1,0 +1,107 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The two losses of SPO (https://huggingface.co/papers/2406.04314) as pure functions of log-probabilities and scores.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class SPOLossOutput(NamedTuple):
+    """
+    Per-pair values of [`spo_loss`].
+
+    Attributes:
+        losses (`torch.Tensor` of shape `(batch_size,)`): not reduced.
+        chosen_ratio (`torch.Tensor` of shape `(batch_size,)`): p_theta / p_ref of the winner, clipped.
+        rejected_ratio (`torch.Tensor` of shape `(batch_size,)`): the same of the loser.
+    """
+
+    losses: torch.Tensor
+    chosen_ratio: torch.Tensor
+    rejected_ratio: torch.Tensor
+
+
+def spo_loss(
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    ref_chosen_logps: torch.Tensor,
+    ref_rejected_logps: torch.Tensor,
+    beta: float = 10.0,
+    epsilon: float = 0.1,
+) -> SPOLossOutput:
+    r"""
+    Step-wise preference loss on pairs that were drawn from the same denoising step:
+
+        L = -log sigmoid(beta * (log r_w - log r_l)),   r = clip(p_theta / p_ref, 1 - epsilon, 1 + epsilon)
+
+    (paper, the objective of section 3.3 with the clipping of its released code). It is computed in log space, where
+    log r = clamp(logp_theta - logp_ref, log(1 - epsilon), log(1 + epsilon)): the same value, and no overflow at any
+    log-ratio. Before the first update both ratios are 1 and every loss is ln 2; with the paper's settings a loss stays
+    within [0.126, 2.133]. As published, a clipped side gets no gradient in either direction.
+
+    Args:
+        chosen_logps, rejected_logps (`torch.Tensor` of shape `(batch_size,)`): log-probabilities of winner and loser
+            under the policy, averaged over latent dimensions ([`gaussian_log_prob`]).
+        ref_chosen_logps, ref_rejected_logps (`torch.Tensor` of shape `(batch_size,)`): under the frozen reference.
+        beta (`float`, *optional*, defaults to `10.0`): strength of the preference, per mean log-probability.
+        epsilon (`float`, *optional*, defaults to `0.1`): clipping range of the ratios, in (0, 1).
+
+    Returns:
+        [`SPOLossOutput`].
+    """
+    low, high = math.log1p(-epsilon), math.log1p(epsilon)
+    chosen_logratio = torch.clamp(chosen_logps - ref_chosen_logps, low, high)
+    rejected_logratio = torch.clamp(rejected_logps - ref_rejected_logps, low, high)
+    losses = -F.logsigmoid(beta * (chosen_logratio - rejected_logratio))
+    return SPOLossOutput(losses, chosen_logratio.exp().detach(), rejected_logratio.exp().detach())
+
+
+def step_preference_loss(
+    scores_0: torch.Tensor,
+    scores_1: torch.Tensor,
+    label_0: torch.Tensor,
+    label_1: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    Pairwise loss of the step-aware reward model (paper section 3.2; PickScore,
+    https://huggingface.co/papers/2305.01569, eq. 2): the Kullback-Leibler divergence from softmax(score_0, score_1) to the labels,
+
+        L = sum_i label_i (log label_i - log softmax(scores)_i).
+
+    For a label of 1 / 0 this is the cross entropy. For a tie (0.5 / 0.5) the constant makes the minimum 0, reached at
+    equal scores.
+
+    Args:
+        scores_0, scores_1 (`torch.Tensor` of shape `(batch_size,)`): scores of the two images of a pair.
+        label_0, label_1 (`torch.Tensor` of shape `(batch_size,)`): preferences in [0, 1] that sum to 1.
+        weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): weight of each pair, such as
+            1 / num_example_per_prompt.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, or with `weights` the scalar sum(weights * losses) / sum(weights).
+    """
+    log_probs = F.log_softmax(torch.stack([scores_0, scores_1]).float(), dim=0)
+    labels = torch.stack([label_0, label_1]).to(log_probs)
+    losses = (torch.xlogy(labels, labels) - labels * log_probs).sum(0)
+    if weights is None:
+        return losses
+    weights = weights.to(losses)
+    return (weights * losses).sum() / weights.sum()

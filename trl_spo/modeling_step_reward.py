@@ -1,0 +1,744 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The step-aware reward model of SPO (https://huggingface.co/papers/2406.04314, section 3.2, there "step-aware preference
+model"): a CLIP whose vision tower knows the timestep of the image it judges.
+
+    score(x, c, t) = exp(logit_scale) * cos(f_image(x, t), f_text(c))
+
+The timestep enters by adaLN-Zero modulation, as in DiT (https://huggingface.co/papers/2212.09748). With `c_t` the
+embedded timestep and `m = Linear(SiLU(c_t))`, each vision block computes
+
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = m        # 6 parts, in this order
+    h = h + gate_a * attn(LN1(h) * (1 + scale_a) + shift_a)
+    h = h + gate_m * mlp(LN2(h) * (1 + scale_m) + shift_m)
+
+and the class token after the last layer norm becomes `pooled * (1 + scale) + shift`. A fresh model has every weight of
+`m` at 0, gates at 1 and the rest at 0, so it *is* the CLIP it was made from, for every timestep.
+
+What differs from the public code (https://github.com/RockeyCoss/SPO):
+- its inference class starts the final modulation's bias at 1, which is not CLIP; here it starts at 0;
+- one image preparation, [`prepare_images`], serves training and scoring; there they differ;
+- the model can be cast to half precision, and missing weights are an error rather than uninitialised memory.
+
+Attention, MLP, embeddings and the text tower are those of transformers' `CLIPModel`; only the loop over the vision
+blocks is ours. It calls `vision_model.{embeddings,pre_layrnorm,encoder.layers,post_layernorm}` one by one, because the
+classes around them changed between transformers 4.57 (`CLIPVisionTransformer`, feature getters return tensors) and 5
+(`CLIPVisionModel` itself holds the layers, feature getters return records) while these submodules, their names and
+the names of their parameters did not. So the names below `model.` are those of the released checkpoints with either.
+"""
+
+import json
+import os
+import pickle
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.utils import ModelOutput, cached_file
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class StepAwareRewardModelConfig(PretrainedConfig):
+    r"""
+    Configuration of a [`StepAwareRewardModel`].
+
+    Args:
+        clip_config (`dict` or [`~transformers.CLIPConfig`], *optional*):
+            Architecture of the underlying CLIP. Defaults to transformers' default CLIP (ViT-B/32). The paper uses
+            ViT-H/14.
+        step_conditioning (`bool`, *optional*, defaults to `True`):
+            Whether the timestep reaches the vision tower. With `False` the modulation is skipped and timesteps are
+            ignored: the "no step condition" ablation of the paper (PickScore 21.19 against 21.43).
+        image_mean (`list[float]`, *optional*):
+            Channel means of the CLIP image preparation. Defaults to OpenAI's.
+        image_std (`list[float]`, *optional*):
+            Channel standard deviations of the CLIP image preparation. Defaults to OpenAI's.
+        num_train_timesteps (`int`, *optional*, defaults to `1000`):
+            Timesteps must lie in `[0, num_train_timesteps)`.
+        frequency_embedding_size (`int`, *optional*, defaults to `256`):
+            Width of the sinusoidal timestep embedding. Even.
+        max_period (`int`, *optional*, defaults to `10000`):
+            Longest period of the sinusoidal timestep embedding.
+    """
+
+    model_type = "step_aware_reward_model"
+    sub_configs = {"clip_config": CLIPConfig}
+
+    def __init__(
+        self,
+        clip_config=None,
+        step_conditioning=True,
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+        num_train_timesteps=1000,
+        frequency_embedding_size=256,
+        max_period=10000,
+        **kwargs,
+    ):
+        if clip_config is None:
+            clip_config = CLIPConfig()
+        elif isinstance(clip_config, dict):
+            clip_config = CLIPConfig(**clip_config)
+        elif not isinstance(clip_config, CLIPConfig):
+            raise ValueError(f"`clip_config` must be a dict or a CLIPConfig, got {type(clip_config).__name__}.")
+        if frequency_embedding_size % 2 != 0:
+            raise ValueError(f"`frequency_embedding_size` must be even, got {frequency_embedding_size}.")
+        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+            raise ValueError(
+                "`image_mean` and `image_std` need one number per RGB channel, the latter above 0, got "
+                f"{list(image_mean)} and {list(image_std)}."
+            )
+        self.clip_config = clip_config
+        self.step_conditioning = step_conditioning
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.num_train_timesteps = num_train_timesteps
+        self.frequency_embedding_size = frequency_embedding_size
+        self.max_period = max_period
+        super().__init__(**kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square image that the vision tower sees."""
+        return self.clip_config.vision_config.image_size
+
+
+def prepare_images(
+    images: torch.Tensor,
+    size: int,
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+) -> torch.Tensor:
+    r"""
+    Turns decoded images into CLIP pixel values, differentiably. The one preparation for training and scoring.
+
+    Bicubic resize (no antialiasing, as the released reward models were queried) until the short side is `size`,
+    centre crop if the image is not square, [-1, 1] to [0, 1], clamp *after* the resize since bicubic overshoots, then
+    normalisation. In float32, whatever comes in.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+            Floating point images in [-1, 1]; a VAE's small excursions beyond are clamped.
+        size (`int`):
+            Side of the square that the vision tower expects.
+        mean (`tuple[float, float, float]`):
+            Channel means, for images in [0, 1].
+        std (`tuple[float, float, float]`):
+            Channel standard deviations, for images in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 3, size, size)`: float32 pixel values.
+
+    Raises:
+        `ValueError`: If `images` is not a floating point tensor of that shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"`images` must have shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
+    if not images.is_floating_point():
+        raise ValueError(f"`images` must be floating point in [-1, 1], got {images.dtype}; use `x / 127.5 - 1`.")
+    images = images.float()
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+    if (new_height, new_width) != (height, width):
+        images = F.interpolate(images, (new_height, new_width), mode="bicubic", align_corners=False, antialias=False)
+    if new_height != new_width:
+        top, left = int(round((new_height - size) / 2)), int(round((new_width - size) / 2))
+        images = images[..., top : top + size, left : left + size]
+    images = (images / 2 + 0.5).clamp(0, 1)
+    mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    return (images - mean) / std
+
+
+class TimestepEmbedder(nn.Module):
+    r"""
+    Sinusoidal embedding of the timestep (cosines, then sines) followed by a two-layer MLP.
+
+    Angles are computed in float32 and only then cast: in half precision neighbouring timesteps would coincide.
+    """
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int, max_period: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.frequency_embedding_size = frequency_embedding_size
+        self.max_period = max_period
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, hidden_size)
+        half = self.frequency_embedding_size // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps.float()[:, None] * self.max_period**-exponents
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, frequency_embedding_size)
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class AdaLNModulation(nn.Sequential):
+    r"""
+    `Linear(SiLU(c))`, split into `num_parts` parts of the hidden width. Starts as the identity modulation: zero, except
+    for the parts listed in `gates`, which start at one.
+    """
+
+    def __init__(self, hidden_size: int, num_parts: int, gates: tuple[int, ...] = ()):
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, num_parts * hidden_size))
+        self.num_parts = num_parts
+        self.gates = gates
+
+    @torch.no_grad()
+    def reset_to_identity(self):
+        nn.init.zeros_(self[1].weight)
+        nn.init.zeros_(self[1].bias)
+        for gate in self.gates:
+            nn.init.ones_(self[1].bias.view(self.num_parts, -1)[gate])
+
+    def forward(self, step_embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:  # (B, d) -> num_parts times (B, d)
+        return super().forward(step_embedding).chunk(self.num_parts, dim=-1)
+
+
+class StepAwareCLIPEncoderLayer(CLIPEncoderLayer):
+    """A CLIP vision block with adaLN modulation. `step_embedding=None` leaves the modulation out."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.adaLN_modulation = AdaLNModulation(config.hidden_size, num_parts=6, gates=(2, 5))
+
+    def forward(self, hidden_states: torch.Tensor, step_embedding: torch.Tensor | None = None) -> torch.Tensor:
+        # hidden_states (B, N, d), step_embedding (B, d)
+        if step_embedding is None:
+            shift_a = scale_a = shift_m = scale_m = 0.0
+            gate_a = gate_m = 1.0
+        else:
+            parts = (part[:, None] for part in self.adaLN_modulation(step_embedding))  # each (B, 1, d)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+        attention_input = self.layer_norm1(hidden_states) * (1 + scale_a) + shift_a
+        # Positional arguments after the first differ between transformers 4.57 and 5; `None` is their shared default.
+        attention_output = self.self_attn(hidden_states=attention_input, attention_mask=None)[0]
+        hidden_states = hidden_states + gate_a * attention_output
+        mlp_input = self.layer_norm2(hidden_states) * (1 + scale_m) + shift_m
+        return hidden_states + gate_m * self.mlp(mlp_input)
+
+
+@dataclass
+class StepRewardOutput(ModelOutput):
+    r"""
+    Output of [`StepAwareRewardModel`].
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size,)`):
+            `exp(logit_scale) * cos(image, text)`, float32.
+        image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised image features, float32.
+        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised text features, float32.
+        logit_scale (`torch.Tensor` of shape `()`):
+            `exp(logit_scale)`, the factor in front of the cosine, float32.
+    """
+
+    scores: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+
+
+class StepAwareRewardModel(PreTrainedModel):
+    r"""
+    Scores how well an image, predicted at a timestep of the denoising, fits its prompt and human preference. The reward
+    model of [SPO](https://huggingface.co/papers/2406.04314).
+
+    Args:
+        config ([`StepAwareRewardModelConfig`]):
+            Configuration. The model built from it has random CLIP weights; see [`~StepAwareRewardModel.from_clip`],
+            [`~StepAwareRewardModel.from_original_checkpoint`] and [`~StepAwareRewardModel.from_pretrained`] for
+            trained ones.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer of the text tower, kept next to the weights by `save_pretrained`. Without it prompts must come as
+            `input_ids` or `text_features`.
+
+    Example:
+
+    ```python
+    >>> from trl_spo import StepAwareRewardModel
+
+    >>> reward_model = StepAwareRewardModel.from_clip(
+    ...     "yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    ... )
+    >>> scores = reward_model.score(images, ["a red fox"] * len(images), timesteps=501)
+    ```
+    """
+
+    config_class = StepAwareRewardModelConfig
+    base_model_prefix = ""
+    main_input_name = "images"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPEncoderLayer", "StepAwareCLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    scores = "images"
+    """What this reward model scores; the rollout decodes latents for it."""
+
+    def __init__(self, config: StepAwareRewardModelConfig, tokenizer=None):
+        super().__init__(config)
+        self.model = CLIPModel(config.clip_config)
+        vision_model, vision_config = self.model.vision_model, self.model.vision_model.config
+        hidden_size = vision_config.hidden_size
+        vision_model.encoder.layers = nn.ModuleList(
+            StepAwareCLIPEncoderLayer(vision_config) for _ in range(vision_config.num_hidden_layers)
+        )
+        vision_model.adaLN_modulation = AdaLNModulation(hidden_size, num_parts=2)
+        self.model.t_embedder = TimestepEmbedder(hidden_size, config.frequency_embedding_size, config.max_period)
+        self.tokenizer = tokenizer
+        self.post_init()
+        # After `post_init`, which hands these layers to CLIP's own initialisation.
+        self._reset_step_conditioning()
+        self._freeze_unused_step_parameters()
+
+    def _reset_step_conditioning(self):
+        """Makes the model equal to its CLIP for every timestep."""
+        for module in self.model.modules():
+            if isinstance(module, AdaLNModulation):
+                module.reset_to_identity()
+        for linear in (self.model.t_embedder.mlp[0], self.model.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def _freeze_unused_step_parameters(self):
+        """Without step conditioning these take no part in the forward pass, which distributed training refuses."""
+        for name, parameter in self.named_parameters():
+            if _is_step_parameter(name) and not self.config.step_conditioning:
+                parameter.requires_grad_(False)
+
+    def freeze_text_tower(self):
+        """Stops training the text encoder and its projection; the vision tower goes on alone."""
+        self.model.text_model.requires_grad_(False)
+        self.model.text_projection.requires_grad_(False)
+
+    # ---- features and scores ----
+
+    def tokenize(self, prompts: list[str]) -> torch.Tensor:
+        r"""
+        Token ids of prompts, padded (or cut) to the text tower's length with the tokenizer's pad token.
+
+        Args:
+            prompts (`list[str]`):
+                Prompts.
+
+        Returns:
+            `torch.Tensor` of shape `(len(prompts), max_length)`: int64 ids on the model's device.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "This reward model has no tokenizer, so it cannot read prompts. Load it with "
+                "`from_clip(..., processor=...)`, set `reward_model.tokenizer`, or pass `input_ids`."
+            )
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("`prompts` must be a list of strings.")
+        max_length = min(
+            self.tokenizer.model_max_length, self.config.clip_config.text_config.max_position_embeddings
+        )
+        encoded = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+        )
+        return encoded["input_ids"].to(self.device)
+
+    def get_text_features(self, input_ids: torch.Tensor) -> torch.Tensor:
+        r"""
+        Text features, not normalised.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+                Token ids, padded; no attention mask is used, the causal mask hides the padding.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, projection_dim)`.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"`input_ids` must have shape (batch_size, length), got {tuple(input_ids.shape)}.")
+        pooled = self.model.text_model(input_ids=input_ids.to(self.device)).pooler_output
+        return self.model.text_projection(pooled)
+
+    def encode_prompts(self, prompts: list[str]) -> torch.Tensor:
+        r"""
+        Text features of prompts, not normalised. Each distinct prompt passes through the text tower once.
+
+        Args:
+            prompts (`list[str]`):
+                Prompts, repeats allowed.
+
+        Returns:
+            `torch.Tensor` of shape `(len(prompts), projection_dim)`.
+        """
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        features = self.get_text_features(self.tokenize(list(unique)))
+        if len(unique) == len(prompts):
+            return features
+        return features[torch.tensor([unique[prompt] for prompt in prompts], device=features.device)]
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, timesteps: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        r"""
+        Image features at their timesteps, not normalised.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_size, image_size)`):
+                Images as [`prepare_images`] returns them.
+            timesteps (`torch.Tensor` of shape `(batch_size,)` or `()`, or `int`, *optional*):
+                Integer timesteps in `[0, num_train_timesteps)`. `None` stands for clean images, timestep 0.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, projection_dim)`.
+
+        Raises:
+            `ValueError`: If shapes do not fit or a timestep is out of range.
+        """
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"`pixel_values` must have shape (batch_size, 3, {size}, {size}), got {tuple(pixel_values.shape)}; "
+                "`prepare_images` makes them from images of any size."
+            )
+        step_embedding = None
+        if self.config.step_conditioning:
+            step_embedding = self.model.t_embedder(self._check_timesteps(timesteps, pixel_values.shape[0]))
+        vision_model = self.model.vision_model
+        hidden_states = vision_model.embeddings(pixel_values.to(self.device, self.dtype))
+        hidden_states = vision_model.pre_layrnorm(hidden_states)  # (B, N, d)
+        for layer in vision_model.encoder.layers:
+            hidden_states = layer(hidden_states, step_embedding)
+        pooled = vision_model.post_layernorm(hidden_states[:, 0])  # (B, d)
+        if step_embedding is not None:
+            shift, scale = vision_model.adaLN_modulation(step_embedding)
+            pooled = pooled * (1 + scale) + shift
+        return self.model.visual_projection(pooled)
+
+    def _check_timesteps(self, timesteps, batch_size: int) -> torch.Tensor:
+        """Timesteps as an int64 tensor of shape `(batch_size,)` on the model's device."""
+        timesteps = torch.as_tensor(0 if timesteps is None else timesteps, device=self.device)
+        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+            raise ValueError(f"`timesteps` must be integers, got {timesteps.dtype}.")
+        if timesteps.ndim > 1 or (timesteps.ndim == 1 and timesteps.shape[0] != batch_size):
+            raise ValueError(
+                f"`timesteps` must be one integer or have shape ({batch_size},), one per image, got shape "
+                f"{tuple(timesteps.shape)}."
+            )
+        limit = self.config.num_train_timesteps
+        if batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < limit)).all()):
+            raise ValueError(f"`timesteps` must lie in [0, {limit}), got {timesteps.tolist()}.")
+        return timesteps.long().expand(batch_size)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        prompts: list[str] | None = None,
+        timesteps: torch.Tensor | int | None = None,
+        input_ids: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
+    ) -> StepRewardOutput:
+        r"""
+        Scores images and returns the normalised features with the scores. Arguments as in
+        [`~StepAwareRewardModel.score`].
+
+        Returns:
+            [`StepRewardOutput`].
+        """
+        if sum(text is not None for text in (prompts, input_ids, text_features)) != 1:
+            raise ValueError("Give the text as exactly one of `prompts`, `input_ids` and `text_features`.")
+        text = next(text for text in (prompts, input_ids, text_features) if text is not None)
+        pixel_values = prepare_images(
+            images.to(self.device), self.config.image_size, self.config.image_mean, self.config.image_std
+        )
+        if isinstance(text, str) or len(text) != len(images):
+            raise ValueError(
+                f"There must be one text per image, got {1 if isinstance(text, str) else len(text)} texts for "
+                f"{len(images)} images."
+            )
+        if prompts is not None:
+            text_features = self.encode_prompts(prompts)
+        elif input_ids is not None:
+            text_features = self.get_text_features(input_ids)
+        image_features = self.get_image_features(pixel_values, timesteps)
+        # Normalisation and product in float32: in half precision a score near 20 has steps of 1/64.
+        image_embeds = F.normalize(image_features.float(), dim=-1)
+        text_embeds = F.normalize(text_features.to(self.device).float(), dim=-1)
+        logit_scale = self.model.logit_scale.float().exp()
+        scores = logit_scale * (image_embeds * text_embeds).sum(dim=-1)
+        return StepRewardOutput(scores, image_embeds, text_embeds, logit_scale)
+
+    def score(
+        self,
+        images: torch.Tensor,
+        prompts: list[str] | None = None,
+        timesteps: torch.Tensor | int | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        text_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Scores images against their prompts at their timesteps. Differentiable in the images.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+                Images in [-1, 1], of any size: predictions of the clean image, as the VAE decodes them.
+            prompts (`list[str]`, *optional*):
+                One prompt per image. Repeats are encoded once.
+            timesteps (`torch.Tensor` of shape `(batch_size,)` or `()`, or `int`, *optional*):
+                Integer timesteps in `[0, num_train_timesteps)` at which the images were predicted. `None` stands for
+                clean images, timestep 0.
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids instead of `prompts`.
+            text_features (`torch.Tensor` of shape `(batch_size, projection_dim)`, *optional*):
+                Features from [`~StepAwareRewardModel.encode_prompts`] instead of `prompts`, so that a rollout encodes
+                each prompt once.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`: scores, float32. The probability that humans prefer one of two
+            images is the softmax over their scores.
+
+        Raises:
+            `ValueError`: If shapes or lengths do not fit, a timestep is out of range, or the text is not given once.
+        """
+        return self.forward(images, prompts, timesteps, input_ids=input_ids, text_features=text_features).scores
+
+    # ---- loading and saving ----
+
+    @classmethod
+    def from_clip(cls, path_or_id: str, processor: str | None = None, **config_kwargs) -> "StepAwareRewardModel":
+        r"""
+        A fresh reward model that equals a CLIP (PickScore, for example) for every timestep, ready to be trained.
+
+        Args:
+            path_or_id (`str`):
+                Folder or Hub id of a [`~transformers.CLIPModel`].
+            processor (`str`, *optional*, defaults to `path_or_id`):
+                Folder or Hub id of its tokenizer and image settings.
+            config_kwargs:
+                Passed to [`StepAwareRewardModelConfig`], e.g. `step_conditioning=False`.
+
+        Returns:
+            [`StepAwareRewardModel`] in evaluation mode.
+        """
+        clip = _load(CLIPModel, path_or_id, "a CLIP model")
+        processor = path_or_id if processor is None else processor
+        config = cls.config_class(clip.config, **{**_image_settings(processor), **config_kwargs})
+        model = cls(config, tokenizer=_load_tokenizer(processor)).to(clip.dtype)
+        weights = {f"model.{name}": weight for name, weight in clip.state_dict().items()}
+        weights |= {name: value for name, value in model.state_dict().items() if _is_step_parameter(name)}
+        _load_strictly(model, weights, path_or_id)
+        return model.eval()
+
+    @classmethod
+    def from_original_checkpoint(
+        cls, checkpoint: str, clip: str, processor: str | None = None, **config_kwargs
+    ) -> "StepAwareRewardModel":
+        r"""
+        A reward model from a checkpoint in the format of the SPO authors, e.g.
+        `sd-v1-5_step-aware_preference_model.bin` of
+        https://huggingface.co/SPO-Diffusion-Models/Step-Aware_Preference_Models.
+
+        Only tensors are read (`weights_only`): a file that wants to run code is refused.
+
+        Args:
+            checkpoint (`str`):
+                The `.bin`, `.pt` or `.safetensors` file, a flat state dict.
+            clip (`str`):
+                Folder or Hub id whose `config.json` tells the architecture, `"yuvalkirstain/PickScore_v1"` for the
+                released files. Its weights are not needed.
+            processor (`str`, *optional*, defaults to `clip`):
+                Folder or Hub id of tokenizer and image settings, `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"` for the
+                released files.
+            config_kwargs:
+                Passed to [`StepAwareRewardModelConfig`].
+
+        Returns:
+            [`StepAwareRewardModel`] in evaluation mode.
+
+        Raises:
+            `ValueError`: If the file is unsafe, or its keys or shapes are not those of the architecture; all of them
+            are named at once.
+        """
+        weights = _read_checkpoint(checkpoint)
+        processor = clip if processor is None else processor
+        clip_config = _load(CLIPConfig, clip, "a CLIP configuration")
+        config = cls.config_class(clip_config, **{**_image_settings(processor), **config_kwargs})
+        model = cls(config, tokenizer=_load_tokenizer(processor))
+        _load_strictly(model, weights, checkpoint)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        r"""
+        Loads what [`~StepAwareRewardModel.save_pretrained`] wrote: weights, configuration and tokenizer. Arguments as
+        in [`~transformers.PreTrainedModel.from_pretrained`]; missing or unexpected weights are an error.
+        """
+        path = str(pretrained_model_name_or_path)
+        if kwargs.get("config") is None:
+            hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
+            model_type = _read_model_type(path, hub_kwargs)
+            if model_type != cls.config_class.model_type:
+                raise ValueError(
+                    f"{path!r} holds a {model_type!r} model, not a step-aware reward model. Make one from a CLIP with "
+                    "`StepAwareRewardModel.from_clip`."
+                )
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
+        if problems:
+            raise ValueError(f"The weights in {path!r} do not fit the step-aware reward model: {problems}.")
+        model._freeze_unused_step_parameters()  # loading in transformers 5 switches gradients on again
+        if model.tokenizer is None:
+            model.tokenizer = _load_tokenizer(path)
+        return (model, info) if return_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        r"""
+        Writes weights, configuration (with the image settings) and tokenizer to a folder that
+        [`~StepAwareRewardModel.from_pretrained`] loads on its own. Arguments as in
+        [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        # First, so that a push to the Hub, which happens inside `super()`, contains it.
+        if self.tokenizer is not None and kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _is_step_parameter(name: str) -> bool:
+    return "adaLN_modulation." in name or "t_embedder." in name
+
+
+def _require_existing(path: str, what: str):
+    """Refuses what is plainly a local path and does not exist, before anything asks the Hub for it."""
+    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
+    if looks_local and not os.path.exists(path):
+        raise FileNotFoundError(f"There is no {what} at {path!r}: the path does not exist.")
+
+
+def _load(loader, path: str, what: str):
+    path = str(path)
+    _require_existing(path, what.removeprefix("a "))
+    try:
+        return loader.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(f"{path!r} holds no {what.removeprefix('a ')}: {error}") from error
+
+
+def _read_model_type(path: str, hub_kwargs: dict) -> str | None:
+    _require_existing(path, "step-aware reward model")
+    try:
+        config_file = cached_file(path, "config.json", **hub_kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"{path!r} holds no step-aware reward model: {error}") from error
+    return _read_json(config_file).get("model_type")
+
+
+def _read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _load_tokenizer(path: str):
+    """The tokenizer of a folder or Hub id, `None` if it holds none."""
+    path = str(path)
+    _require_existing(path, "processor")
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+    if all(_optional_file(path, name) is None for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _image_settings(path: str) -> dict:
+    """`image_mean` and `image_std` of a processor. Read from its JSON: image processor classes may need torchvision."""
+    path = str(path)
+    _require_existing(path, "processor")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = _optional_file(path, name)
+        if file is not None:
+            settings = _read_json(file)
+            settings = settings.get("image_processor", settings)
+            return {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key) is not None}
+    return {}
+
+
+def _optional_file(path: str, name: str) -> str | None:
+    return cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _read_checkpoint(path: str) -> dict[str, torch.Tensor]:
+    """The flat state dict of a `.safetensors` or torch file, names brought to those of `CLIPModel`."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"There is no checkpoint file at {path!r}. Released ones: `huggingface_hub.hf_hub_download("
+            "'SPO-Diffusion-Models/Step-Aware_Preference_Models', 'sd-v1-5_step-aware_preference_model.bin')`."
+        )
+    if path.endswith(".safetensors"):
+        weights = load_file(path)
+    else:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path!r} was refused, it holds more than tensors: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path!r} is not a flat state dict of tensors.")
+    return {_canonical_name(name): weight for name, weight in weights.items() if not name.endswith(".position_ids")}
+
+
+def _canonical_name(name: str) -> str:
+    """Undoes the doubled (`model.text_model.text_model.`) tower prefixes that some transformers versions write."""
+    for tower in ("text_model", "vision_model"):
+        name = name.replace(f"{tower}.{tower}.", f"{tower}.")
+    return name
+
+
+def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: str):
+    """`load_state_dict` that names every missing, unexpected and misshapen key in one error."""
+    expected = model.state_dict()
+    weights = {name: weight for name, weight in weights.items() if not name.endswith(".position_ids")}
+    shapes = [
+        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+        for name in sorted(expected.keys() & weights.keys())
+        if weights[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(names)}"
+        for kind, names in (
+            ("missing", sorted(expected.keys() - weights.keys())),
+            ("unexpected", sorted(weights.keys() - expected.keys())),
+            ("wrong shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{source!r} does not fit this CLIP architecture. " + "; ".join(problems) + ".")
+    model.load_state_dict(weights, strict=False)
+
+
+AutoConfig.register(StepAwareRewardModelConfig.model_type, StepAwareRewardModelConfig, exist_ok=True)
+AutoModel.register(StepAwareRewardModelConfig, StepAwareRewardModel, exist_ok=True)

@@ -1,0 +1,325 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What SPO asks of a diffusion pipeline, and the bridge to TRL's DDPO classes.
+
+Rollout, loss and trainers know no scheduler, no UNet and no noise parametrisation. They ask a pipeline for the *step
+distribution* of x_{t-1} given x_t (mean, standard deviation, predicted x_0). A new model family is one module with a
+subclass of [`SPOPipeline`] and one line in [`wrap_pipeline`].
+
+TRL shipped the interface of a trainable diffusion pipeline (`DDPOStableDiffusionPipeline`) up to 0.23.1. Where it is
+installed, our pipelines are instances of it; elsewhere the definitions below, with the same names and members, take
+its place.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+from .step_distribution import StepDistribution
+
+
+logger = logging.get_logger(__name__)
+
+try:  # TRL <= 0.23.1
+    from trl.models.modeling_sd_base import DDPOPipelineOutput, DDPOSchedulerOutput, DDPOStableDiffusionPipeline
+except ImportError:
+
+    @dataclass
+    class DDPOPipelineOutput:
+        """
+        Output of a DDPO pipeline call.
+
+        Attributes:
+            images (`torch.Tensor`, `np.ndarray` or list of `PIL.Image.Image`): generated images.
+            latents (list of `torch.Tensor`): x_T, ..., x_0, each `(batch_size, channels, height, width)`.
+            log_probs (list of `torch.Tensor`): one `(batch_size,)` tensor per step.
+        """
+
+        images: Any
+        latents: list
+        log_probs: list
+
+    @dataclass
+    class DDPOSchedulerOutput:
+        """
+        Output of one DDPO scheduler step.
+
+        Attributes:
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_{t-1}.
+            log_probs (`torch.Tensor` of shape `(batch_size,)`): its log-probability, mean over dimensions.
+        """
+
+        latents: torch.Tensor
+        log_probs: torch.Tensor
+
+    class DDPOStableDiffusionPipeline:
+        """The interface TRL's `DDPOTrainer` trains against (TRL <= 0.23.1)."""
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """
+    Everything a denoiser is conditioned on, one row per prompt. Fields a model family does not use stay `None`.
+
+    Attributes:
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): text features.
+        negative_prompt_embeds (`torch.Tensor` of the same shape, *optional*): of the negative (or empty) prompt.
+        pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, dim)`, *optional*)
+        add_time_ids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): SDXL's size conditioning.
+    """
+
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor | None = None
+    pooled_prompt_embeds: torch.Tensor | None = None
+    negative_pooled_prompt_embeds: torch.Tensor | None = None
+    add_time_ids: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def _map(self, function) -> "PromptEmbeds":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+    def __getitem__(self, index) -> "PromptEmbeds":
+        """Rows by slice or index tensor."""
+        return self._map(lambda value: value[index.to(value.device) if torch.is_tensor(index) else index])
+
+    def to(self, *args, **kwargs) -> "PromptEmbeds":
+        return self._map(lambda value: value.to(*args, **kwargs))
+
+    def repeat(self, repeats: int) -> "PromptEmbeds":
+        """All rows, then all rows again: matches `candidates (K, B, ...).flatten(0, 1)`."""
+        return self._map(lambda value: value.repeat(repeats, *(1,) * (value.ndim - 1)))
+
+    def repeat_interleave(self, repeats: int) -> "PromptEmbeds":
+        return self._map(lambda value: value.repeat_interleave(repeats, dim=0))
+
+    @classmethod
+    def cat(cls, parts: list["PromptEmbeds"]) -> "PromptEmbeds":
+        names = [f.name for f in fields(cls) if getattr(parts[0], f.name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+class SPOPipeline(DDPOStableDiffusionPipeline):
+    """
+    A diffusion pipeline that can be rolled out and trained step by step.
+
+    Subclasses implement the methods that raise below. Shapes: latents `(batch_size, channels, height, width)` in the
+    scale the denoiser sees; images `(batch_size, 3, height, width)` in [-1, 1]; timesteps int64.
+    """
+
+    denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
+
+    def __init__(self, pipeline):
+        self.sd_pipeline = pipeline
+        self.use_lora = True
+
+    # --- the trained network -----------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The network that SPO trains."""
+        return getattr(self.sd_pipeline, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage dtype of latents: that of the denoiser's base weights."""
+        return next(self.denoiser.parameters()).dtype
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[torch.nn.Module]:
+        """The untouched model: the same network with its adapters switched off."""
+        self.denoiser.disable_adapters()
+        try:
+            yield self.denoiser
+        finally:
+            self.denoiser.enable_adapters()
+
+    def frozen_modules(self) -> dict[str, torch.nn.Module]:
+        """Networks that are used but never trained, by component name."""
+        components = self.sd_pipeline.components
+        return {
+            name: module
+            for name, module in components.items()
+            if isinstance(module, torch.nn.Module) and name != self.denoiser_name
+        }
+
+    def to(self, device) -> "SPOPipeline":
+        for module in (self.denoiser, *self.frozen_modules().values()):
+            module.to(device)
+        return self
+
+    # --- to be implemented by a model family -------------------------------------------------------------------------
+
+    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+        """Text features of `prompts`, and of `negative_prompt` once per prompt."""
+        raise NotImplementedError
+
+    def set_timesteps(self, num_inference_steps: int) -> list[int]:
+        """Fix the schedule; returns t_0 > t_1 > ... as a list."""
+        raise NotImplementedError
+
+    def step_is_stochastic(self, step: int, eta: float) -> bool:
+        """Whether step number `step` of the schedule has sigma > 0, so that candidates differ."""
+        raise NotImplementedError
+
+    def predict(self, latents, timesteps, prompt_embeds: PromptEmbeds, guidance_scale: float, denoiser=None):
+        """Guided prediction of the denoiser (or of `denoiser`, its wrapped version), float32."""
+        raise NotImplementedError
+
+    def step_distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
+        """Distribution of x_{t-1} given x_t under a prediction."""
+        raise NotImplementedError
+
+    def predict_original_sample(self, latents, timesteps, prompt_embeds, guidance_scale: float) -> torch.Tensor:
+        """Predicted x_0 from x_t at any training timestep (not only those of the schedule)."""
+        raise NotImplementedError
+
+    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
+        """x_t of the forward process."""
+        raise NotImplementedError
+
+    def encode_images(self, images, generator=None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def decode_latents(self, latents) -> torch.Tensor:
+        raise NotImplementedError
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Shape of one latent, without the batch dimension."""
+        raise NotImplementedError
+
+    def save_lora(self, save_directory: str | Path, state_dict: dict | None = None) -> None:
+        """Write `pytorch_lora_weights.safetensors` in the format diffusers' `load_lora_weights` reads."""
+        raise NotImplementedError
+
+    def load_lora(self, directory: str | Path) -> None:
+        """Read such a file back into the adapter that is being trained."""
+        raise NotImplementedError
+
+    # --- shared by all families --------------------------------------------------------------------------------------
+
+    def prepare_latents(self, batch_size: int, generator=None, height=None, width=None) -> torch.Tensor:
+        """
+        x_T for `batch_size` prompts. `generator` may be one generator or a list with one per prompt.
+        """
+        shape = (batch_size, *self.latent_shape(height, width))
+        latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return latents.to(self.dtype)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt_embeds: PromptEmbeds,
+        generators: list[torch.Generator] | torch.Generator | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 5.0,
+        eta: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Sample images with the step distributions that the rollout uses.
+
+        With one generator per prompt, an image depends on its own seed alone, not on the batch it is in.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, 3, height, width)` in [-1, 1].
+        """
+        timesteps = self.set_timesteps(num_inference_steps)
+        latents = self.prepare_latents(len(prompt_embeds), generators, height, width)
+        for step, timestep in enumerate(timesteps):
+            output = self.predict(latents, timestep, prompt_embeds, guidance_scale)
+            mean, std, _ = self.step_distribution(output, timestep, latents, eta)
+            if self.step_is_stochastic(step, eta):
+                mean = mean + std * randn_tensor(mean.shape, generator=generators, device=mean.device)
+            latents = mean.to(self.dtype)
+        return self.decode_latents(latents)
+
+
+def _describe(value: Any) -> str:
+    return repr(value) if isinstance(value, (str, Path)) else f"an object of type `{type(value).__name__}`"
+
+
+def load_diffusers_pipeline(path: str | Path, **kwargs):
+    """Load a diffusers pipeline from a folder or the Hub."""
+    from diffusers import DiffusionPipeline
+
+    local = Path(path)
+    if local.is_dir() and not (local / "model_index.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} is a folder without `model_index.json`, so it is not a diffusers pipeline. Pass the folder "
+            "that `pipeline.save_pretrained(...)` wrote."
+        )
+    if not local.exists() and (local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
+        raise ValueError(
+            f"The pipeline path {str(path)!r} does not exist. Pass an existing folder or a Hub id such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Could not load a diffusers pipeline from {str(path)!r}: it is neither an existing folder nor a Hub id "
+            f"that can be reached ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def wrap_pipeline(pipeline: Any, **from_pretrained_kwargs) -> SPOPipeline:
+    """
+    Turn what users have into an [`SPOPipeline`].
+
+    Args:
+        pipeline: an [`SPOPipeline`] (returned as it is), a diffusers `StableDiffusionPipeline` or
+            `StableDiffusionXLPipeline`, TRL's `DefaultDDPOStableDiffusionPipeline` (TRL <= 0.23.1), or the path or
+            Hub id of a diffusers pipeline.
+        from_pretrained_kwargs: passed to `DiffusionPipeline.from_pretrained` for a path or Hub id, such as
+            `torch_dtype`, `variant` or `revision`.
+
+    Raises:
+        TypeError: for any other object; the message lists what is accepted.
+        ValueError: if a path cannot be loaded, or a component that SPO needs is missing or of the wrong kind.
+    """
+    if isinstance(pipeline, SPOPipeline):
+        return pipeline
+    given = pipeline
+    if isinstance(pipeline, (str, Path)):
+        pipeline = load_diffusers_pipeline(pipeline, **from_pretrained_kwargs)
+    elif hasattr(pipeline, "sd_pipeline"):  # TRL's DDPO wrapper
+        pipeline = pipeline.sd_pipeline
+    for class_name, (module, wrapper) in {
+        "StableDiffusionPipeline": ("pipeline_stable_diffusion", "SPOStableDiffusionPipeline"),
+        "StableDiffusionXLPipeline": ("pipeline_stable_diffusion_xl", "SPOStableDiffusionXLPipeline"),
+    }.items():
+        if any(base.__name__ == class_name for base in type(pipeline).__mro__):
+            return getattr(importlib.import_module(f".{module}", __package__), wrapper)(pipeline)
+    raise TypeError(
+        "`pipeline` must be an SPO pipeline, a diffusers `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, "
+        "TRL's `DefaultDDPOStableDiffusionPipeline`, or a path or Hub id of one of these; got "
+        f"{_describe(given)}" + ("." if given is pipeline else f", which holds a `{type(pipeline).__name__}`.")
+    )

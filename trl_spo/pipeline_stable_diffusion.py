@@ -1,0 +1,404 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Stable Diffusion (1.x, 2.x) as SPO trains it: a UNet on VAE latents, stochastic DDIM steps, classifier-free guidance.
+
+[`SPOStableDiffusionPipeline`] wraps a diffusers pipeline and never changes the user's scheduler: it keeps a
+`DDIMScheduler` of its own, built from the pipeline's configuration. It also offers the interface of TRL's
+`DDPOStableDiffusionPipeline`, so that the same object trains with TRL's `DDPOTrainer` (TRL <= 0.23.1).
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, logging
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig, PeftConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+from .pipeline_base import DDPOPipelineOutput, DDPOSchedulerOutput, PromptEmbeds, SPOPipeline
+from .scheduling_ddim import ddim_predict, ddim_step_stats
+from .step_distribution import StepDistribution, gaussian_log_prob
+
+
+logger = logging.get_logger(__name__)
+
+
+def default_lora_config() -> LoraConfig:
+    """The paper's SD1.5 adapter: rank 4 on the attention projections (SPO, appendix; DDPO uses the same)."""
+    return LoraConfig(
+        r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+    )
+
+
+def stochastic_ddim_scheduler(scheduler) -> DDIMScheduler:
+    """
+    A `DDIMScheduler` with the noise schedule of `scheduler`, which is left alone.
+
+    Latents must not be clipped: where the source configuration does not mention `clip_sample`, it is set to False
+    (`DDIMScheduler`'s own default is True).
+
+    Raises:
+        ValueError: if the scheduler has no variance-preserving schedule that DDIM could use.
+    """
+    name = type(scheduler).__name__
+    config = dict(getattr(scheduler, "config", {}))
+    compatible = name in DDIMScheduler._compatibles and "beta_schedule" in config
+    if not compatible or config.get("prediction_type", "epsilon") not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"SPO needs stochastic denoising steps, and the pipeline's scheduler `{name}` cannot be turned into a "
+            "DDIMScheduler. Set `pipeline.scheduler` to a DDIMScheduler (or PNDM, DDPM, Euler, DPM-Solver with an "
+            "epsilon, sample or v prediction)."
+        )
+    if not isinstance(scheduler, DDIMScheduler):
+        logger.info(f"SPO samples with DDIMScheduler, built from the configuration of the pipeline's {name}.")
+    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+
+
+class SPOStableDiffusionPipeline(SPOPipeline):
+    """
+    A Stable Diffusion pipeline for `SPOTrainer` and for TRL's `DDPOTrainer`.
+
+    Args:
+        pipeline (`StableDiffusionPipeline`): a diffusers pipeline; its components are used, not copied.
+        use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole UNet.
+
+    Attributes:
+        sd_pipeline: the wrapped diffusers pipeline.
+        scheduler ([`~diffusers.DDIMScheduler`]): the sampler of rollouts; independent of `sd_pipeline.scheduler`.
+
+    Raises:
+        ValueError: if a component is missing, the scheduler cannot be stochastic, or the UNet takes other inputs than
+            latents (inpainting models).
+    """
+
+    denoiser_name = "unet"
+    required_components = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def __init__(self, pipeline, use_lora: bool = True):
+        missing = [name for name in self.required_components if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The pipeline has no {', '.join(missing)}. SPO rolls out images and scores them, so it needs "
+                f"{', '.join(self.required_components)}; load the complete pipeline."
+            )
+        super().__init__(pipeline)
+        self.use_lora = use_lora
+        self.scheduler = stochastic_ddim_scheduler(pipeline.scheduler)
+        in_channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+        if in_channels != latent_channels:
+            raise ValueError(
+                f"The UNet takes {in_channels} input channels and the VAE has {latent_channels} latent channels. SPO "
+                "trains text-to-image UNets; inpainting and image-conditioned ones are not supported."
+            )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, use_lora: bool = True, **kwargs) -> "SPOStableDiffusionPipeline":
+        """Load from a folder or Hub id; `kwargs` go to the diffusers `from_pretrained`."""
+        from .pipeline_base import load_diffusers_pipeline
+
+        return cls(load_diffusers_pipeline(path, **kwargs), use_lora=use_lora)
+
+    # --- components, as TRL's interface names them -------------------------------------------------------------------
+
+    @property
+    def unet(self):
+        return self.sd_pipeline.unet
+
+    @property
+    def vae(self):
+        return self.sd_pipeline.vae
+
+    @property
+    def tokenizer(self):
+        return self.sd_pipeline.tokenizer
+
+    @property
+    def text_encoder(self):
+        return self.sd_pipeline.text_encoder
+
+    @property
+    def autocast(self):
+        return contextlib.nullcontext if self.use_lora else None
+
+    def set_progress_bar_config(self, *args, **kwargs):
+        self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
+
+    # --- conditioning ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+        """
+        Args:
+            prompts (`list[str]`): B prompts.
+            negative_prompt (`str`, *optional*, defaults to `""`): encoded once and shared by all prompts.
+
+        Returns:
+            [`PromptEmbeds`] with `prompt_embeds` and `negative_prompt_embeds` of shape `(B, sequence_length, dim)`.
+        """
+        positive = self._encode_text(list(prompts))
+        negative = self._encode_text([negative_prompt])
+        return PromptEmbeds(positive, negative.expand_as(positive))
+
+    def _encode_text(self, texts: list[str]) -> torch.Tensor:
+        return self.sd_pipeline.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)[0]
+
+    def _conditioning(self, embeds: PromptEmbeds, negative: bool) -> dict:
+        """Keyword arguments of the UNet for the negative or the positive half of guidance."""
+        return {"encoder_hidden_states": embeds.negative_prompt_embeds if negative else embeds.prompt_embeds}
+
+    # --- the sampler -------------------------------------------------------------------------------------------------
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def set_timesteps(self, num_inference_steps: int) -> list[int]:
+        self.scheduler.set_timesteps(num_inference_steps)
+        return self.scheduler.timesteps.tolist()
+
+    def step_is_stochastic(self, step: int, eta: float) -> bool:
+        timestep = self.scheduler.timesteps[step]
+        origin = torch.zeros(1)
+        return float(ddim_step_stats(self.scheduler, origin, timestep, origin, eta).std_dev_t) > 0
+
+    def predict(self, latents, timesteps, prompt_embeds, guidance_scale: float, denoiser=None) -> torch.Tensor:
+        r"""
+        Guided noise (or x_0, or v) prediction: uncond + w (cond - uncond). With w <= 1 there is no guidance and only
+        the conditional half is evaluated, as in diffusers.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
+            timesteps (`int` or `torch.Tensor` of shape `(batch_size,)`)
+            prompt_embeds ([`PromptEmbeds`]): one row per sample.
+            guidance_scale (`float`): w.
+            denoiser (`torch.nn.Module`, *optional*): call this instead of the UNet, such as its DDP wrapper.
+
+        Returns:
+            `torch.Tensor` of the shape of `latents`, float32.
+        """
+        denoiser = self.denoiser if denoiser is None else denoiser
+        latents = latents.to(self.dtype)
+        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
+        conditioning = self._conditioning(prompt_embeds, negative=False)
+        if guidance_scale <= 1:
+            return denoiser(latents, timesteps, **conditioning, return_dict=False)[0].float()
+        if prompt_embeds.negative_prompt_embeds is None:
+            raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
+        conditioning = _cat_conditioning(self._conditioning(prompt_embeds, negative=True), conditioning)
+        output = denoiser(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), **conditioning, return_dict=False)[0]
+        uncond, cond = output.float().chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    def step_distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
+        return ddim_step_stats(self.scheduler, model_output, timesteps, latents, eta)
+
+    @torch.no_grad()
+    def predict_original_sample(self, latents, timesteps, prompt_embeds, guidance_scale: float) -> torch.Tensor:
+        model_output = self.predict(latents, timesteps, prompt_embeds, guidance_scale)
+        return ddim_predict(self.scheduler, model_output, timesteps, latents)[0]
+
+    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    # --- the VAE -----------------------------------------------------------------------------------------------------
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        unet, factor = self.unet.config, self.sd_pipeline.vae_scale_factor
+        sample_size = unet.sample_size
+        default = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value <= 0 or value % factor):
+                raise ValueError(f"`{name}` must be a positive multiple of {factor} (the VAE's factor), got {value}.")
+        return (
+            unet.in_channels,
+            height // factor if height else default[0],
+            width // factor if width else default[1],
+        )
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> latents in the scale of the UNet, drawn from the VAE's posterior."""
+        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        noise = randn_tensor(posterior.mean.shape, generator=generator, device=self.device, dtype=posterior.mean.dtype)
+        return ((posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor).to(self.dtype)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents -> images `(B, 3, H, W)`, float32, nominally in [-1, 1] (the decoder may overshoot a little)."""
+        return self.vae.decode(
+            (latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
+        )[0].float()
+
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def add_lora(self, peft_config: PeftConfig | None = None) -> torch.nn.Module:
+        """
+        Freeze the UNet and add the adapter that is trained. Its parameters are float32 whatever the dtype of the UNet
+        is: bfloat16 loses updates of 6e-5, and float16 gradients cannot be unscaled.
+
+        Raises:
+            ValueError: if the UNet already carries other adapters. The reference is the UNet with adapters off, so
+                they would not be part of it.
+        """
+        peft_config = peft_config or default_lora_config()
+        existing = getattr(self.denoiser, "peft_config", {})
+        if existing:
+            same = list(existing) == ["default"] and existing["default"].to_dict() == peft_config.to_dict()
+            if not same:
+                raise ValueError(
+                    f"The pipeline already has adapters ({', '.join(existing)}). Merge them into the base model first: "
+                    "`pipe.fuse_lora(); pipe.unload_lora_weights()`."
+                )
+            logger.warning("The pipeline already carries this adapter: training continues from it.")
+        else:
+            self.denoiser.requires_grad_(False)
+            try:
+                self.denoiser.add_adapter(peft_config)
+            except ValueError as error:
+                raise ValueError(f"`peft_config` does not fit the {self.denoiser_name}: {error}") from error
+        cast_training_params(self.denoiser, dtype=torch.float32)
+        return self.denoiser
+
+    def get_trainable_layers(self) -> torch.nn.Module:
+        """TRL's DDPO calls this to get the module it trains, with the adapter added."""
+        return self.add_lora() if self.use_lora else self.denoiser
+
+    def save_lora(self, save_directory: str | Path, state_dict: dict | None = None) -> None:
+        """
+        Write the adapter as `pytorch_lora_weights.safetensors`, its configuration (rank, alpha) inside: plain diffusers
+        reads it with `pipe.load_lora_weights(save_directory)`.
+        """
+        layers = get_peft_model_state_dict(self.denoiser, state_dict=state_dict)
+        self.sd_pipeline.save_lora_weights(
+            save_directory,
+            unet_lora_layers=convert_state_dict_to_diffusers(layers),
+            unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
+            safe_serialization=True,
+        )
+
+    def load_lora(self, directory: str | Path) -> None:
+        """
+        Raises:
+            ValueError: if the file's tensors are not exactly those of the adapter being trained.
+        """
+        layers = self.sd_pipeline.lora_state_dict(str(directory), weight_name="pytorch_lora_weights.safetensors")[0]
+        layers = {k.removeprefix("unet."): v for k, v in layers.items() if k.startswith("unet.")}
+        layers = convert_unet_state_dict_to_peft(layers)
+        expected = get_peft_model_state_dict(self.denoiser)
+        differing = sorted(set(layers) ^ set(expected)) or sorted(
+            key for key in expected if layers[key].shape != expected[key].shape
+        )
+        if differing:
+            raise ValueError(
+                f"The LoRA in {str(directory)!r} does not fit the adapter being trained (first difference: "
+                f"{differing[0]!r}). Use the `peft_config` of the run that wrote it."
+            )
+        set_peft_model_state_dict(self.denoiser, layers)
+
+    # --- the rest of TRL's DDPO interface ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        eta: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        height: int | None = None,
+        width: int | None = None,
+    ) -> DDPOPipelineOutput:
+        """
+        Sample and keep what policy-gradient trainers need: every latent and its log-probability.
+
+        Returns:
+            [`DDPOPipelineOutput`]: images in `output_type` ("pil", "np", "pt" in [0, 1], or "latent"), S + 1 latents
+            and S log-probabilities.
+
+        Raises:
+            ValueError: without a prompt or embeddings, or for a deterministic step, which has no log-probability.
+        """
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("Pass either `prompt` or `prompt_embeds`.")
+        if prompt_embeds is None:
+            embeds = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt, negative_prompt)
+        else:
+            embeds = PromptEmbeds(prompt_embeds, negative_prompt_embeds)
+        timesteps = self.set_timesteps(num_inference_steps)
+        latents, log_probs = [self.prepare_latents(len(embeds), generator, height, width)], []
+        for timestep in timesteps:
+            model_output = self.predict(latents[-1], timestep, embeds, guidance_scale)
+            step = self.scheduler_step(model_output, timestep, latents[-1], eta, generator=generator)
+            latents.append(step.latents)
+            log_probs.append(step.log_probs)
+        if output_type == "latent":
+            return DDPOPipelineOutput(latents[-1], latents, log_probs)
+        images = self.sd_pipeline.image_processor.postprocess(self.decode_latents(latents[-1]), output_type=output_type)
+        return DDPOPipelineOutput(images, latents, log_probs)
+
+    def scheduler_step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prev_sample: torch.Tensor | None = None,
+    ) -> DDPOSchedulerOutput:
+        """Sample x_{t-1} (or take `prev_sample`) and its log-probability `(batch_size,)`."""
+        if prev_sample is not None and generator is not None:
+            raise ValueError("Pass either `generator` (to sample) or `prev_sample` (to score it), not both.")
+        mean, std, _ = self.step_distribution(model_output, timestep, sample, eta)
+        if prev_sample is None:
+            noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            prev_sample = (mean + std * noise).to(sample.dtype)
+        return DDPOSchedulerOutput(prev_sample, gaussian_log_prob(prev_sample, mean, std))
+
+    def save_pretrained(self, output_dir: str | Path) -> None:
+        """The whole pipeline, and with LoRA the adapter beside it."""
+        if self.use_lora:
+            self.save_lora(output_dir)
+        self.sd_pipeline.save_pretrained(output_dir)
+
+    def save_checkpoint(self, models: list, weights: list, output_dir: str | Path) -> None:
+        """Hook of accelerate's `save_state`, in DDPO."""
+        if self.use_lora:
+            self.save_lora(output_dir)
+        else:
+            models[0].save_pretrained(Path(output_dir) / self.denoiser_name)
+
+    def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
+        """Hook of accelerate's `load_state`, in DDPO."""
+        if self.use_lora:
+            self.load_lora(input_dir)
+        else:
+            loaded = UNet2DConditionModel.from_pretrained(input_dir, subfolder=self.denoiser_name)
+            models[0].load_state_dict(loaded.state_dict())
+
+
+def _cat_conditioning(first: dict, second: dict) -> dict:
+    """Concatenate two (possibly nested) dictionaries of tensors along the batch dimension."""
+    return {
+        key: _cat_conditioning(value, second[key]) if isinstance(value, dict) else torch.cat([value, second[key]])
+        for key, value in first.items()
+    }

@@ -1,0 +1,88 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Stable Diffusion XL as SPO trains it. Everything that is not conditioning or the VAE's precision is shared with
+[`SPOStableDiffusionPipeline`].
+"""
+
+import torch
+
+from .pipeline_base import PromptEmbeds
+from .pipeline_stable_diffusion import SPOStableDiffusionPipeline
+
+
+class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
+    """
+    A Stable Diffusion XL pipeline for `SPOTrainer`: two text encoders, pooled embeddings and size conditioning.
+
+    Args:
+        pipeline (`StableDiffusionXLPipeline`): a diffusers pipeline; its components are used, not copied. For half
+            precision load it with a VAE that survives it, such as `madebyollin/sdxl-vae-fp16-fix`; otherwise the VAE
+            is kept in float32 (`vae.config.force_upcast`).
+        use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole UNet.
+    """
+
+    required_components = ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler")
+
+    def __init__(self, pipeline, use_lora: bool = True):
+        super().__init__(pipeline, use_lora=use_lora)
+        vae = pipeline.vae
+        if vae.config.force_upcast and vae.dtype == torch.float16:
+            vae.to(torch.float32)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompts: list[str], negative_prompt: str = "", height: int | None = None, width: int | None = None
+    ) -> PromptEmbeds:
+        """
+        Args:
+            prompts (`list[str]`): B prompts, given to both text encoders.
+            negative_prompt (`str`, *optional*, defaults to `""`): as in diffusers, the empty prompt is a zero
+                embedding where the pipeline says so (`force_zeros_for_empty_prompt`).
+            height, width (`int`, *optional*): image size in pixels, for the size conditioning.
+
+        Returns:
+            [`PromptEmbeds`] with all fields set.
+        """
+        positive, _, pooled, _ = self._encode_both(list(prompts), None)
+        _, negative, _, negative_pooled = self._encode_both([""], negative_prompt or None)
+        _, latent_height, latent_width = self.latent_shape(height, width)
+        factor = self.sd_pipeline.vae_scale_factor
+        size = (latent_height * factor, latent_width * factor)
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=positive.dtype, device=positive.device)
+        return PromptEmbeds(
+            positive,
+            negative.expand_as(positive),
+            pooled,
+            negative_pooled.expand_as(pooled),
+            time_ids.expand(len(positive), -1),
+        )
+
+    def _encode_both(self, prompts: list[str], negative_prompt: str | None):
+        """diffusers' own encoding: (prompt, negative, pooled, negative pooled) embeddings."""
+        return self.sd_pipeline.encode_prompt(
+            prompts,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        )
+
+    def _conditioning(self, embeds: PromptEmbeds, negative: bool) -> dict:
+        pooled = embeds.negative_pooled_prompt_embeds if negative else embeds.pooled_prompt_embeds
+        return {
+            **super()._conditioning(embeds, negative),
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": embeds.add_time_ids},
+        }

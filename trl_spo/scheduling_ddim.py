@@ -1,0 +1,126 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The distribution of one stochastic DDIM step.
+
+Source: DDIM (https://huggingface.co/papers/2010.02502), equations 12 and 16, as `diffusers.DDIMScheduler.step`
+computes them. Differences from that method:
+
+- it returns the mean and the standard deviation of x_{t-1} instead of one sample;
+- `timestep` may differ from sample to sample, because a training batch mixes timesteps;
+- the arithmetic is float32 whatever the dtype of the latents is: a log-probability divides by sigma_t^2.
+
+The scheduler is only read. `final_alpha_cumprod` is used at the last step exactly as diffusers does; DDPO's and the
+public SPO code's own step clamp the previous timestep first and so never reach it.
+"""
+
+import torch
+
+from .step_distribution import StepDistribution
+
+
+def _check_timestep(timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    timestep = torch.as_tensor(timestep).long()
+    if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, len(sample))):
+        raise ValueError(
+            f"`timestep` must be an int, a 0-d tensor or have shape ({len(sample)},), got {tuple(timestep.shape)}."
+        )
+    return timestep
+
+
+def _like(sample: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Schedule values (0-d, or one per sample) on the device of `sample` and shaped to broadcast against it."""
+    values = values.to(sample.device)
+    return values.reshape(-1, *(1,) * (sample.ndim - 1)) if values.ndim else values
+
+
+def ddim_predict(
+    scheduler, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Predicted x_0 (clipped or thresholded if the scheduler says so) and predicted noise, at any training timestep.
+
+    Args and errors as [`ddim_step_stats`]. Returns two float32 tensors of the shape of `sample`.
+    """
+    dtype = torch.promote_types(torch.float32, sample.dtype)
+    model_output, sample = model_output.to(dtype), sample.to(dtype)
+    timestep = _check_timestep(timestep, sample).to(scheduler.alphas_cumprod.device)
+    alpha_prod_t = _like(sample, scheduler.alphas_cumprod[timestep])
+    beta_prod_t = 1 - alpha_prod_t
+
+    config = scheduler.config
+    if config.prediction_type == "epsilon":
+        pred_original_sample = (sample - beta_prod_t**0.5 * model_output) / alpha_prod_t**0.5
+        pred_epsilon = model_output
+    elif config.prediction_type == "sample":
+        pred_original_sample = model_output
+        pred_epsilon = (sample - alpha_prod_t**0.5 * model_output) / beta_prod_t**0.5
+    elif config.prediction_type == "v_prediction":
+        pred_original_sample = alpha_prod_t**0.5 * sample - beta_prod_t**0.5 * model_output
+        pred_epsilon = alpha_prod_t**0.5 * model_output + beta_prod_t**0.5 * sample
+    else:
+        raise ValueError(
+            "`scheduler.config.prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got "
+            f"{config.prediction_type!r}."
+        )
+    if config.thresholding:
+        pred_original_sample = scheduler._threshold_sample(pred_original_sample)
+    elif config.clip_sample:
+        pred_original_sample = pred_original_sample.clamp(-config.clip_sample_range, config.clip_sample_range)
+    return pred_original_sample, pred_epsilon
+
+
+def ddim_step_stats(
+    scheduler, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, eta: float
+) -> StepDistribution:
+    r"""
+    Mean and standard deviation of the DDIM step from x_t to x_{t-1}.
+
+    | here | DDIM paper |
+    |---|---|
+    | `model_output` | e_theta(x_t, t), or what `prediction_type` says |
+    | `pred_original_sample` | f_theta(x_t, t), eq. 9 |
+    | `std_dev_t` | sigma_t, eq. 16 |
+    | `prev_sample_mean` | x_{t-1} of eq. 12 without the random term |
+
+    Args:
+        scheduler ([`~diffusers.DDIMScheduler`]): after `set_timesteps`; it is not modified.
+        model_output (`torch.Tensor` of the shape of `sample`): the (guided) prediction of the denoiser.
+        timestep (`int` or `torch.Tensor`): t, a single value or one per sample `(batch_size,)`.
+        sample (`torch.Tensor` of shape `(batch_size, ...)`): x_t.
+        eta (`float`): 0 is deterministic DDIM, 1 has the variance of DDPM.
+
+    Returns:
+        [`StepDistribution`] in float32 (float64 if `sample` is).
+
+    Raises:
+        ValueError: before `set_timesteps`, for an unknown prediction type, or a timestep of the wrong shape.
+    """
+    if scheduler.num_inference_steps is None:
+        raise ValueError("The scheduler has no inference steps yet: call `scheduler.set_timesteps(n)` first.")
+    timestep = _check_timestep(timestep, sample).to(scheduler.alphas_cumprod.device)
+    prev_timestep = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_prod_t = _like(sample, scheduler.alphas_cumprod[timestep])
+    alpha_prod_t_prev = torch.where(
+        prev_timestep >= 0, scheduler.alphas_cumprod[prev_timestep.clamp(min=0)], scheduler.final_alpha_cumprod
+    )
+    alpha_prod_t_prev = _like(sample, alpha_prod_t_prev)
+
+    pred_original_sample, pred_epsilon = ddim_predict(scheduler, model_output, timestep, sample)
+    variance = (1 - alpha_prod_t_prev) / (1 - alpha_prod_t) * (1 - alpha_prod_t / alpha_prod_t_prev)
+    std_dev_t = eta * variance**0.5
+    pred_sample_direction = (1 - alpha_prod_t_prev - std_dev_t**2) ** 0.5 * pred_epsilon
+    prev_sample_mean = alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
+    return StepDistribution(prev_sample_mean, std_dev_t, pred_original_sample)

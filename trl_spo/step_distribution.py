@@ -1,0 +1,112 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The step distribution p(x_{t-1} | x_t) of a stochastic sampler, whatever the sampler is: draw candidates from it, and take
+log-probabilities and the divergence to a reference under it. A scheduler module (`scheduling_ddim`, later siblings)
+says what mean and standard deviation are.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class StepDistribution(NamedTuple):
+    """
+    Parameters of p(x_{t-1} | x_t) = N(prev_sample_mean, std_dev_t^2 I).
+
+    Attributes:
+        prev_sample_mean (`torch.Tensor` of shape `(batch_size, ...)`): mean of x_{t-1}, float32.
+        std_dev_t (`torch.Tensor`): sigma_t, float32; one value per sample with trailing ones, or a single value, so
+            that it broadcasts against the mean. 0 where the step is deterministic.
+        pred_original_sample (`torch.Tensor` of shape `(batch_size, ...)`): predicted x_0, float32.
+    """
+
+    prev_sample_mean: torch.Tensor
+    std_dev_t: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+def sample_candidates(
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    num_candidates: int,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """
+    Draw `num_candidates` independent x_{t-1} from one step distribution.
+
+    Args:
+        mean (`torch.Tensor` of shape `(batch_size, ...)`): step mean.
+        std (`torch.Tensor`): step standard deviation, broadcastable against `mean`.
+        num_candidates (`int`): K.
+        generator (`torch.Generator`, *optional*): source of the noise.
+        dtype (`torch.dtype`, *optional*): storage dtype of the latents. Rounding happens here, before anything is
+            scored, so that the reward model and the loss see the same numbers.
+
+    Returns:
+        `torch.Tensor` of shape `(num_candidates, batch_size, ...)`.
+    """
+    noise = randn_tensor((num_candidates, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+    return (mean + std * noise).to(dtype or mean.dtype)
+
+
+def gaussian_log_prob(prev_sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    r"""
+    log N(prev_sample; mean, std^2 I), **averaged** over all dimensions but the first, in float32.
+
+    The mean (DDPO's and SPO's convention) sets the scale of `beta`: `beta=10` on the mean over 4x64x64 latents is
+    6.1e-4 on the summed log-probability.
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch_size, ...)`): x_{t-1}, treated as a constant.
+        mean (`torch.Tensor` of shape `(batch_size, ...)`): step mean; gradients flow into it.
+        std (`torch.Tensor`): step standard deviation, broadcastable against `mean`, > 0.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+
+    Raises:
+        ValueError: if any `std` is not positive. A deterministic step (eta = 0, or the last step of a scheduler with
+            `set_alpha_to_one=True`) has no density.
+    """
+    std = torch.as_tensor(std, device=mean.device)
+    if not bool((std > 0).all()):
+        raise ValueError(
+            "A step with sigma = 0 has no density, so its log-probability does not exist. Use `eta` > 0 and leave out "
+            "deterministic steps (the last one, if the scheduler has `set_alpha_to_one=True`)."
+        )
+    dtype = torch.promote_types(torch.float32, mean.dtype)
+    prev_sample, mean, std = prev_sample.detach().to(dtype), mean.to(dtype), std.to(dtype)
+    log_prob = -((prev_sample - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return log_prob.flatten(1).mean(1)
+
+
+def gaussian_kl(mean: torch.Tensor, ref_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    r"""
+    Exact KL divergence of two step distributions of the same sigma_t, averaged over dimensions like the log-probs:
+    |mean - ref_mean|^2 / (2 sigma_t^2).
+
+    Args:
+        mean, ref_mean (`torch.Tensor` of shape `(batch_size, ...)`): means of policy and reference.
+        std (`torch.Tensor`): their common standard deviation, > 0.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)

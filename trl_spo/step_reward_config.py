@@ -1,0 +1,191 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class StepRewardConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`StepRewardTrainer`].
+
+    This class includes only the parameters that are specific to training a step-aware reward model. For a full list of
+    training arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of
+    the [SPO paper](https://huggingface.co/papers/2406.04314) for Stable Diffusion 1.5, on one device.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the noised pairs
+
+        guidance_scale (`float`, *optional*, defaults to `5.0`):
+            Classifier-free guidance of the one-step prediction of the clean images. The reward model learns to judge
+            predictions of this strength: use the same value in [`SPOConfig`].
+        negative_prompt (`str`, *optional*, defaults to `""`):
+            Prompt of the unconditional half of the guidance.
+        min_timestep (`int`, *optional*, defaults to `0`):
+            Smallest timestep drawn in training.
+        max_timestep (`int`, *optional*, defaults to `999`):
+            Largest timestep drawn in training, inclusive.
+        timesteps (`list[int]`, *optional*):
+            Draw from these timesteps instead of from the whole range. SPO asks the reward model only about the
+            timesteps of its schedule; with 20 steps these are 951, 901, ..., 1, and 0.
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels to which the images of a pair are brought (short side, then centre crop) before the VAE.
+            512 suits Stable Diffusion 1.5, 1024 SDXL.
+        prediction_batch_size (`int`, *optional*):
+            Pairs that go through the denoiser and the VAE in one call. Smaller needs less memory and gives the same
+            images up to rounding. Defaults to the whole batch.
+
+        > Parameters that control the data
+
+        dataset_name (`str`, *optional*):
+            Path or Hub name of the training dataset (split `"train"`), used when the trainer is given none. Either
+            Pick-a-Pic's columns (`caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1`, optionally `has_label` and
+            `num_example_per_prompt`) or TRL's (`prompt`, `chosen`, `rejected`).
+        dataset_prompt_column (`str`, *optional*):
+            Column with the prompts. Defaults to `"caption"` or `"prompt"`, whichever exists.
+        max_bad_image_fraction (`float`, *optional*, defaults to `0.01`):
+            Pairs with an unreadable image are skipped and counted; training stops once they exceed this share of the
+            pairs seen (judged from the hundredth pair on).
+
+        > Parameters that control the training
+
+        caption_loss_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of CLIP's contrastive loss between the preferred images and the captions of a batch. It keeps the
+            reward model from forgetting the caption, which preference labels alone reward only weakly. `0.0` is the
+            paper's loss. It needs several pairs per device and batch, as the other captions are the negatives.
+        freeze_text_tower (`bool`, *optional*, defaults to `False`):
+            Whether to train the vision tower only.
+
+        > Parameters that control the metrics
+
+        accuracy_timestep_bins (`int`, *optional*, defaults to `5`):
+            Number of equal ranges of timesteps for which training logs `accuracy/t_{lo}_{hi}`.
+        eval_timesteps (`list[int]`, *optional*, defaults to `[0, 251, 501, 701, 951]`):
+            Timesteps at which evaluation measures `eval_accuracy/t_{t}`. At 0 the clean images are judged as they are.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `3e-6` instead of `5e-5` (SDXL: `1e-6`).
+    > - `weight_decay`: Defaults to `0.3` instead of `0.0`.
+    > - `lr_scheduler_type`: Defaults to `"constant_with_warmup"` instead of `"linear"`; the paper names the warm-up
+    >   only.
+    > - `warmup_steps`: Defaults to `500` instead of `0`.
+    > - `max_steps`: Defaults to `8000` instead of `-1` (SDXL: `7000`).
+    > - `per_device_train_batch_size` and `gradient_accumulation_steps`: Default to `16` and `4` instead of `8` and `1`,
+    >   64 pairs per step on one device; lower the accumulation when there are more devices.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`; the collator chooses the columns.
+    >
+    > `bf16` stays `False`, so that the defaults run on a CPU. The paper trains in bf16: switch it on where the hardware
+    > has it.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=0.3, metadata={"help": "Weight decay for AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "The learning rate schedule to use."}
+    )
+    warmup_steps: float = field(default=500, metadata={"help": "Number of steps of linear warm-up."})
+    max_steps: int = field(
+        default=8000, metadata={"help": "Number of optimizer steps; `-1` leaves it to `num_train_epochs`."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs per device and forward pass."})
+    gradient_accumulation_steps: int = field(
+        default=4, metadata={"help": "Number of forward passes to accumulate before an optimizer step."}
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep `False`: the collator chooses the columns it needs."}
+    )
+
+    # Parameters that control the noised pairs
+    guidance_scale: float = field(
+        default=5.0, metadata={"help": "Classifier-free guidance of the one-step prediction of the clean images."}
+    )
+    negative_prompt: str = field(
+        default="", metadata={"help": "Prompt of the unconditional half of the guidance."}
+    )
+    min_timestep: int = field(default=0, metadata={"help": "Smallest timestep drawn in training."})
+    max_timestep: int = field(default=999, metadata={"help": "Largest timestep drawn in training, inclusive."})
+    timesteps: list[int] | None = field(
+        default=None, metadata={"help": "Draw from these timesteps instead of from the whole range."}
+    )
+    resolution: int = field(
+        default=512, metadata={"help": "Side in pixels to which the images are brought before the VAE."}
+    )
+    prediction_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs per call of the denoiser and the VAE. Defaults to the whole batch."},
+    )
+
+    # Parameters that control the data
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Path or Hub name of the training dataset, when the trainer is given none."}
+    )
+    dataset_prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the prompts. Defaults to `caption` or `prompt`."}
+    )
+    max_bad_image_fraction: float = field(
+        default=0.01,
+        metadata={"help": "Largest share of pairs with an unreadable image that is skipped before training stops."},
+    )
+
+    # Parameters that control the training
+    caption_loss_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the contrastive loss between the preferred images and the batch's captions."},
+    )
+    freeze_text_tower: bool = field(default=False, metadata={"help": "Whether to train the vision tower only."})
+
+    # Parameters that control the metrics
+    accuracy_timestep_bins: int = field(
+        default=5, metadata={"help": "Number of equal ranges of timesteps for which accuracy is logged."}
+    )
+    eval_timesteps: list[int] = field(
+        default_factory=lambda: [0, 251, 501, 701, 951],
+        metadata={"help": "Timesteps at which evaluation measures accuracy."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.min_timestep <= self.max_timestep:
+            raise ValueError(
+                "`min_timestep` and `max_timestep` must satisfy 0 <= min_timestep <= max_timestep, got "
+                f"{self.min_timestep} and {self.max_timestep}."
+            )
+        for name in ("timesteps", "eval_timesteps"):
+            values = getattr(self, name)
+            if values is not None and (len(values) == 0 or min(values) < 0):
+                raise ValueError(f"`{name}` must hold at least one timestep, none below 0, got {values}.")
+        for name in ("resolution", "accuracy_timestep_bins", "prediction_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.caption_loss_coef < 0:
+            raise ValueError(f"`caption_loss_coef` must not be negative, got {self.caption_loss_coef}.")
+        if not 0 <= self.max_bad_image_fraction <= 1:
+            raise ValueError(f"`max_bad_image_fraction` must lie in [0, 1], got {self.max_bad_image_fraction}.")
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must stay False: the collator reads the preference columns.")
