@@ -163,7 +163,7 @@ def prepare_images(
     if (new_height, new_width) != (height, width):
         images = F.interpolate(images, (new_height, new_width), mode="bicubic", align_corners=False, antialias=False)
     if new_height != new_width:
-        top, left = int(round((new_height - size) / 2)), int(round((new_width - size) / 2))
+        top, left = round((new_height - size) / 2), round((new_width - size) / 2)  # Python's rounding: half to even
         images = images[..., top : top + size, left : left + size]
     images = (images / 2 + 0.5).clamp(0, 1)
     mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
@@ -354,9 +354,7 @@ class StepAwareRewardModel(PreTrainedModel):
             )
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("`prompts` must be a list of strings.")
-        max_length = min(
-            self.tokenizer.model_max_length, self.config.clip_config.text_config.max_position_embeddings
-        )
+        max_length = min(self.tokenizer.model_max_length, self.config.clip_config.text_config.max_position_embeddings)
         encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
         )

@@ -25,6 +25,7 @@ its place.
 """
 
 import contextlib
+import copy
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -121,6 +122,26 @@ class PromptEmbeds:
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
+class DenoiserForTraining(torch.nn.Module):
+    """
+    The module a `transformers.Trainer` sees. It forwards to the denoiser and has no `config`: callbacks of trackers
+    expect the one of a transformers model there, which a diffusers network does not have.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, denoiser: torch.nn.Module):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, *args, **kwargs):
+        return self.denoiser(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
+        """The name `transformers.Trainer` uses for diffusers' `enable_gradient_checkpointing`."""
+        self.denoiser.enable_gradient_checkpointing()
+
+
 class SPOPipeline(DDPOStableDiffusionPipeline):
     """
     A diffusion pipeline that can be rolled out and trained step by step.
@@ -134,6 +155,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
     def __init__(self, pipeline):
         self.sd_pipeline = pipeline
         self.use_lora = True
+        self._frozen_copy = None
 
     # --- the trained network -----------------------------------------------------------------------------------------
 
@@ -153,12 +175,37 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The untouched model: the same network with its adapters switched off."""
+        """The untouched model: the same network with its adapters off, or the frozen copy of full fine-tuning."""
+        if self._frozen_copy is not None:
+            yield self._frozen_copy
+            return
         self.denoiser.disable_adapters()
         try:
             yield self.denoiser
         finally:
             self.denoiser.enable_adapters()
+
+    def prepare_for_training(self, peft_config=None, use_peft: bool = True) -> torch.nn.Module:
+        """
+        Freeze everything and make the denoiser trainable: through an adapter, or whole, against a frozen copy.
+
+        Args:
+            peft_config (`peft.PeftConfig`, *optional*): the adapter; the paper's LoRA by default.
+            use_peft (`bool`, *optional*, defaults to `True`): `False` trains all weights of the denoiser.
+
+        Returns:
+            `torch.nn.Module`: the module to hand to an optimizer.
+        """
+        for module in self.frozen_modules().values():
+            module.requires_grad_(False).eval()
+        self.use_lora = use_peft
+        if use_peft:
+            self.add_lora(peft_config)
+        else:
+            self.denoiser.to(torch.float32)
+            self._frozen_copy = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
+            self.denoiser.requires_grad_(True)
+        return DenoiserForTraining(self.denoiser)
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """Networks that are used but never trained, by component name."""
@@ -170,9 +217,14 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         }
 
     def to(self, device) -> "SPOPipeline":
-        for module in (self.denoiser, *self.frozen_modules().values()):
-            module.to(device)
+        for module in (self.denoiser, self._frozen_copy, *self.frozen_modules().values()):
+            if module is not None:
+                module.to(device)
         return self
+
+    def add_lora(self, peft_config=None) -> torch.nn.Module:
+        """Freeze the denoiser and add a trainable adapter in float32."""
+        raise NotImplementedError
 
     # --- to be implemented by a model family -------------------------------------------------------------------------
 

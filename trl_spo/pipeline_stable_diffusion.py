@@ -241,9 +241,9 @@ class SPOStableDiffusionPipeline(SPOPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents -> images `(B, 3, H, W)`, float32, nominally in [-1, 1] (the decoder may overshoot a little)."""
-        return self.vae.decode(
-            (latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False
-        )[0].float()
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[
+            0
+        ].float()
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
@@ -353,7 +353,9 @@ class SPOStableDiffusionPipeline(SPOPipeline):
             log_probs.append(step.log_probs)
         if output_type == "latent":
             return DDPOPipelineOutput(latents[-1], latents, log_probs)
-        images = self.sd_pipeline.image_processor.postprocess(self.decode_latents(latents[-1]), output_type=output_type)
+        images = self.sd_pipeline.image_processor.postprocess(
+            self.decode_latents(latents[-1]), output_type=output_type
+        )
         return DDPOPipelineOutput(images, latents, log_probs)
 
     def scheduler_step(

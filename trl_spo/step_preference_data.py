@@ -30,12 +30,13 @@ dropped instead of counting as ties.
 
 import io
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 
 logger = logging.getLogger(__name__)
@@ -120,22 +121,21 @@ def read_image(image: Any) -> Image.Image:
         `PIL.Image.Image`, fully decoded.
 
     Raises:
-        `OSError`: If the bytes are no readable image.
+        `OSError`: If there is no image, or its bytes cannot be decoded.
         `ValueError`: If it is none of the kinds above.
     """
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        image = open_image_file(image) if isinstance(image, str) else image
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        image = Image.open(io.BytesIO(image))
-    if not isinstance(image, Image.Image):
+        image = Path(image).read_bytes() if isinstance(image, str) else image
+    if image is None:
+        raise OSError("there is no image")
+    if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
         raise ValueError(f"An image must be a PIL image, bytes or a `datasets` image, got {type(image).__name__}.")
-    return image.convert("RGB")
-
-
-def open_image_file(path: str) -> Image.Image:
-    with open(path, "rb") as file:
-        return Image.open(io.BytesIO(file.read()))
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
+        return image.convert("RGB")
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
@@ -316,7 +316,7 @@ class StepPreferenceCollator:
             images = [
                 image_to_tensor(read_image(row[name]), self.resolution) for name in (columns.image_0, columns.image_1)
             ]
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except OSError as error:
             self.num_bad += 1
             logger.warning("Skipped a pair with an unreadable image (prompt %r): %s", row[columns.prompt], error)
             return None
@@ -389,7 +389,7 @@ def noised_pair_images(
     images = images.clone()
     for rows in noisy.split(chunk):
         prompt_embeds = pipeline.encode_prompt(
-            [prompts[row] for row in rows.tolist()], negative_prompt, guidance_scale=guidance_scale
+            [prompts[row] for row in rows.tolist()], negative_prompt, height=images.shape[-2], width=images.shape[-1]
         ).repeat_interleave(2)
         pair_timesteps = timesteps[rows].repeat_interleave(2)
         noised = pipeline.add_noise(latents[rows].flatten(0, 1), noise[rows].flatten(0, 1), pair_timesteps)

@@ -125,9 +125,7 @@ class StepRewardConfig(TrainingArguments):
     guidance_scale: float = field(
         default=5.0, metadata={"help": "Classifier-free guidance of the one-step prediction of the clean images."}
     )
-    negative_prompt: str = field(
-        default="", metadata={"help": "Prompt of the unconditional half of the guidance."}
-    )
+    negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
     min_timestep: int = field(default=0, metadata={"help": "Smallest timestep drawn in training."})
     max_timestep: int = field(default=999, metadata={"help": "Largest timestep drawn in training, inclusive."})
     timesteps: list[int] | None = field(

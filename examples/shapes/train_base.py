@@ -187,8 +187,7 @@ def vae_figures(args) -> dict[str, float]:
 
 def load(model_class, path: Path):
     """Loads a saved model in float32, ready for inference."""
-    model = model_class.from_pretrained(path, torch_dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+    return model_class.from_pretrained(path).float().eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------- unet and text encoder

@@ -1,0 +1,155 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Evaluation with a stated protocol: one fixed seed per prompt, one sampler, and statistics that say how sure they are.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from tqdm.auto import tqdm
+
+from .pipeline_base import SPOPipeline
+
+
+def generate_images(
+    pipeline: SPOPipeline,
+    prompts: list[str],
+    *,
+    seeds: Iterable[int] | None = None,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 5.0,
+    eta: float = 1.0,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> torch.Tensor:
+    r"""
+    Sample one image per prompt, from one seed per prompt. Initial latents and step noise of an image come from its own
+    generator on the CPU, so it does not depend on batch size, order or number of devices (beyond rounding).
+
+    Args:
+        pipeline ([`SPOPipeline`]): from `wrap_pipeline`.
+        prompts (`list[str]`): N prompts; repeat a prompt with another seed for more images of it.
+        seeds (iterable of `int`, *optional*): N seeds; 0, 1, 2, ... by default.
+        num_inference_steps, guidance_scale, eta, negative_prompt, height, width: the sampler; state them with every
+            number you report.
+        batch_size (`int`, *optional*, defaults to `8`): images sampled together.
+        progress (`str`, *optional*): show a progress bar with this title.
+
+    Returns:
+        `torch.Tensor` of shape `(N, 3, height, width)` in [0, 1], float32, on the CPU.
+    """
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
+    images = []
+    bar = tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        embeds = pipeline.encode_prompt(batch, negative_prompt, **_size(height, width))
+        images.append(
+            pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
+            .div(2)
+            .add(0.5)
+            .clamp(0, 1)
+            .cpu()
+        )
+        bar.update(len(batch))
+    bar.close()
+    return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
+
+
+def _size(height: int | None, width: int | None) -> dict:
+    return {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+
+
+@torch.no_grad()
+def score_images(
+    images: torch.Tensor, prompts: list[str], reward: Callable, timestep: int = 0, batch_size: int = 32
+) -> torch.Tensor:
+    """
+    Scores of clean images under a reward model or reward function.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, height, width)`): in [0, 1].
+        prompts (`list[str]`): N prompts.
+        reward: a [`StepAwareRewardModel`] or a callable `(images in [0, 1], prompts, timesteps) -> (N,)`.
+        timestep (`int`, *optional*, defaults to `0`): 0 is the clean image.
+        batch_size (`int`, *optional*, defaults to `32`): images scored together.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float32, on the CPU.
+    """
+    scores = []
+    for start in range(0, len(images), batch_size):
+        batch, texts = images[start : start + batch_size], prompts[start : start + batch_size]
+        timesteps = torch.full((len(batch),), timestep, dtype=torch.long)
+        if hasattr(reward, "score"):
+            scores.append(reward.score(batch.to(reward.device) * 2 - 1, texts, timesteps))
+        else:
+            scores.append(torch.as_tensor(reward(batch, texts, timesteps)))
+    return torch.cat([score.detach().float().cpu() for score in scores]) if scores else torch.empty(0)
+
+
+def mean_and_se(values: torch.Tensor) -> dict[str, float]:
+    """`{"mean", "se"}` of independent values `(N,)`; the standard error is the sample deviation over sqrt(N)."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    se = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return {"mean": values.mean().item(), "se": se}
+
+
+def win_rate(after: torch.Tensor, before: torch.Tensor) -> dict[str, float]:
+    """
+    Share of prompts on which `after (N,)` beats `before (N,)` with the same seed; a draw counts one half. With its
+    standard error.
+    """
+    wins = (after > before).double() + 0.5 * (after == before).double()
+    return mean_and_se(wins)
+
+
+def compare(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, dict[str, dict[str, float]]]:
+    """
+    Paired comparison of two sets of scores on the same prompts and seeds.
+
+    Args:
+        before, after (`dict[str, torch.Tensor]`): per metric, `(N,)` scores.
+
+    Returns:
+        `{"before", "after", "delta", "win_rate"}`, each a dictionary from metric to `{"mean", "se"}`. The standard
+        error of `delta` is that of the paired difference.
+    """
+    return {
+        "before": {name: mean_and_se(values) for name, values in before.items()},
+        "after": {name: mean_and_se(values) for name, values in after.items()},
+        "delta": {name: mean_and_se(after[name].double() - before[name].double()) for name in before},
+        "win_rate": {name: win_rate(after[name], before[name]) for name in before},
+    }
+
+
+def comparison_table(comparison: dict) -> str:
+    """A Markdown table of what [`compare`] returns."""
+    lines = ["| metric | before | after | paired difference | win rate |", "|---|---|---|---|---|"]
+    for name in comparison["before"]:
+        cells = [
+            f"{comparison[part][name]['mean']:{sign}.3f} ± {comparison[part][name]['se']:.3f}"
+            for part, sign in (("before", ""), ("after", ""), ("delta", "+"), ("win_rate", ""))
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+def _field(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SPOConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`SPOTrainer`].
+
+    This class includes only the parameters that are specific to SPO training. For a full list of training arguments,
+    please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of the
+    [SPO paper](https://huggingface.co/papers/2406.04314) for Stable Diffusion 1.5; the SDXL value stands beside them
+    where it differs. An epoch is one pass over the prompts.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the rollout
+
+        num_inference_steps (`int`, *optional*, defaults to `20`):
+            Number of denoising steps S.
+        guidance_scale (`float`, *optional*, defaults to `5.0`):
+            Classifier-free guidance in rollouts, scoring and evaluation; 1 or less is no guidance. Sample with the
+            same value later: guidance changes what preference training still has to find.
+        eta (`float`, *optional*, defaults to `1.0`):
+            Noise of the DDIM steps, in (0, 1]. 0 would make all candidates equal.
+        num_candidates (`int`, *optional*, defaults to `4`):
+            K, candidates drawn from one latent (SDXL: 2). Cost grows with K, the margin of best over worst slowly.
+        num_inner_steps (`int`, *optional*, defaults to `1`):
+            j, steps that a candidate goes on alone before it is scored (SDXL: 4).
+        branch_start_step (`int`, *optional*, defaults to `4`):
+            First step that branches; earlier ones are plain. With 20 steps, 4 starts at t = 751 (the paper's kappa).
+        branch_end_step (`int`, *optional*):
+            First step that does not branch any more; the rollout stops there. `None` branches to the last step.
+        resample (`str`, *optional*, defaults to `"random"`):
+            Which candidate starts the next step: `"random"`, `"chosen"` (winner) or `"rejected"` (loser).
+        negative_prompt (`str`, *optional*, defaults to `""`):
+            Prompt of the unconditional half of the guidance.
+        height (`int`, *optional*), width (`int`, *optional*):
+            Image size in pixels. Default to the model's own.
+        per_device_rollout_batch_size (`int`, *optional*, defaults to `10`):
+            Prompts per rollout and device (SDXL: 2).
+        rollout_micro_batch_size (`int`, *optional*):
+            Most latents in one denoiser call of the rollout (guidance doubles them). `None`: K times the prompts.
+        vae_decode_batch_size (`int`, *optional*):
+            Most images in one call of decoder and reward model. `None`: K times the prompts.
+
+        > Parameters that control the pair selection
+
+        preference_threshold (`float`, *optional*, defaults to `0.3`):
+            A pair counts if p_win - p_lose exceeds it (SDXL: 0.4). It is a score gap of 2 atanh(threshold).
+        pair (`str`, *optional*, defaults to `"best_worst"`):
+            `"best_worst"`, or `"random"` for two random candidates, ordered by score.
+
+        > Parameters that control the loss
+
+        beta (`float`, *optional*, defaults to `10.0`):
+            Strength of the preference, per log-probability averaged over latent dimensions.
+        epsilon (`float`, *optional*, defaults to `0.1`):
+            Clipping range of the probability ratios.
+        kl_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the exact per-step KL divergence to the reference, added to the loss. Winner and loser share x_t,
+            so nothing else limits how far the step mean drifts. `0.0` is the paper's loss.
+        train_cfg (`bool`, *optional*, defaults to `True`):
+            Whether the log-probabilities of the loss use the guidance of the rollout.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Switch dropout off, in the model and its adapter: with it, the ratios would not start at 1.
+
+        > Parameters that control the model
+
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Train an adapter (`peft_config` of the trainer; rank 4 by default, SDXL: 64) or, if `False`, the whole
+            denoiser against a frozen copy of it.
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
+            `{"torch_dtype": "float16", "variant": "fp16"}`.
+
+        > Parameters that control the data
+
+        dataset_name (`str`, *optional*):
+            Path or Hub name of the prompt dataset (split `"train"`), used when the trainer is given none.
+        dataset_prompt_column (`str`, *optional*):
+            Column with the prompts. Defaults to `"prompt"` or `"caption"`, whichever exists.
+
+        > Parameters that control logging and evaluation
+
+        num_eval_images (`int`, *optional*, defaults to `4`):
+            Number of images that `log_images_steps` samples, from the first evaluation prompts and with fixed seeds.
+        log_images_steps (`int`, *optional*, defaults to `0`):
+            Log sample images every this many optimizer steps, to `output_dir/images` and to the trackers. 0: never.
+        eval_seed (`int`, *optional*, defaults to `0`):
+            The evaluation image of prompt i starts from seed `eval_seed + i`, whatever the batch or number of devices.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `learning_rate`: Defaults to `6e-5` instead of `5e-5` (SDXL: `1e-5`).
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `weight_decay`: Defaults to `1e-4` instead of `0.0`.
+    > - `num_train_epochs`: Defaults to `10` instead of `3`.
+    > - `per_device_train_batch_size`: Defaults to `10` (pairs) instead of `8`; the paper has 40 on 4 devices.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    >
+    > `max_grad_norm` is 1.0, as the paper states. Its public code never clips, because the iterator over parameters is
+    > already used up; set 0 to reproduce that.
+    """
+
+    learning_rate: float = _field(6e-5, "The initial learning rate for AdamW.")
+    lr_scheduler_type: str = _field("constant", "The learning rate schedule to use.")
+    weight_decay: float = _field(1e-4, "Weight decay for AdamW.")
+    num_train_epochs: float = _field(10, "Passes over the prompts.")
+    per_device_train_batch_size: int = _field(10, "Pairs per device and forward pass.")
+    logging_steps: float = _field(
+        10,
+        "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, will be "
+        "interpreted as ratio of total training steps.",
+    )
+    remove_unused_columns: bool = _field(False, "Keep `False`: prompts are read by name.")
+
+    # Parameters that control the rollout
+    num_inference_steps: int = _field(20, "Number of denoising steps.")
+    guidance_scale: float = _field(5.0, "Classifier-free guidance in rollouts, scoring and evaluation.")
+    eta: float = _field(1.0, "Noise of the DDIM steps, in (0, 1].")
+    num_candidates: int = _field(4, "Candidates drawn from one latent.")
+    num_inner_steps: int = _field(1, "Steps that a candidate goes on alone before it is scored.")
+    branch_start_step: int = _field(4, "First step that branches.")
+    branch_end_step: int | None = _field(None, "First step that does not branch any more; the rollout stops there.")
+    resample: str = _field("random", "Which candidate starts the next step: 'random', 'chosen' or 'rejected'.")
+    negative_prompt: str = _field("", "Prompt of the unconditional half of the guidance.")
+    height: int | None = _field(None, "Image height in pixels.")
+    width: int | None = _field(None, "Image width in pixels.")
+    per_device_rollout_batch_size: int = _field(10, "Prompts per rollout and device.")
+    rollout_micro_batch_size: int | None = _field(None, "Most latents in one denoiser call of the rollout.")
+    vae_decode_batch_size: int | None = _field(None, "Most images in one call of decoder and reward model.")
+
+    # Parameters that control the pair selection
+    preference_threshold: float = _field(0.3, "A pair counts if p_win - p_lose exceeds it.")
+    pair: str = _field("best_worst", "Pairs of 'best_worst' or of two 'random' candidates.")
+
+    # Parameters that control the loss
+    beta: float = _field(10.0, "Strength of the preference, per mean log-probability.")
+    epsilon: float = _field(0.1, "Clipping range of the probability ratios.")
+    kl_coef: float = _field(0.0, "Weight of the exact per-step KL divergence to the reference.")
+    train_cfg: bool = _field(True, "Whether the loss uses the guidance of the rollout.")
+    disable_dropout: bool = _field(True, "Switch dropout off in the model and its adapter.")
+
+    # Parameters that control the model
+    use_peft: bool = _field(True, "Train an adapter, or the whole denoiser if False.")
+    model_init_kwargs: dict | str | None = _field(
+        None, "Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id."
+    )
+
+    # Parameters that control the data
+    dataset_name: str | None = _field(None, "Path or Hub name of the prompt dataset.")
+    dataset_prompt_column: str | None = _field(None, "Column with the prompts.")
+
+    # Parameters that control logging and evaluation
+    num_eval_images: int = _field(4, "Number of images that `log_images_steps` samples.")
+    log_images_steps: int = _field(0, "Log sample images every this many optimizer steps; 0 for never.")
+    eval_seed: int = _field(0, "The evaluation image of prompt i starts from seed `eval_seed + i`.")
+
+    def __post_init__(self):
+        self._check_spo_arguments()
+        super().__post_init__()
+
+    def _check_spo_arguments(self):
+        end = self.num_inference_steps if self.branch_end_step is None else self.branch_end_step
+        rules = {
+            "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
+            "num_candidates": (self.num_candidates >= 2, "at least 2, or there is no pair"),
+            "eta": (0 < self.eta <= 1, "in (0, 1]; with eta = 0 DDIM is deterministic and all candidates are equal"),
+            "num_inner_steps": (self.num_inner_steps >= 1, "at least 1"),
+            "branch_end_step": (end <= self.num_inference_steps, f"at most {self.num_inference_steps} steps"),
+            "branch_start_step": (0 <= self.branch_start_step < end, f"in [0, {end}), before branching ends"),
+            "preference_threshold": (0 <= self.preference_threshold < 1, "in [0, 1), a difference of probabilities"),
+            "epsilon": (0 < self.epsilon < 1, "in (0, 1)"),
+            "beta": (self.beta > 0, "positive"),
+            "kl_coef": (self.kl_coef >= 0, "0 or more"),
+            "per_device_rollout_batch_size": (self.per_device_rollout_batch_size >= 1, "at least 1"),
+            "per_device_train_batch_size": (self.per_device_train_batch_size >= 1, "at least 1"),
+            "resample": (self.resample in ("random", "chosen", "rejected"), "'random', 'chosen' or 'rejected'"),
+            "pair": (self.pair in ("best_worst", "random"), "'best_worst' or 'random'"),
+            "rollout_micro_batch_size": ((self.rollout_micro_batch_size or 1) >= 1, "at least 1"),
+            "vae_decode_batch_size": ((self.vae_decode_batch_size or 1) >= 1, "at least 1"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ValueError(f"`{name}` must be {expected}; got {getattr(self, name)!r}.")

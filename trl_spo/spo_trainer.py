@@ -1,0 +1,769 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+SPO training (https://huggingface.co/papers/2406.04314) on `transformers.Trainer`: rollouts make pairs, pairs make
+batches, and everything around them (optimizer, schedules, accumulation, precision, logging, checkpoints, distributed
+training) is the Trainer's.
+"""
+
+import copy
+import json
+import math
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from .evaluation import generate_images, score_images
+from .losses import spo_loss
+from .modeling_step_reward import StepAwareRewardModel
+from .pipeline_base import PromptEmbeds, wrap_pipeline
+from .rollout import StepPairs, stepwise_rollout
+from .spo_config import SPOConfig
+from .step_distribution import gaussian_kl, gaussian_log_prob
+from .visualization import ImageLoggingCallback
+
+
+logger = logging.get_logger(__name__)
+
+PAIRS_NAME = "spo_pairs.safetensors"
+STATE_NAME = "spo_state.json"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
+
+
+def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dataset") -> list[str]:
+    """
+    Prompts of a list, or of the `prompt` or `caption` column of a dataset.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if the column is missing, there are no prompts, or one is empty or not a string; says which.
+    """
+    if isinstance(dataset, Dataset):
+        candidates = [column] if column else ["prompt", "caption"]
+        found = [c for c in candidates if c in dataset.column_names]
+        if not found:
+            raise ValueError(
+                f"`{name}` needs a column {' or '.join(map(repr, candidates))} with the prompts; it has "
+                f"{dataset.column_names}. Rename the column or set `dataset_prompt_column`."
+            )
+        dataset = dataset[found[0]]
+    elif isinstance(dataset, str) or not isinstance(dataset, (list, tuple)):
+        raise TypeError(
+            f"`{name}` must be a list of prompts or a `datasets.Dataset` with a 'prompt' or 'caption' column, got "
+            f"`{type(dataset).__name__}`."
+        )
+    prompts = list(dataset)
+    if not prompts:
+        raise ValueError(f"`{name}` has no prompts.")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"`{name}` must hold strings, but item {i} is a `{type(prompt).__name__}`.")
+        if not prompt.strip():
+            raise ValueError(f"`{name}` has an empty prompt at position {i}. Remove it: it names nothing to prefer.")
+    return prompts
+
+
+class PairLoader:
+    """
+    The train dataloader: rolls out prompts whenever fewer pairs are waiting than an optimizer step needs, pools the
+    pairs of all processes, and deals them out evenly.
+
+    Every process holds the same pool and takes its own slice, so an optimizer step sees the same number of pairs
+    everywhere, and a process whose prompts gave no pair waits for nobody. What a step does not use stays in the pool,
+    across epochs and, through `state_dict`, across checkpoints. Prompt order and rollout noise are functions of the seed
+    and the position in the prompts, so the position is all the random state there is.
+    """
+
+    def __init__(self, trainer: "SPOTrainer", prompts: list[str]):
+        self.trainer = trainer
+        self.prompts = prompts
+        self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
+        self.num_prompts_seen = 0
+        self.num_pairs_seen = 0
+        self.pool: StepPairs | None = None
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, over all processes."""
+        args = self.trainer.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    @property
+    def total_prompts(self) -> float:
+        """Prompts of the whole run."""
+        args = self.trainer.args
+        return math.inf if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(self.prompts))
+
+    def __len__(self) -> int:
+        """Most micro-batches of an epoch: as if every pair were valid. Fewer are the rule."""
+        args = self.trainer.args
+        end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
+        pairs = len(self.prompts) * (end - args.branch_start_step)
+        return math.ceil(pairs / self.pairs_per_step) * args.gradient_accumulation_steps
+
+    @property
+    def waiting(self) -> int:
+        return 0 if self.pool is None else len(self.pool)
+
+    @property
+    def epoch(self) -> float:
+        return self.num_prompts_seen / len(self.prompts)
+
+    @property
+    def epoch_finished(self) -> bool:
+        """All prompts of the epoch were rolled out, and what is left in the pool waits for the next one."""
+        return self.num_prompts_seen % len(self.prompts) == 0 and self.waiting < self.pairs_per_step
+
+    @property
+    def exhausted(self) -> bool:
+        """There is nothing left to train on."""
+        args = self.trainer.args
+        smallest = args.gradient_accumulation_steps * args.world_size
+        return self.num_prompts_seen >= self.total_prompts and self.waiting < smallest
+
+    # --- iteration ---------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[dict]:
+        while (micro_batches := self._next_step()) is not None:
+            yield from micro_batches
+
+    def _next_step(self) -> list[dict] | None:
+        """This process's micro-batches of one optimizer step, or `None` at the end of training."""
+        args = self.trainer.args
+        unfruitful = 0
+        while self.waiting < self.pairs_per_step and self.num_prompts_seen < self.total_prompts:
+            seen, waiting = self.num_prompts_seen, self.waiting
+            self._rollout_round()
+            unfruitful = 0 if self.waiting > waiting else unfruitful + self.num_prompts_seen - seen
+            if unfruitful >= max(len(self.prompts), 100):
+                raise RuntimeError(
+                    f"No valid pair in {unfruitful} prompts: no two candidates differ enough in score for "
+                    f"`preference_threshold={args.preference_threshold}`. Lower the threshold, or check that the reward "
+                    "model tells images of one prompt apart (`step_reward/std`)."
+                )
+        accumulation, world = args.gradient_accumulation_steps, args.world_size
+        total = min(self.waiting, self.pairs_per_step)
+        total -= total % world
+        if total < accumulation * world:
+            if self.waiting:
+                logger.warning(f"{self.waiting} pairs are left at the end, too few for a step; they are not used.")
+            return None
+        step, self.pool = self.pool[:total], self.pool[total:]
+        self.num_pairs_seen += total
+        own = step[args.process_index * (total // world) : (args.process_index + 1) * (total // world)]
+        rows = torch.arange(len(own)).chunk(accumulation) if len(own) % accumulation == 0 else None
+        rows = rows or torch.tensor_split(torch.arange(len(own)), accumulation)
+        return [{"pairs": own[index], "num_pairs": len(own), "num_micro_batches": accumulation} for index in rows]
+
+    def _rollout_round(self):
+        """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
+        args, start = self.trainer.args, self.num_prompts_seen
+        epoch, position = divmod(start, len(self.prompts))
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        order = torch.randperm(len(self.prompts), generator=generator).tolist()
+        size = args.per_device_rollout_batch_size * args.world_size
+        size = int(min(size, len(self.prompts) - position, self.total_prompts - start))
+        indices = order[position : position + size]
+        own = indices[args.process_index :: args.world_size]
+        parts = [self.trainer.rollout([self.prompts[i] for i in own], seed=start)] if own else []
+        # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process.
+        parts = gather_object(parts) if args.world_size > 1 else parts
+        fresh = StepPairs.cat(parts).to("cpu")
+        shuffle = torch.Generator().manual_seed(args.seed + 1 + start)
+        fresh = fresh[torch.randperm(len(fresh), generator=shuffle)]
+        self.pool = fresh if self.pool is None else StepPairs.cat([self.pool, fresh])
+        self.num_prompts_seen += size
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path):
+        """Write the position in the prompts and the pairs that were not trained on yet."""
+        directory = Path(directory)
+        tensors = {} if self.pool is None else {k: v.contiguous() for k, v in self.pool.tensors().items()}
+        save_file({name: value.clone() for name, value in tensors.items()}, directory / PAIRS_NAME)
+        state = {
+            "num_prompts": len(self.prompts),
+            "num_prompts_seen": self.num_prompts_seen,
+            "num_pairs_seen": self.num_pairs_seen,
+            "pool_prompts": [] if self.pool is None else self.pool.prompts,
+            "metrics": self.trainer._metrics,
+            "last_rollout_metrics": self.trainer._last_rollout_metrics,
+        }
+        (directory / STATE_NAME).write_text(json.dumps(state))
+
+    def load(self, directory: str | Path):
+        """
+        Raises:
+            ValueError: if the files are missing, or belong to another prompt dataset.
+        """
+        directory = Path(directory)
+        if not (directory / STATE_NAME).is_file() or not (directory / PAIRS_NAME).is_file():
+            raise ValueError(
+                f"{str(directory)!r} is no complete SPO checkpoint: {STATE_NAME} or {PAIRS_NAME} is missing. Resume "
+                "from an earlier one."
+            )
+        state = json.loads((directory / STATE_NAME).read_text())
+        if state["num_prompts"] != len(self.prompts):
+            raise ValueError(
+                f"The checkpoint was written with {state['num_prompts']} prompts, this run has {len(self.prompts)}. "
+                "Resume with the same `train_dataset`."
+            )
+        self.num_prompts_seen, self.num_pairs_seen = state["num_prompts_seen"], state["num_pairs_seen"]
+        tensors = load_file(directory / PAIRS_NAME)
+        self.pool = StepPairs(**tensors, prompts=state["pool_prompts"]) if tensors else None
+        self.trainer._metrics = defaultdict(lambda: [0.0, 0.0], state["metrics"])
+        self.trainer._last_rollout_metrics = state["last_rollout_metrics"]
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the Trainer where epochs and the run really end: the number of valid pairs is not known beforehand."""
+
+    def __init__(self, trainer: "SPOTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loader = self.trainer.pair_loader
+        state.epoch = loader.epoch
+        if loader.exhausted:
+            control.should_training_stop = True
+            if args.save_strategy == "steps":
+                control.should_save = True
+        elif loader.epoch_finished:
+            control.should_epoch_stop = True
+        if args.max_steps <= 0:
+            self._update_progress_bar(state, loader)
+        return control
+
+    def _update_progress_bar(self, state, loader: PairLoader):
+        per_prompt = (loader.num_pairs_seen + loader.waiting) / loader.num_prompts_seen
+        total = math.ceil(per_prompt * loader.total_prompts / loader.pairs_per_step)
+        for callback in self.trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.total = state.global_step if loader.exhausted else max(total, state.global_step + 1)
+
+
+class SPOTrainer(Trainer):
+    r"""
+    Trainer for Step-aware Preference Optimization (SPO) of diffusion models.
+
+    Args:
+        config ([`SPOConfig`]):
+            Configuration. It is copied, not changed.
+        pipeline ([`SPOPipeline`], `StableDiffusionPipeline`, `StableDiffusionXLPipeline`, path or Hub id):
+            What is trained; everything [`wrap_pipeline`] accepts. Its denoiser gets an adapter, the rest is frozen.
+        reward_model ([`StepAwareRewardModel`], path, Hub id or callable):
+            Scores candidates: a step-aware reward model, or any `(images (B, 3, H, W) in [0, 1], prompts: list[str],
+            timesteps (B,)) -> scores (B,)`.
+        train_dataset (`datasets.Dataset` or `list[str]`, *optional*):
+            Prompts: a list, or a dataset with a `prompt` or `caption` column. Otherwise `config.dataset_name`.
+        eval_dataset (`datasets.Dataset` or `list[str]`, *optional*):
+            Held-out prompts for [`~SPOTrainer.evaluate`].
+        metrics (`dict[str, Callable]`, *optional*):
+            Further scores for evaluation, each `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`; logged as
+            `eval_{name}_mean` and `eval_{name}_std`.
+        peft_config (`peft.PeftConfig`, *optional*):
+            The adapter. Defaults to LoRA with rank 4 on the attention projections.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks to customize the training loop.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            An optimizer and a learning rate schedule to use instead of the config's.
+
+    Example:
+
+    ```python
+    >>> from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
+
+    >>> reward_model = StepAwareRewardModel.from_pretrained("path/to/reward_model")
+    >>> trainer = SPOTrainer(
+    ...     SPOConfig(output_dir="spo-sd15"),
+    ...     "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ...     reward_model,
+    ...     train_dataset=["a watercolor of a fox", "a red bicycle in the rain"],
+    ... )
+    >>> trainer.train()
+    >>> trainer.save_model()  # pipe.load_lora_weights(output_dir) loads it
+    ```
+
+    Raises:
+        TypeError, ValueError: for input that cannot be trained on, before any work is done.
+    """
+
+    _tag_names = ["trl", "spo", "diffusers", "text-to-image"]
+    _name = "SPO"
+    _paper = {
+        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
+        "Optimization",
+        "id": "2406.04314",
+    }
+
+    def __init__(
+        self,
+        config: SPOConfig,
+        pipeline: Any,
+        reward_model: StepAwareRewardModel | str | Path | Callable,
+        train_dataset: Dataset | list[str] | None = None,
+        eval_dataset: Dataset | list[str] | None = None,
+        metrics: dict[str, Callable] | None = None,
+        peft_config: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        if not isinstance(config, SPOConfig):
+            raise TypeError(f"`config` must be an `SPOConfig`, got `{type(config).__name__}`.")
+        config = copy.copy(config)
+        config.ignore_data_skip = True  # the pair loader resumes by its own position; nothing is rolled out twice
+        config._n_gpu = min(config.n_gpu, 1)  # one process per device; `DataParallel` cannot split pairs
+
+        # Cheap checks first: nothing is loaded for a run that cannot start.
+        if train_dataset is None:
+            if config.dataset_name is None:
+                raise ValueError(
+                    "SPO needs prompts: pass `train_dataset` (a list of strings, or a dataset with a 'prompt' or "
+                    "'caption' column) or set `config.dataset_name`."
+                )
+            train_dataset = load_dataset(config.dataset_name, split="train")
+        prompts = read_prompts(train_dataset, config.dataset_prompt_column)
+        if eval_dataset is not None:
+            eval_dataset = read_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")
+        elif config.eval_strategy != "no":
+            raise ValueError(f"`eval_strategy={str(config.eval_strategy)!r}` needs prompts: pass `eval_dataset`.")
+        if not isinstance(reward_model, (str, Path)) and not callable(reward_model):
+            raise TypeError(
+                "`reward_model` must be a `StepAwareRewardModel`, a path or Hub id of one, or a callable `(images, "
+                f"prompts, timesteps) -> scores`, got `{type(reward_model).__name__}`."
+            )
+
+        self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
+        self.pipeline.latent_shape(config.height, config.width)
+        self._check_branches(config)
+        if isinstance(reward_model, (str, Path)):
+            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
+        self.reward_model = reward_model
+        if isinstance(reward_model, torch.nn.Module):
+            reward_model.requires_grad_(False).eval().to(config.device)
+        model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
+        self.pipeline.to(config.device)
+        if config.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+
+        self.metrics = metrics or {}
+        self.pair_loader: PairLoader | None = None
+        self._prompts = prompts
+        self._embeds_cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> [sum, weight]
+        self._last_rollout_metrics: dict[str, float] = {}
+        self.model_tags = self._tag_names
+        super().__init__(
+            model=model,
+            args=config,
+            train_dataset=prompts,
+            eval_dataset=eval_dataset,
+            data_collator=list,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.pair_loader = PairLoader(self, prompts)
+        self.add_callback(_EpochCallback(self))
+        if config.log_images_steps > 0:
+            shown = (eval_dataset or prompts)[: config.num_eval_images]
+            self.add_callback(ImageLoggingCallback(self, shown, config.log_images_steps))
+        if config.max_steps <= 0 and config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+            logger.warning(
+                "The number of valid pairs is not known beforehand, so the learning rate schedule spans the largest "
+                f"possible number of steps ({len(self.pair_loader)} per epoch). Set `max_steps` to make it exact."
+            )
+
+    def _check_branches(self, config: SPOConfig):
+        """At least one branching step must have candidates that differ."""
+        self.pipeline.set_timesteps(config.num_inference_steps)
+        end = config.num_inference_steps if config.branch_end_step is None else config.branch_end_step
+        if not any(self.pipeline.step_is_stochastic(i, config.eta) for i in range(config.branch_start_step, end)):
+            raise ValueError(
+                f"Steps {config.branch_start_step} to {end - 1} of the scheduler are deterministic (sigma = 0), so their "
+                "candidates would be equal. Branch earlier steps, or set `set_alpha_to_one=False` in the scheduler."
+            )
+
+    # --- rollouts ----------------------------------------------------------------------------------------------------
+
+    def _encode(self, prompts: list[str]) -> PromptEmbeds:
+        """Embeddings of prompts; the most recent ones are kept, so that an epoch does not encode them twice."""
+        args = self.args
+        size = {k: v for k, v in (("height", args.height), ("width", args.width)) if v is not None}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeds_cache]
+        if missing:
+            embeds = self.pipeline.encode_prompt(missing, args.negative_prompt, **size)
+            for i, prompt in enumerate(missing):
+                self._embeds_cache[prompt] = embeds[i : i + 1]
+        for prompt in prompts:
+            self._embeds_cache.move_to_end(prompt)
+        result = PromptEmbeds.cat([self._embeds_cache[prompt] for prompt in prompts])
+        while len(self._embeds_cache) > 1024:
+            self._embeds_cache.popitem(last=False)
+        return result
+
+    def rollout(self, prompts: list[str], seed: int = 0, return_trajectory: bool = False) -> StepPairs:
+        """
+        One stepwise rollout under the current policy, with the settings of the config.
+
+        Args:
+            prompts (`list[str]`): prompts of the batch.
+            seed (`int`, *optional*, defaults to `0`): with the config's seed and the process, fixes the randomness.
+            return_trajectory (`bool`, *optional*, defaults to `False`): keep latents per branch.
+
+        Side effects: adds to the metrics of the next log.
+        """
+        args, start = self.args, time.perf_counter()
+        generator = torch.Generator(args.device)
+        generator.manual_seed((args.seed * 1_000_003 + seed) * 4096 + args.process_index)
+        self.model.eval()
+        with self.accelerator.autocast():
+            pairs = stepwise_rollout(
+                self.pipeline,
+                self._encode(prompts),
+                self.reward_model,
+                prompts=prompts,
+                num_candidates=args.num_candidates,
+                num_inference_steps=args.num_inference_steps,
+                branch_start_step=args.branch_start_step,
+                branch_end_step=args.branch_end_step,
+                num_inner_steps=args.num_inner_steps,
+                eta=args.eta,
+                guidance_scale=args.guidance_scale,
+                preference_threshold=args.preference_threshold,
+                resample=args.resample,
+                pair=args.pair,
+                height=args.height,
+                width=args.width,
+                rollout_micro_batch_size=args.rollout_micro_batch_size,
+                vae_decode_batch_size=args.vae_decode_batch_size,
+                generator=generator,
+                return_trajectory=return_trajectory,
+            )
+        self._record_rollout(pairs)
+        self._add("time/rollout", time.perf_counter() - start, 1)
+        return pairs
+
+    def _record_rollout(self, pairs: StepPairs):
+        for branch in pairs.branches:
+            scores, valid = branch.scores, branch.selection.valid
+            margin = scores.max(0).values - scores.min(0).values
+            low = branch.timestep // TIMESTEP_BIN * TIMESTEP_BIN
+            self._add("step_reward/mean", scores.mean(0))
+            self._add("step_reward/std", scores.std(0))
+            self._add("step_reward/margin", margin)
+            self._add("pairs/valid_fraction", valid.float())
+            self._add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
+        if pairs.final_scores is not None:
+            self._add("reward_mean", pairs.final_scores)
+            self._add("reward_square", pairs.final_scores**2)
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """
+        SPO loss of a micro-batch of pairs. Winner and loser of a pair that shares x_t come from one forward pass of the
+        policy and one of the reference; only transitions inside a multi-step branch have an x_t each.
+        """
+        args, start = self.args, time.perf_counter()
+        pairs: StepPairs = inputs["pairs"].to(args.device)
+        apart = (~pairs.shared).nonzero(as_tuple=True)[0]
+        latents = torch.cat([pairs.latents, pairs.rejected_latents[apart]])
+        timesteps = torch.cat([pairs.timesteps, pairs.timesteps[apart]])
+        chosen_row = torch.arange(len(pairs), device=latents.device)
+        rejected_row = chosen_row.clone()
+        rejected_row[apart] = torch.arange(len(pairs), len(latents), device=latents.device)
+        embeds = self._encode(pairs.prompts)
+        embeds = PromptEmbeds.cat([embeds, embeds[apart]])
+        guidance_scale = args.guidance_scale if args.train_cfg else 1.0
+
+        def distribution(denoiser):
+            output = self.pipeline.predict(latents, timesteps, embeds, guidance_scale, denoiser)
+            return self.pipeline.step_distribution(output, timesteps, latents, args.eta)
+
+        with self.accelerator.autocast():
+            with torch.no_grad(), self.pipeline.reference() as reference:
+                ref_mean, std, _ = distribution(reference)
+            mean = distribution(model).prev_sample_mean
+
+        def log_probs(mean):
+            return [
+                gaussian_log_prob(prev_latents, mean[row], std[row])
+                for prev_latents, row in (
+                    (pairs.chosen_prev_latents, chosen_row),
+                    (pairs.rejected_prev_latents, rejected_row),
+                )
+            ]
+
+        chosen_logps, rejected_logps = log_probs(mean)
+        ref_chosen_logps, ref_rejected_logps = log_probs(ref_mean)
+        output = spo_loss(
+            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=args.beta, epsilon=args.epsilon
+        )
+        kl = gaussian_kl(mean, ref_mean, std)
+        kl = (kl[chosen_row] + kl[rejected_row]) / 2
+        # A mean over the pairs of the whole optimizer step, however they fall into micro-batches.
+        scale = inputs["num_micro_batches"] / inputs["num_pairs"]
+        loss = (output.losses + args.kl_coef * kl).sum() * scale
+        self._record_loss(output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl)
+        self._add("time/train", time.perf_counter() - start, 1)
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record_loss(self, output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl):
+        chosen = chosen_logps - ref_chosen_logps
+        rejected = rejected_logps - ref_rejected_logps
+        ratios = torch.cat([chosen, rejected])
+        clipped = (ratios < math.log1p(-self.args.epsilon)) | (ratios > math.log1p(self.args.epsilon))
+        self._add("rewards/chosen", self.args.beta * chosen)
+        self._add("rewards/rejected", self.args.beta * rejected)
+        self._add("rewards/margins", self.args.beta * (chosen - rejected))
+        self._add("rewards/accuracies", (chosen > rejected).float())
+        # Each pair is seen once, so this is the policy's order of pairs it was not trained on; a draw counts one half.
+        self._add("pairs/fresh_accuracy", (chosen > rejected).float() + 0.5 * (chosen == rejected).float())
+        self._add("logps/chosen", chosen_logps)
+        self._add("logps/rejected", rejected_logps)
+        self._add("ratio/chosen", output.chosen_ratio)
+        self._add("ratio/rejected", output.rejected_ratio)
+        self._add("clip_ratio", clipped.float())
+        self._add("kl", kl)
+        self._add("approx_kl", 0.5 * ratios**2)
+
+    # --- logging -----------------------------------------------------------------------------------------------------
+
+    def _add(self, name: str, values: torch.Tensor | float, weight: float | None = None):
+        """Add values to the running mean of a metric; with an explicit weight of 1, to a running sum."""
+        if torch.is_tensor(values):
+            values, weight = values.detach().double().sum().item(), values.numel()
+        entry = self._metrics[name]
+        entry[0] += values
+        entry[1] += weight
+
+    def _pop_metrics(self) -> dict[str, float]:
+        """Metrics since the last log, over all processes."""
+        parts = gather_object([dict(self._metrics)]) if self.args.world_size > 1 else [dict(self._metrics)]
+        self._metrics.clear()
+        totals = defaultdict(lambda: [0.0, 0.0])
+        for part in parts:
+            for name, (total, weight) in part.items():
+                totals[name][0] += total
+                totals[name][1] += weight
+        logs = {
+            name: total / (self.args.world_size if name.startswith("time/") else weight)
+            for name, (total, weight) in totals.items()
+        }
+        if "reward_square" in logs:
+            logs["reward_std"] = math.sqrt(max(logs.pop("reward_square") - logs["reward_mean"] ** 2, 0.0))
+        # One rollout feeds several steps: a log without a rollout of its own repeats the metrics of the last one.
+        rollout_names = ("step_reward/", "pairs/valid", "reward_")
+        self._last_rollout_metrics.update({k: v for k, v in logs.items() if k.startswith(rollout_names)})
+        logs = {**self._last_rollout_metrics, **logs}
+        logs.setdefault("time/rollout", 0.0)
+        logs["num_prompts_seen"] = self.pair_loader.num_prompts_seen
+        logs["num_pairs_seen"] = self.pair_loader.num_pairs_seen
+        return logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._pop_metrics()}
+        super().log(logs, start_time)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> PairLoader:
+        return self.pair_loader
+
+    def set_initial_training_values(self, *args, **kwargs):
+        values = super().set_initial_training_values(*args, **kwargs)
+        if self.args.max_steps > 0:  # epochs have fewer steps than the loader's length says: let steps end the run
+            values = (2**31 - 1, *values[1:])
+        return values
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self.pair_loader = PairLoader(self, self._prompts)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: list[str], seeds: list[int] | None = None, progress: str | None = None):
+        """
+        Images of the current policy with the sampler of the config, one fixed seed per prompt.
+
+        Returns:
+            `torch.Tensor` of shape `(len(prompts), 3, height, width)` in [0, 1], on the CPU.
+        """
+        args = self.args
+        self.model.eval()
+        with self.accelerator.autocast():
+            return generate_images(
+                self.pipeline,
+                prompts,
+                seeds=range(args.eval_seed, args.eval_seed + len(prompts)) if seeds is None else seeds,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                eta=args.eta,
+                negative_prompt=args.negative_prompt,
+                height=args.height,
+                width=args.width,
+                batch_size=args.per_device_eval_batch_size,
+                progress=progress,
+            )
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Scores `(N,)` of clean images under the reward model (`reward`) and the trainer's metrics."""
+        size = self.args.per_device_eval_batch_size
+        scores = {"reward": score_images(images, prompts, self.reward_model, batch_size=size)}
+        for name, metric in self.metrics.items():
+            scores[name] = torch.as_tensor(metric(images, prompts)).float().cpu()
+        return scores
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Sample the evaluation prompts with fixed seeds and score the images.
+
+        Args:
+            eval_dataset (`datasets.Dataset` or `list[str]`, *optional*): prompts instead of the trainer's own.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: `{prefix}_reward_mean`, `{prefix}_reward_std`, and the same for every metric.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
+            raise ValueError("There are no prompts to evaluate: pass `eval_dataset` here or to the trainer.")
+        prompts = read_prompts(given, self.args.dataset_prompt_column, "eval_dataset")
+        start, rank, world = time.perf_counter(), self.args.process_index, self.args.world_size
+        rows = list(range(len(prompts)))[rank::world]
+        own = [prompts[i] for i in rows]
+        scores = self.score(self.generate(own, [self.args.eval_seed + i for i in rows]), own)
+        parts = gather_object([scores]) if world > 1 else [scores]
+        logs = {}
+        for name in scores:
+            values = torch.cat([part[name] for part in parts]).double()
+            logs[f"{metric_key_prefix}_{name}_mean"] = values.mean().item()
+            logs[f"{metric_key_prefix}_{name}_std"] = values.std().item() if len(values) > 1 else 0.0
+        logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    # --- saving and loading ------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter in diffusers' format, or the whole denoiser in its folder, and a model card."""
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if self.pipeline.use_lora:
+            if state_dict is not None:
+                state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
+            self.pipeline.save_lora(output_dir, state_dict)
+        else:
+            self.pipeline.denoiser.save_pretrained(output_dir / self.pipeline.denoiser_name)
+        self._write_model_card(output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.pair_loader.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_weights(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        if self.pipeline.use_lora:
+            if not (directory / LORA_NAME).is_file():
+                raise ValueError(f"{str(directory)!r} has no {LORA_NAME}, so it is no SPO checkpoint.")
+            self.pipeline.load_lora(directory)
+        else:
+            saved = type(self.pipeline.denoiser).from_pretrained(directory, subfolder=self.pipeline.denoiser_name)
+            self.pipeline.denoiser.load_state_dict(saved.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self._load_weights(resume_from_checkpoint)
+        self.pair_loader.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+        self._load_weights(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
+        if self.is_world_process_zero():
+            self._write_model_card(Path(self.args.output_dir))
+
+    def _write_model_card(self, output_dir: Path) -> None:
+        args = self.args
+        base = getattr(self.pipeline.sd_pipeline, "name_or_path", None) or ""
+        is_hub_id = base.count("/") == 1 and not Path(base).exists()
+        recipe = {
+            name: getattr(args, name)
+            for name in (
+                "learning_rate per_device_train_batch_size gradient_accumulation_steps world_size "
+                "per_device_rollout_batch_size num_candidates num_inner_steps branch_start_step branch_end_step "
+                "preference_threshold beta epsilon kl_coef resample pair seed"
+            ).split()
+        }
+        header = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
+        header += [f"- {tag}" for tag in (*self._tag_names, *(["lora"] if self.pipeline.use_lora else []))]
+        header += [f"base_model: {base}"] if is_hub_id else []
+        load = (
+            'pipe.load_lora_weights("path/to/this/folder")'
+            if self.pipeline.use_lora
+            else f"pipe.{self.pipeline.denoiser_name} = "
+            f'{type(self.pipeline.denoiser).__name__}.from_pretrained("path/to/this/folder", '
+            f'subfolder="{self.pipeline.denoiser_name}")'
+        )
+        evaluations = [log for log in self.state.log_history if "eval_reward_mean" in log]
+        lines = ["---", *header, "---", "", f"# {output_dir.name}", ""]
+        lines += [
+            f"{'LoRA' if self.pipeline.use_lora else 'Denoiser'} trained with Step-aware Preference Optimization "
+            f"([paper](https://huggingface.co/papers/{self._paper['id']})) for {self.state.global_step} steps on "
+            f"{self.pair_loader.num_pairs_seen} pairs.",
+            "",
+            f"```python\n{load}\n```",
+            "",
+            "## Sampler",
+            "",
+            f"{type(self.pipeline.scheduler).__name__}, {args.num_inference_steps} steps, eta {args.eta}, guidance "
+            f"{args.guidance_scale}. Compare with the base model under the same sampler: guidance alone moves scores.",
+            "",
+            "## Recipe",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *(f"| `{name}` | {value} |" for name, value in recipe.items()),
+            "",
+        ]
+        if evaluations:
+            lines += ["## Evaluation", "", "| metric | last |", "|---|---|"]
+            lines += [f"| `{k}` | {v:.4f} |" for k, v in evaluations[-1].items() if k.endswith(("_mean", "_std"))]
+            lines += [""]
+        (output_dir / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,385 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Training of the step-aware reward model of SPO (https://huggingface.co/papers/2406.04314, section 3.2)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from transformers import Trainer, TrainerCallback
+
+from .losses import step_preference_loss
+from .modeling_step_reward import StepAwareRewardModel, StepRewardOutput
+from .pipeline_base import wrap_pipeline
+from .step_preference_data import StepPreferenceCollator, noised_pair_images, prepare_preference_dataset
+from .step_reward_config import StepRewardConfig
+
+
+TRAIN, EVAL = 0, 1  # keep the random numbers of training and evaluation apart
+
+
+def caption_contrastive_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, prompts: list[str]
+) -> torch.Tensor:
+    r"""
+    CLIP's symmetric contrastive loss (https://huggingface.co/papers/2103.00020, section 2.3) per pair: each image must
+    find its caption among those of the batch, and each caption its image. The same caption further down the batch is
+    no negative; a batch with one distinct caption has loss 0.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised image features.
+        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised text features.
+        logit_scale (`torch.Tensor` of shape `()`):
+            Factor of the cosines.
+        prompts (`list[str]`):
+            The captions, to tell which are equal.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    ids = torch.tensor([numbers[prompt] for prompt in prompts], device=image_embeds.device)
+    targets = torch.arange(len(ids), device=ids.device)
+    repeats = (ids[:, None] == ids) & (targets[:, None] != targets)
+    logits = (logit_scale * image_embeds @ text_embeds.T).masked_fill(repeats, float("-inf"))  # (images, captions)
+    image_losses = F.cross_entropy(logits, targets, reduction="none")
+    text_losses = F.cross_entropy(logits.T, targets, reduction="none")
+    return (image_losses + text_losses) / 2
+
+
+class RunningAverages:
+    """Averages of named values over steps and processes. Stays on the device until it is read."""
+
+    def __init__(self, names: list[str], accelerator):
+        self.names = names
+        self.accelerator = accelerator
+        self.reset()
+
+    def reset(self):
+        self.sums = torch.zeros(len(self.names), 2, device=self.accelerator.device)
+
+    def add(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None):
+        values = values.detach().float().flatten()
+        mask = torch.ones_like(values) if mask is None else mask.to(values).flatten()
+        self.sums[self.names.index(name)] += torch.stack([(values * mask).sum(), mask.sum()])
+
+    def pop(self) -> dict[str, float]:
+        """The averages since the last call; names without a value are left out. Every process must call it."""
+        sums = self.accelerator.reduce(self.sums, "sum").tolist()
+        self.reset()
+        return {name: total / count for name, (total, count) in zip(self.names, sums, strict=True) if count > 0}
+
+
+class StepRewardTrainer(Trainer):
+    r"""
+    Trainer of the step-aware reward model of [SPO](https://huggingface.co/papers/2406.04314): preferences between
+    finished images, learnt on what the diffusion model predicts of them at a random timestep.
+
+    For each pair one timestep and one noise are drawn; both noised images pass the frozen diffusion model in one batch
+    and become predictions of the clean image, which the reward model scores. The loss is the cross entropy of the two
+    scores against the label ([`step_preference_loss`]), each pair weighted by `1 / num_example_per_prompt`. Weights
+    are normalised over the whole optimizer step, accumulation and processes included, so that splitting a batch
+    differently does not change the gradient.
+
+    The random numbers of a step come from the seed, the number of the step and the process, so a resumed run draws
+    what the uninterrupted one would have drawn.
+
+    Args:
+        config ([`StepRewardConfig`]):
+            Configuration of the training.
+        pipeline:
+            The diffusion model whose predictions are to be judged; anything [`wrap_pipeline`] accepts. It is not
+            changed.
+        reward_model ([`StepAwareRewardModel`] or `str`):
+            The model to train, or the folder or Hub id of one. Start from [`StepAwareRewardModel.from_clip`]. Trained
+            in float32 (under autocast with `bf16` or `fp16`), since steps of 3e-6 vanish in half precision weights.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`, *optional*):
+            Image pairs in Pick-a-Pic's or TRL's preference format. Defaults to `config.dataset_name`.
+        eval_dataset (the same or a `dict` of them, *optional*):
+            Pairs to evaluate on. Ties do not count in the accuracy.
+        data_collator (`Callable`, *optional*):
+            Defaults to [`StepPreferenceCollator`].
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Callbacks of the training loop.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+
+    trainer = StepRewardTrainer(
+        StepRewardConfig(output_dir="step-reward", bf16=True),
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        StepAwareRewardModel.from_clip(
+            "yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        ),
+        train_dataset=load_dataset("yuvalkirstain/pickapic_v1", split="train"),
+    )
+    trainer.train()
+    trainer.save_model()  # a folder for `StepAwareRewardModel.from_pretrained`
+    ```
+    """
+
+    _tag_names = ["trl", "spo", "step-aware-reward-model"]
+    _name = "SPO step-aware reward model"
+    _paper = {
+        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
+        "Optimization",
+        "id": "2406.04314",
+    }
+
+    def __init__(
+        self,
+        config: StepRewardConfig,
+        pipeline: Any,
+        reward_model: StepAwareRewardModel | str,
+        train_dataset: Any | None = None,
+        eval_dataset: Any | None = None,
+        data_collator: Any | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        if isinstance(reward_model, (str, Path)):
+            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
+        if not isinstance(reward_model, StepAwareRewardModel):
+            raise ValueError(
+                f"`reward_model` must be a StepAwareRewardModel or a path, got {type(reward_model).__name__}."
+            )
+        if train_dataset is None and config.dataset_name is not None:
+            train_dataset = load_dataset(config.dataset_name, split="train")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("There are no image pairs: pass `train_dataset` or set `dataset_name` in the config.")
+        self.pipeline = wrap_pipeline(pipeline)
+        self._check_timesteps(config, reward_model)
+        reward_model.float()
+        if config.freeze_text_tower:
+            reward_model.freeze_text_tower()
+        # Several visible GPUs in one process would mean `nn.DataParallel`, which cannot split prompts. One process
+        # per GPU (`accelerate launch`) uses them all.
+        if config.n_gpu > 1:
+            config._n_gpu = 1
+        if config.ddp_find_unused_parameters is None:
+            config.ddp_find_unused_parameters = False  # every parameter that is trained is used
+        if data_collator is None:
+            data_collator = StepPreferenceCollator(
+                config.resolution, config.dataset_prompt_column, config.max_bad_image_fraction
+            )
+        prompt_column = config.dataset_prompt_column
+        super().__init__(
+            model=reward_model,
+            args=config,
+            data_collator=data_collator,
+            train_dataset=_prepare(train_dataset, prompt_column),
+            eval_dataset=_prepare(eval_dataset, prompt_column),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # `compute_loss` divides by `num_items_in_batch` itself, see `_get_num_items_in_batch`.
+        self.model_accepts_loss_kwargs = True
+        self.model.add_model_tags(self._tag_names)
+        self.pipeline.to(self.accelerator.device)
+        for module in (self.pipeline.denoiser, *self.pipeline.frozen_modules().values()):
+            module.eval()
+        self._last_step = self._micro_step = -1
+        self._eval_batch = 0
+        self._prepare_metrics()
+
+    def _check_timesteps(self, config: StepRewardConfig, reward_model: StepAwareRewardModel):
+        limit = min(self.pipeline.num_train_timesteps, reward_model.config.num_train_timesteps)
+        drawn = [config.max_timestep] if config.timesteps is None else config.timesteps
+        largest = max(*drawn, *config.eval_timesteps)
+        if largest >= limit:
+            raise ValueError(
+                f"Timestep {largest} is out of range: pipeline and reward model know timesteps up to {limit - 1}. "
+                "Lower `max_timestep`, `timesteps` or `eval_timesteps`."
+            )
+
+    def _prepare_metrics(self):
+        names = ["accuracy", "margin", "mean_reward", "min_reward", "max_reward"]
+        losses = ["preference_loss", "caption_loss"] if self.args.caption_loss_coef > 0 else []
+        count = self.args.accuracy_timestep_bins
+        edges = [round(i * self.pipeline.num_train_timesteps / count) for i in range(count + 1)]
+        self._bins = {
+            f"accuracy/t_{low}_{high - 1}": (low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)
+        }
+        self._train_averages = RunningAverages(names + losses + list(self._bins), self.accelerator)
+        eval_names = [f"accuracy/t_{timestep}" for timestep in dict.fromkeys(self.args.eval_timesteps)]
+        self._eval_averages = RunningAverages(names + eval_names, self.accelerator)
+
+    # ---- randomness ----
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        """A generator that depends on the seed, the process and `numbers` only. On the CPU: the same on every device."""
+        entropy = [self.args.seed, self.args.process_index, *numbers]
+        seed = np.random.SeedSequence(entropy).generate_state(1, dtype=np.uint64)[0] >> np.uint64(1)
+        return torch.Generator().manual_seed(int(seed))
+
+    def _next_train_generator(self) -> torch.Generator:
+        step = self.state.global_step
+        self._micro_step = self._micro_step + 1 if step == self._last_step else 0
+        self._last_step = step
+        return self._generator(TRAIN, step, self._micro_step)
+
+    def _draw_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:  # (B,) int64
+        if self.args.timesteps is None:
+            return torch.randint(
+                self.args.min_timestep, self.args.max_timestep + 1, (batch_size,), generator=generator
+            )
+        choices = torch.tensor(self.args.timesteps)
+        return choices[torch.randint(len(choices), (batch_size,), generator=generator)]
+
+    # ---- training ----
+
+    def _score_pairs(
+        self, model, inputs: dict[str, Any], timesteps: torch.Tensor, generator: torch.Generator
+    ) -> tuple[StepRewardOutput, torch.Tensor, torch.Tensor]:
+        """Noises, predicts and scores both images of each pair; returns the output on (2B) images and two (B,) scores."""
+        # The pipeline computes in its own precision, as it does in SPO's rollout.
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            images = noised_pair_images(
+                self.pipeline,
+                inputs,
+                timesteps,
+                guidance_scale=self.args.guidance_scale,
+                generator=generator,
+                negative_prompt=self.args.negative_prompt,
+                prediction_batch_size=self.args.prediction_batch_size,
+            )
+        output = model(torch.cat(images), prompts=inputs["prompts"] * 2, timesteps=timesteps.repeat(2))
+        return output, *output.scores.chunk(2)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        generator = self._next_train_generator()
+        timesteps = self._draw_timesteps(len(inputs["prompts"]), generator)
+        output, scores_0, scores_1 = self._score_pairs(model, inputs, timesteps, generator)
+        label_0, label_1, weights = inputs["label_0"], inputs["label_1"], inputs["weights"]
+        losses = step_preference_loss(scores_0, scores_1, label_0, label_1)  # (B,)
+        if self.args.caption_loss_coef > 0:
+            caption_losses = self._caption_losses(output, inputs)
+            self._train_averages.add("preference_loss", losses, weights)
+            self._train_averages.add("caption_loss", caption_losses, weights)
+            losses = losses + self.args.caption_loss_coef * caption_losses
+        total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (weights * losses).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
+
+        pairs = torch.stack([scores_0, scores_1, label_0, label_1, weights], dim=-1).detach()
+        correct, untied = self._record(self._train_averages, pairs)
+        timesteps = timesteps.to(correct.device)
+        for name, (low, high) in self._bins.items():
+            self._train_averages.add(name, correct, untied & (timesteps >= low) & (timesteps < high))
+        return (loss, output) if return_outputs else loss
+
+    def _caption_losses(self, output: StepRewardOutput, inputs: dict[str, Any]) -> torch.Tensor:
+        """Contrastive loss of the preferred image of each pair (image 0 of a tie), shape (B,)."""
+        embeds_0, embeds_1 = output.image_embeds.chunk(2)
+        preferred = torch.where((inputs["label_1"] > inputs["label_0"])[:, None], embeds_1, embeds_0)
+        text_embeds = output.text_embeds.chunk(2)[0]
+        return caption_contrastive_loss(preferred, text_embeds, output.logit_scale, inputs["prompts"])
+
+    def _record(self, averages: RunningAverages, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Adds pairs to the metrics. `pairs (B, 5)` holds scores_0, scores_1, label_0, label_1, weight. Returns whether
+        each pair is ordered as labelled, and whether it is no tie, both (B,).
+        """
+        scores, preference, present = pairs[:, :2], pairs[:, 2] - pairs[:, 3], pairs[:, 4] > 0
+        untied = (preference != 0) & present
+        margins = (scores[:, 0] - scores[:, 1]) * preference.sign()
+        correct = margins > 0
+        averages.add("accuracy", correct, untied)
+        averages.add("margin", margins, untied)
+        averages.add("mean_reward", scores, present[:, None].expand_as(scores))
+        averages.add("min_reward", scores.min(), present.any())
+        averages.add("max_reward", scores.max(), present.any())
+        return correct, untied
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> torch.Tensor:
+        """Weight of all pairs of an optimizer step, per process because gradients are averaged over processes."""
+        total = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum() / self.args.world_size
+        return total
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:  # a logging step of the training loop, not its summary and not an evaluation
+            logs.update(self._train_averages.pop())
+        super().log(logs, *args, **kwargs)
+
+    # ---- evaluation ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        r"""
+        Measures how often the reward model orders pairs as labelled, at each of `config.eval_timesteps`. The noise is
+        seeded, so that evaluations of one run are comparable.
+
+        Returns:
+            `dict` with `eval_loss`, `eval_accuracy` (mean over the timesteps), `eval_accuracy/t_{t}`, `eval_margin`,
+            `eval_mean_reward`, `eval_min_reward`, `eval_max_reward`.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = _prepare(eval_dataset, self.args.dataset_prompt_column)
+        return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._eval_batch = 0
+        self._eval_averages.reset()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        averages = self._eval_averages.pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
+        return output
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        label_0, label_1, weights = inputs["label_0"], inputs["label_1"], inputs["weights"]
+        losses, pairs = [], []
+        eval_timesteps = list(dict.fromkeys(self.args.eval_timesteps))
+        for timestep in eval_timesteps:
+            timesteps = torch.full((len(inputs["prompts"]),), timestep)
+            generator = self._generator(EVAL, self._eval_batch, timestep)
+            with self.compute_loss_context_manager():
+                _, scores_0, scores_1 = self._score_pairs(model, inputs, timesteps, generator)
+            losses.append(step_preference_loss(scores_0, scores_1, label_0, label_1).mean())
+            pairs.append(torch.stack([scores_0, scores_1, label_0, label_1, weights], dim=-1))
+        self._eval_batch += 1
+        for timestep, of_timestep in zip(eval_timesteps, self._gather_pairs(torch.stack(pairs)), strict=True):
+            correct, untied = self._record(self._eval_averages, of_timestep)
+            self._eval_averages.add(f"accuracy/t_{timestep}", correct, untied)
+        return torch.stack(losses).mean(), None, None
+
+    def _gather_pairs(self, pairs: torch.Tensor) -> torch.Tensor:
+        """
+        The pairs `(T, B, 5)` of all processes, without those that only fill up the last batch. Gathered as objects,
+        since processes that skipped broken images have fewer.
+        """
+        if self.args.world_size == 1:
+            return pairs
+        rows = self.accelerator.gather_for_metrics(list(pairs.cpu().unbind(1)), use_gather_object=True)
+        return torch.stack([row.to(pairs.device) for row in rows], dim=1)
+
+
+def _prepare(dataset: Any, prompt_column: str | None) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: prepare_preference_dataset(part, prompt_column) for name, part in dataset.items()}
+    return prepare_preference_dataset(dataset, prompt_column)
