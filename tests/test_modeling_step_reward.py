@@ -27,11 +27,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from testing_utils import PROMPTS, tiny_clip
 from transformers import CLIPConfig, CLIPModel
 
 from trl_spo import StepAwareRewardModel, StepAwareRewardModelConfig
 from trl_spo.modeling_step_reward import CLIP_MEAN, CLIP_STD, prepare_images
+
+from .testing_utils import PROMPTS, tiny_clip
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,9 @@ class TestStepConditioning:
         """With shift 2 and scale 3 on the class token, the features are projection(pooled * 4 + 2)."""
         pixel_values = prepare_images(images, 16)
         pooled = CLIPModel.from_pretrained(clip_path).eval().vision_model(pixel_values=pixel_values).pooler_output
-        model.model.vision_model.adaLN_modulation[1].bias.data = torch.cat([torch.full((16,), 2.0), torch.full((16,), 3.0)])
+        model.model.vision_model.adaLN_modulation[1].bias.data = torch.cat(
+            [torch.full((16,), 2.0), torch.full((16,), 3.0)]
+        )
         expected = model.model.visual_projection(pooled * 4 + 2)
         torch.testing.assert_close(model.get_image_features(pixel_values, 5), expected)
 

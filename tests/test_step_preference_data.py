@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from testing_utils import PROMPTS, changed, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 from trl_spo import wrap_pipeline
 from trl_spo.step_preference_data import (
@@ -35,6 +34,8 @@ from trl_spo.step_preference_data import (
     noised_pair_images,
     prepare_preference_dataset,
 )
+
+from .testing_utils import PROMPTS, changed, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
 def picture(color, size=(16, 16)):

@@ -23,12 +23,13 @@ import math
 import pytest
 import torch
 from PIL import Image
-from testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline
 from transformers import TrainerCallback
 
 from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
 from trl_spo.step_preference_data import StepPreferenceCollator, noised_pair_images
 from trl_spo.step_reward_trainer import caption_contrastive_loss
+
+from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline
 
 
 def rows(count, **changes):
@@ -193,6 +194,17 @@ class TestLoss:
         drawn = make_trainer(rows(2), timesteps=[0, 951])._draw_timesteps(100, generator)
         assert set(drawn.tolist()) == {0, 951}
 
+    def test_every_forward_pass_draws_anew_but_predictably(self, make_trainer):
+        """Two passes of one step and one of the next: three different draws, which a second trainer repeats."""
+        draws = []
+        for _ in range(2):
+            trainer = make_trainer(rows(2))
+            for step in (0, 0, 1):
+                trainer.state.global_step = step
+                draws.append(trainer._draw_timesteps(6, trainer._next_train_generator()).tolist())
+        assert draws[:3] == draws[3:]
+        assert draws[0] != draws[1] != draws[2] != draws[0]
+
 
 class TestTraining:
     def test_moves_the_reward_model_and_nothing_else(self, make_trainer, pipeline):
@@ -235,7 +247,7 @@ class TestTraining:
         metrics = trainer.evaluate()
         pipeline.vae.load_state_dict(before)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert losses[0] > 0.5 and losses[-1] < 0.05
+        assert losses[0] > 0.2 and losses[-1] < 0.02
         assert metrics["eval_accuracy/t_1"] == metrics["eval_accuracy/t_51"] == 1
 
     def test_logs(self, make_trainer):
@@ -300,16 +312,22 @@ class TestTraining:
 
 class TestEvaluation:
     def test_accuracy_by_timestep_repeats_and_leaves_out_ties(self, make_trainer):
-        """At t = 0 the score sees the clean images, so the accuracy is that of plain scoring."""
+        """
+        At t = 0 the score sees the clean images, so the accuracy is that of plain scoring. The labels are set such
+        that three of four preferences agree with the model; the fifth pair is a tie.
+        """
         data = rows(5)
+        trainer = make_trainer(rows(1))
+        batch = StepPreferenceCollator(16)(data)
+        s0, s1 = (trainer.model.score(batch[name], batch["prompts"], 0) for name in ("images_0", "images_1"))
+        for i, (row, first) in enumerate(zip(data, (s0 > s1).tolist(), strict=True)):
+            first = first if i < 3 else not first
+            row.update(label_0=float(first), label_1=float(not first))
         data[4].update(label_0=0.5, label_1=0.5)
         trainer = make_trainer(eval_dataset=data, per_device_eval_batch_size=3)
         first = trainer.evaluate()
         assert {f"eval_accuracy/t_{t}" for t in (0, 251, 501, 701, 951)} <= first.keys()
-        batch = StepPreferenceCollator(16)(data[:4])
-        s0, s1 = (trainer.model.score(batch[name], batch["prompts"], 0) for name in ("images_0", "images_1"))
-        correct = ((s0 > s1) == (batch["label_0"] > batch["label_1"])).float().mean().item()
-        assert first["eval_accuracy/t_0"] == pytest.approx(correct)
+        assert first["eval_accuracy/t_0"] == 0.75
         by_timestep = [value for name, value in first.items() if "accuracy/t_" in name]
         assert first["eval_accuracy"] == pytest.approx(sum(by_timestep) / 5)
         again = trainer.evaluate()

@@ -25,7 +25,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 
 WORDS = "a the red green blue cat dog bird on in of photo painting small large".split()
@@ -36,7 +43,7 @@ def tiny_tokenizer(folder: str | Path, max_length: int = 8) -> CLIPTokenizer:
     """A word-level CLIPTokenizer, written as the two files that every transformers version reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz"]
+    letters = list("abcdefghijklmnopqrstuvwxyz")
     tokens = letters + [letter + "</w>" for letter in letters] + [w + "</w>" for w in WORDS if len(w) > 1]
     merges = []
     for word in WORDS:  # merge a word left to right: its pieces have to exist as tokens too

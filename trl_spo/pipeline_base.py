@@ -137,9 +137,11 @@ class DenoiserForTraining(torch.nn.Module):
     def forward(self, *args, **kwargs):
         return self.denoiser(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None):
-        """The name `transformers.Trainer` uses for diffusers' `enable_gradient_checkpointing`."""
+    def activation_checkpointing_enable(self, **kwargs):
+        """What `transformers.Trainer` (5.x) calls for `gradient_checkpointing=True`; diffusers has no options for it."""
         self.denoiser.enable_gradient_checkpointing()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # transformers 4.x
 
 
 class SPOPipeline(DDPOStableDiffusionPipeline):

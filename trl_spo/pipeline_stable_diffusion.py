@@ -21,6 +21,7 @@ Stable Diffusion (1.x, 2.x) as SPO trains it: a UNet on VAE latents, stochastic 
 """
 
 import contextlib
+import copy
 from pathlib import Path
 
 import torch
@@ -31,7 +32,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from .pipeline_base import DDPOPipelineOutput, DDPOSchedulerOutput, PromptEmbeds, SPOPipeline
+from .pipeline_base import (
+    DDPOPipelineOutput,
+    DDPOSchedulerOutput,
+    PromptEmbeds,
+    SPOPipeline,
+    load_diffusers_pipeline,
+)
 from .scheduling_ddim import ddim_predict, ddim_step_stats
 from .step_distribution import StepDistribution, gaussian_log_prob
 
@@ -110,8 +117,6 @@ class SPOStableDiffusionPipeline(SPOPipeline):
     @classmethod
     def from_pretrained(cls, path: str | Path, use_lora: bool = True, **kwargs) -> "SPOStableDiffusionPipeline":
         """Load from a folder or Hub id; `kwargs` go to the diffusers `from_pretrained`."""
-        from .pipeline_base import load_diffusers_pipeline
-
         return cls(load_diffusers_pipeline(path, **kwargs), use_lora=use_lora)
 
     # --- components, as TRL's interface names them -------------------------------------------------------------------
@@ -377,10 +382,19 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         return DDPOSchedulerOutput(prev_sample, gaussian_log_prob(prev_sample, mean, std))
 
     def save_pretrained(self, output_dir: str | Path) -> None:
-        """The whole pipeline, and with LoRA the adapter beside it."""
-        if self.use_lora:
-            self.save_lora(output_dir)
-        self.sd_pipeline.save_pretrained(output_dir)
+        """The base pipeline and, if there is an adapter, its file beside it; both load in plain diffusers."""
+        trained = self.denoiser
+        if not getattr(trained, "peft_config", None):
+            self.sd_pipeline.save_pretrained(output_dir)
+            return
+        self.save_lora(output_dir)
+        base = copy.deepcopy(trained)  # weights under an adapter carry other names; save them without it
+        base.unload_lora()
+        self.sd_pipeline.register_modules(**{self.denoiser_name: base})
+        try:
+            self.sd_pipeline.save_pretrained(output_dir)
+        finally:
+            self.sd_pipeline.register_modules(**{self.denoiser_name: trained})
 
     def save_checkpoint(self, models: list, weights: list, output_dir: str | Path) -> None:
         """Hook of accelerate's `save_state`, in DDPO."""

@@ -135,8 +135,9 @@ class PairLoader:
 
     @property
     def epoch_finished(self) -> bool:
-        """All prompts of the epoch were rolled out, and what is left in the pool waits for the next one."""
-        return self.num_prompts_seen % len(self.prompts) == 0 and self.waiting < self.pairs_per_step
+        """All prompts of the epoch were rolled out, another one follows, and the pool's rest waits for it."""
+        more = self.num_prompts_seen < self.total_prompts
+        return more and self.num_prompts_seen % len(self.prompts) == 0 and self.waiting < self.pairs_per_step
 
     @property
     def exhausted(self) -> bool:
@@ -159,7 +160,8 @@ class PairLoader:
             seen, waiting = self.num_prompts_seen, self.waiting
             self._rollout_round()
             unfruitful = 0 if self.waiting > waiting else unfruitful + self.num_prompts_seen - seen
-            if unfruitful >= max(len(self.prompts), 100):
+            finished = self.num_prompts_seen >= self.total_prompts and self.num_pairs_seen == 0
+            if unfruitful >= max(len(self.prompts), 100) or (unfruitful and finished and not self.waiting):
                 raise RuntimeError(
                     f"No valid pair in {unfruitful} prompts: no two candidates differ enough in score for "
                     f"`preference_threshold={args.preference_threshold}`. Lower the threshold, or check that the reward "

@@ -1,0 +1,338 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Necessity: the pipeline is where SPO meets other people's models. It must agree with diffusers in what it computes, leave
+their objects alone, and refuse with one sentence what it cannot train.
+"""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+
+from trl_spo import SPOStableDiffusionPipeline, SPOStableDiffusionXLPipeline, wrap_pipeline
+from trl_spo.pipeline_base import DDPOStableDiffusionPipeline, PromptEmbeds
+
+from .testing_utils import (
+    PROMPTS,
+    changed,
+    ddim_scheduler,
+    state_of,
+    tiny_sd_pipeline,
+    tiny_sdxl_pipeline,
+)
+
+
+MAKERS = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def pipe(request, tmp_path):
+    return MAKERS[request.param](tmp_path)
+
+
+def reference_call(pipe, prompts, generators, **kwargs):
+    """What plain diffusers samples."""
+    return pipe(prompts, generator=generators, output_type="np", **kwargs).images
+
+
+class TestSampling:
+    @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+    @pytest.mark.parametrize("eta", [0.0, 1.0])
+    def test_equals_plain_diffusers(self, pipe, guidance_scale, eta):
+        prompts, settings = PROMPTS[:2], {"num_inference_steps": 4, "guidance_scale": guidance_scale, "eta": eta}
+        generators = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
+        expected = reference_call(pipe, prompts, generators[0], **settings)
+        spo_pipeline = wrap_pipeline(pipe)
+        images = spo_pipeline.sample(spo_pipeline.encode_prompt(prompts), generators[1], **settings)
+        images = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(images, expected, atol=2e-5)
+
+    def test_negative_prompt_and_size(self, pipe):
+        settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "eta": 1.0, "height": 24, "width": 8}
+        generators = [[torch.Generator().manual_seed(7)] for _ in range(2)]
+        expected = reference_call(pipe, [PROMPTS[0]], generators[0], negative_prompt=["a dog"], **settings)
+        spo_pipeline = wrap_pipeline(pipe)
+        embeds = spo_pipeline.encode_prompt([PROMPTS[0]], "a dog", height=24, width=8)
+        images = spo_pipeline.sample(embeds, generators[1], **settings)
+        assert images.shape == (1, 3, 24, 8)
+        np.testing.assert_allclose((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), expected, atol=2e-5)
+
+    def test_image_depends_on_its_own_seed_only(self, pipe):
+        spo_pipeline = wrap_pipeline(pipe)
+
+        def sample(indices):
+            generators = [torch.Generator().manual_seed(i) for i in indices]
+            return spo_pipeline.sample(spo_pipeline.encode_prompt([PROMPTS[i] for i in indices]), generators, 3)
+
+        together, alone = sample([0, 1, 2]), sample([1])
+        torch.testing.assert_close(together[1], alone[0], atol=1e-5, rtol=1e-5)
+        assert (together[0] - together[1]).abs().max() > 0.01
+
+    def test_encode_and_decode_are_the_vaes(self, pipe):
+        spo_pipeline = wrap_pipeline(pipe)
+        images = torch.rand(2, 3, 16, 16) * 2 - 1
+        latents = spo_pipeline.encode_images(images, torch.Generator().manual_seed(0))
+        posterior = pipe.vae.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+        expected = (posterior.mean + posterior.std * noise) * pipe.vae.config.scaling_factor
+        torch.testing.assert_close(latents, expected)
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        torch.testing.assert_close(spo_pipeline.decode_latents(latents), decoded)
+
+    def test_prediction_without_guidance_runs_half_the_batch(self, pipe):
+        spo_pipeline = wrap_pipeline(pipe)
+        embeds = spo_pipeline.encode_prompt(PROMPTS[:3])
+        sizes = []
+        pipe.unet.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+        for guidance_scale in (0.0, 1.0, 1.5):
+            spo_pipeline.predict(torch.randn(3, 4, 8, 8), 501, embeds, guidance_scale)
+        assert sizes == [3, 3, 6]
+
+
+class TestWrapPipeline:
+    def test_accepts_what_it_says(self, pipe, tmp_path):
+        cls = SPOStableDiffusionXLPipeline if hasattr(pipe, "tokenizer_2") else SPOStableDiffusionPipeline
+        wrapped = wrap_pipeline(pipe)
+        assert type(wrapped) is cls
+        assert wrap_pipeline(wrapped) is wrapped
+        assert isinstance(wrapped, DDPOStableDiffusionPipeline)
+
+        class LikeDDPO:  # TRL's wrapper keeps the diffusers pipeline under this name
+            sd_pipeline = pipe
+
+        assert wrap_pipeline(LikeDDPO()).sd_pipeline is pipe
+        pipe.save_pretrained(tmp_path / "saved")
+        loaded = wrap_pipeline(str(tmp_path / "saved"))
+        assert type(loaded) is cls
+        assert not changed(state_of(pipe.unet), loaded.denoiser)
+
+    @pytest.mark.parametrize("given", [None, 3, UNet2DConditionModel, {"unet": None}])
+    def test_says_what_it_accepts(self, given):
+        with pytest.raises(TypeError, match="StableDiffusionPipeline.*path or Hub id.*got an object of type"):
+            wrap_pipeline(given)
+
+    def test_unknown_paths(self, tmp_path):
+        with pytest.raises(ValueError, match="does not exist"):
+            wrap_pipeline(str(tmp_path / "nowhere"))
+        with pytest.raises(ValueError, match="model_index.json"):
+            wrap_pipeline(tmp_path)
+
+    def test_missing_component(self, tmp_path):
+        pipe = tiny_sd_pipeline(tmp_path)
+        pipe.vae = None
+        with pytest.raises(ValueError, match="has no vae"):
+            wrap_pipeline(pipe)
+
+    def test_inpainting_unet(self, tmp_path):
+        pipe = tiny_sd_pipeline(tmp_path)
+        pipe.unet.register_to_config(in_channels=9)
+        with pytest.raises(ValueError, match="9 input channels"):
+            wrap_pipeline(pipe)
+
+
+class TestScheduler:
+    def test_others_become_ddim_and_the_users_stays(self, tmp_path):
+        config = dict(ddim_scheduler().config)
+        for scheduler in (PNDMScheduler.from_config(config), EulerDiscreteScheduler.from_config(config)):
+            pipe = tiny_sd_pipeline(tmp_path, scheduler=scheduler)
+            wrapped = wrap_pipeline(pipe)
+            assert pipe.scheduler is scheduler
+            assert isinstance(wrapped.scheduler, DDIMScheduler)
+            torch.testing.assert_close(wrapped.scheduler.alphas_cumprod, ddim_scheduler().alphas_cumprod)
+
+    def test_latents_are_not_clipped_where_the_config_is_silent(self, tmp_path):
+        """Regression: a DDIMScheduler built from a configuration without `clip_sample` clips."""
+        scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        assert wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=scheduler)).scheduler.config.clip_sample is False
+
+    def test_flow_matching_is_refused(self, tmp_path):
+        pipe = tiny_sd_pipeline(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
+        with pytest.raises(ValueError, match="stochastic.*FlowMatchEulerDiscreteScheduler"):
+            wrap_pipeline(pipe)
+
+    def test_stochastic_steps(self, tmp_path):
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        assert wrapped.set_timesteps(5) == [801, 601, 401, 201, 1]
+        assert [wrapped.step_is_stochastic(i, 1.0) for i in range(5)] == [True] * 5
+        assert not wrapped.step_is_stochastic(0, 0.0)
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=ddim_scheduler(set_alpha_to_one=True)))
+        wrapped.set_timesteps(5)
+        assert [wrapped.step_is_stochastic(i, 1.0) for i in range(5)] == [True] * 4 + [False]
+
+
+class TestAdapter:
+    def test_reference_is_the_untouched_model(self, pipe):
+        """With the adapter off, outputs have the bits of the model before the adapter came."""
+        wrapped = wrap_pipeline(pipe)
+        latents, embeds = torch.randn(2, 4, 8, 8), wrapped.encode_prompt(PROMPTS[:2])
+        before = wrapped.predict(latents, 501, embeds, 3.0)
+        wrapped.prepare_for_training()
+        assert torch.equal(wrapped.predict(latents, 501, embeds, 3.0), before)  # B = 0: ratio exactly 1
+        for parameter in wrapped.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        assert not torch.equal(wrapped.predict(latents, 501, embeds, 3.0), before)
+        with wrapped.reference():
+            assert torch.equal(wrapped.predict(latents, 501, embeds, 3.0), before)
+        assert any(p.requires_grad for p in wrapped.denoiser.parameters())
+
+    @pytest.mark.parametrize("config", [{"r": 2, "lora_alpha": 8}, {"r": 4, "lora_alpha": 4, "use_dora": True}])
+    def test_saved_lora_gives_the_same_images_in_plain_diffusers(self, pipe, config, tmp_path):
+        """alpha != rank is lost by files that hold weights only: the configuration has to travel with them."""
+        wrapped = wrap_pipeline(pipe)
+        wrapped.prepare_for_training(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **config))
+        for parameter in wrapped.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        wrapped.save_lora(tmp_path / "lora")
+        settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
+        trained = pipe(PROMPTS[:1], generator=torch.Generator().manual_seed(0), **settings).images
+        fresh = MAKERS["sdxl" if hasattr(pipe, "tokenizer_2") else "sd"](tmp_path)
+        base = fresh(PROMPTS[:1], generator=torch.Generator().manual_seed(0), **settings).images
+        fresh.load_lora_weights(tmp_path / "lora")
+        loaded = fresh(PROMPTS[:1], generator=torch.Generator().manual_seed(0), **settings).images
+        assert np.abs(trained - base).max() > 1e-3
+        np.testing.assert_allclose(loaded, trained, atol=1e-6)
+
+    def test_load_restores_every_bit_and_refuses_another_adapter(self, pipe, tmp_path):
+        wrapped = wrap_pipeline(pipe)
+        wrapped.prepare_for_training()
+        for parameter in wrapped.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        wrapped.save_lora(tmp_path / "lora")
+        saved = state_of(wrapped.denoiser)
+        for parameter in wrapped.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data.zero_()
+        wrapped.load_lora(tmp_path / "lora")
+        assert not changed(saved, wrapped.denoiser)
+        other = wrap_pipeline(MAKERS["sdxl" if hasattr(pipe, "tokenizer_2") else "sd"](tmp_path))
+        other.prepare_for_training(LoraConfig(r=2, target_modules=["to_q"]))
+        with pytest.raises(ValueError, match="does not fit the adapter"):
+            other.load_lora(tmp_path / "lora")
+
+    def test_foreign_adapters_are_refused(self, pipe):
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+        with pytest.raises(ValueError, match="already has adapters \\(style\\).*fuse_lora"):
+            wrap_pipeline(pipe).prepare_for_training()
+
+    def test_adapter_that_matches_no_module(self, pipe):
+        with pytest.raises(ValueError, match="`peft_config` does not fit the unet"):
+            wrap_pipeline(pipe).prepare_for_training(LoraConfig(target_modules=["no_such_module"]))
+
+    def test_trainable_parameters_are_float32_in_a_half_model(self, tmp_path):
+        pipe = tiny_sd_pipeline(tmp_path)
+        pipe.unet.to(torch.bfloat16)
+        wrapped = wrap_pipeline(pipe)
+        wrapped.prepare_for_training()
+        dtypes = {p.requires_grad: p.dtype for p in wrapped.denoiser.parameters()}
+        assert dtypes == {True: torch.float32, False: torch.bfloat16}
+        assert wrapped.dtype == torch.bfloat16
+
+    def test_full_fine_tuning_has_a_frozen_reference(self, tmp_path):
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        wrapped.prepare_for_training(use_peft=False)
+        with wrapped.reference() as reference:
+            assert not any(p.requires_grad for p in reference.parameters())
+            before = state_of(reference)
+        wrapped.denoiser.conv_in.weight.data.add_(1)
+        with wrapped.reference() as reference:
+            assert not changed(before, reference)
+        assert all(p.requires_grad for p in wrapped.denoiser.parameters())
+
+
+class TestDDPOInterface:
+    def test_call_returns_every_latent_and_log_prob(self, tmp_path):
+        """The log-probabilities of a call are those of its own latents under `scheduler_step`."""
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        embeds = wrapped.encode_prompt(PROMPTS[:2])
+        output = wrapped(
+            prompt_embeds=embeds.prompt_embeds,
+            negative_prompt_embeds=embeds.negative_prompt_embeds,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            output_type="pt",
+        )
+        assert output.images.shape == (2, 3, 16, 16)
+        assert (len(output.latents), len(output.log_probs)) == (5, 4)
+        for i, timestep in enumerate(wrapped.scheduler.timesteps):
+            prediction = wrapped.predict(output.latents[i], timestep, embeds, 3.0)
+            step = wrapped.scheduler_step(
+                prediction, timestep.repeat(2), output.latents[i], 1.0, prev_sample=output.latents[i + 1]
+            )
+            torch.testing.assert_close(step.log_probs, output.log_probs[i])
+
+    def test_call_with_text(self, tmp_path):
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        images = wrapped("a red cat", num_inference_steps=2).images
+        assert images[0].size == (16, 16)
+        with pytest.raises(ValueError, match="prompt"):
+            wrapped()
+        with pytest.raises(ValueError, match="no density"):
+            wrapped("a red cat", num_inference_steps=2, eta=0.0)
+
+    def test_checkpoint_round_trip(self, tmp_path):
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        unet = wrapped.get_trainable_layers()
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        saved = state_of(unet)
+        wrapped.save_checkpoint([unet], [], tmp_path / "state")
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data.zero_()
+        wrapped.load_checkpoint([unet], tmp_path / "state")
+        assert not changed(saved, unet)
+
+    def test_save_pretrained_loads_in_diffusers(self, pipe, tmp_path):
+        """Regression: a UNet saved under its adapter has parameter names that no plain UNet knows."""
+        cls = StableDiffusionXLPipeline if hasattr(pipe, "tokenizer_2") else StableDiffusionPipeline
+        base = state_of(pipe.unet)
+        wrapped = wrap_pipeline(pipe)
+        unet = wrapped.get_trainable_layers()
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()
+        wrapped.save_pretrained(tmp_path / "whole")
+        assert wrapped.unet is unet
+        loaded = cls.from_pretrained(tmp_path / "whole")
+        assert not changed(base, loaded.unet)
+        loaded.load_lora_weights(tmp_path / "whole")
+        latents, embeds = torch.randn(1, 4, 8, 8), wrapped.encode_prompt(PROMPTS[:1])
+        torch.testing.assert_close(
+            wrap_pipeline(loaded).predict(latents, 1, embeds, 2.0), wrapped.predict(latents, 1, embeds, 2.0)
+        )
+
+
+def test_prompt_embeds_rows():
+    embeds = PromptEmbeds(torch.arange(6.0).view(3, 1, 2), pooled_prompt_embeds=torch.arange(3.0)[:, None])
+    assert embeds.repeat(2).pooled_prompt_embeds.flatten().tolist() == [0, 1, 2, 0, 1, 2]
+    assert embeds.repeat_interleave(2).pooled_prompt_embeds.flatten().tolist() == [0, 0, 1, 1, 2, 2]
+    assert embeds[torch.tensor([2, 0])].pooled_prompt_embeds.flatten().tolist() == [2, 0]
+    joined = PromptEmbeds.cat([embeds[:1], embeds[1:]])
+    assert torch.equal(joined.prompt_embeds, embeds.prompt_embeds)
+    assert joined.negative_prompt_embeds is None
