@@ -248,8 +248,8 @@ class TestWeights:
         prompts, seeds = evaluation_set("heldout", repeats=1)
         scores = evaluate(pipeline, prompts, seeds, guidance_scale=1.0)
         low, high = scores["aesthetics"].quantile(torch.tensor([0.1, 0.9])).tolist()
-        assert @@AES@@
-        assert scores["alignment"].mean() > @@ALI@@
+        assert 0.66 < scores["aesthetics"].mean() < 0.76
+        assert scores["alignment"].mean() > 0.66
         assert low < 0.45 and high > 0.75  # a dull and a vivid mode
 
     def test_sampling_does_not_depend_on_the_batch_size(self, pipeline):
@@ -279,8 +279,8 @@ class TestWeights:
         with torch.no_grad():
             latents = pipeline.vae.encode(2 * images - 1).latent_dist.mode()
             output = (pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        assert world.aesthetics_score(output).mean() > @@VAE@@
-        assert world.alignment_score(output, prompts).mean() > @@VAEALI@@
+        assert world.aesthetics_score(output).mean() > 0.91
+        assert world.alignment_score(output, prompts).mean() > 0.97
 
     def test_clip_knows_the_captions(self, pipeline):
         folder = WEIGHTS / "clip"
@@ -296,7 +296,7 @@ class TestWeights:
         ids = tokenizer(pool, padding="max_length", return_tensors="pt").input_ids
         with torch.no_grad():
             logits = clip(pixel_values=pixel_values, input_ids=ids).logits_per_image
-        assert (logits.argmax(1) == torch.arange(103)).float().mean() > @@CLIP@@
+        assert (logits.argmax(1) == torch.arange(103)).float().mean() > 0.8
 
     def test_words_are_tokens(self, pipeline):
         caption = "a small red circle on a yellow background"

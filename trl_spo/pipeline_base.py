@@ -74,7 +74,14 @@ except ImportError:
         log_probs: torch.Tensor
 
     class DDPOStableDiffusionPipeline:
-        """The interface TRL's `DDPOTrainer` trains against (TRL <= 0.23.1)."""
+        """The interface TRL's `DDPOTrainer` trains against (TRL <= 0.23.1): read-only components, and methods."""
+
+        def _missing(self, *args, **kwargs):
+            raise NotImplementedError(f"`{type(self).__name__}` does not offer this member of the DDPO interface.")
+
+        unet = vae = tokenizer = text_encoder = scheduler = autocast = property(_missing)
+        __call__ = scheduler_step = set_progress_bar_config = save_pretrained = _missing
+        get_trainable_layers = save_checkpoint = load_checkpoint = _missing
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
     """
 
     denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
+    scheduler = None  # set by subclasses; hides the read-only property of TRL's interface
 
     def __init__(self, pipeline):
         self.sd_pipeline = pipeline
@@ -198,8 +206,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         Returns:
             `torch.nn.Module`: the module to hand to an optimizer.
         """
-        for module in self.frozen_modules().values():
-            module.requires_grad_(False).eval()
+        self.freeze()
         self.use_lora = use_peft
         if use_peft:
             self.add_lora(peft_config)
@@ -208,6 +215,11 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
             self._frozen_copy = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
             self.denoiser.requires_grad_(True)
         return DenoiserForTraining(self.denoiser)
+
+    def freeze(self) -> None:
+        """Freeze every network but the denoiser."""
+        for module in self.frozen_modules().values():
+            module.requires_grad_(False).eval()
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """Networks that are used but never trained, by component name."""

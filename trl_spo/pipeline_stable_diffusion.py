@@ -281,8 +281,9 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         return self.denoiser
 
     def get_trainable_layers(self) -> torch.nn.Module:
-        """TRL's DDPO calls this to get the module it trains, with the adapter added."""
-        return self.add_lora() if self.use_lora else self.denoiser
+        """TRL's DDPO calls this to get the module it trains, with the adapter added and everything else frozen."""
+        self.freeze()
+        return self.add_lora() if self.use_lora else self.denoiser.requires_grad_(True)
 
     def save_lora(self, save_directory: str | Path, state_dict: dict | None = None) -> None:
         """

@@ -26,22 +26,36 @@ A pair of finished images with a human preference becomes a pair of *predictions
 The preference is taken to survive this, as the pair shares everything but the images. Differences from the public code
 (https://github.com/RockeyCoss/SPO): both images of a pair pass the denoiser in one batch, and rows without a label are
 dropped instead of counting as ties.
+
+[`load_preference_dataset`] finds the pairs (a Hub id, a parquet file, a folder), [`check_images`] looks at a sample of
+them before hours are spent, [`prepare_preference_dataset`] filters, [`relabel_preferences`] replaces the labels by those
+of a preference model, and an [`EncodingCache`] spares the second encoding of what a run has seen.
 """
 
+import hashlib
 import io
 import logging
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import DatasetDict, load_dataset, load_from_disk
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+
+from .pipeline_base import PromptEmbeds
 
 
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS_TO_JUDGE_BAD_IMAGES = 100
+SHARD_NAME = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")  # how the Hub names the parquet files of a split
 
 
 class PreferenceColumns(NamedTuple):
@@ -98,6 +112,57 @@ def find_preference_columns(column_names: list[str], prompt_column: str | None =
     return PreferenceColumns(prompt, image_0, image_1, labelled)
 
 
+def load_preference_dataset(name: str | Path, split: str = "train", streaming: bool = False) -> Any:
+    r"""
+    Loads preference pairs from wherever they are.
+
+    Args:
+        name (`str` or `Path`):
+            A `.parquet` file; a folder of parquet files, searched deeply (of files named as on the Hub,
+            `train-00000-of-00645.parquet`, those of `split` are taken); a folder that `save_to_disk` wrote; or
+            anything else that `datasets.load_dataset` knows, such as the Hub id `"yuvalkirstain/pickapic_v1"`.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to load.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are needed. Otherwise parquet files are first copied to the cache of `datasets`, which
+            takes as much disk again (hundreds of gigabytes for Pick-a-Pic v1).
+
+    Returns:
+        `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`.
+
+    Raises:
+        `FileNotFoundError`: If `name` is plainly a path and does not exist.
+        `ValueError`: If a folder has parquet files, but none of the split.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix == ".parquet":
+        return load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            dataset = load_from_disk(str(path))
+            dataset = dataset[split] if isinstance(dataset, DatasetDict) else dataset
+            return dataset.to_iterable_dataset() if streaming else dataset
+        files = sorted(path.rglob("*.parquet"))
+        if files:
+            files = [str(file) for file in _files_of_split(files, split, path)]
+            return load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+    elif not path.exists() and (path.suffix == ".parquet" or path.is_absolute() or str(name).startswith((".", "~"))):
+        raise FileNotFoundError(
+            f"There are no image pairs at {str(name)!r}: the path does not exist. Pass a `.parquet` file, a folder of "
+            "them, or a Hub id such as 'yuvalkirstain/pickapic_v1'."
+        )
+    return load_dataset(str(name), split=split, streaming=streaming)
+
+
+def _files_of_split(files: list[Path], split: str, folder: Path) -> list[Path]:
+    """Those files whose Hub-style name, or whose folder, says `split`; all of them if no name says anything."""
+    splits = [match["split"] if (match := SHARD_NAME.match(file.name)) else file.parent.name for file in files]
+    mine = [file for file, name in zip(files, splits, strict=True) if name == split or file.stem == split]
+    if mine or not any(SHARD_NAME.match(file.name) for file in files):
+        return mine or files
+    raise ValueError(f"{str(folder)!r} has no parquet file of the split {split!r}, only of {sorted(set(splits))}.")
+
+
 def is_labelled(row: dict[str, Any]) -> bool:
     """Whether a row tells a preference. Pick-a-Pic marks rows without one by `has_label` or by two zeros."""
     if "label_0" not in row:
@@ -121,7 +186,8 @@ def read_image(image: Any) -> Image.Image:
         `PIL.Image.Image`, fully decoded.
 
     Raises:
-        `OSError`: If there is no image, or its bytes cannot be decoded.
+        `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
+            pixels: a small file may unpack to gigabytes.
         `ValueError`: If it is none of the kinds above.
     """
     if isinstance(image, dict):
@@ -132,7 +198,11 @@ def read_image(image: Any) -> Image.Image:
     if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
         raise ValueError(f"An image must be a PIL image, bytes or a `datasets` image, got {type(image).__name__}.")
     try:
-        image = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image))  # reads the header only; beyond twice the limit PIL itself refuses
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
         return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -161,7 +231,83 @@ def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     return pixels / 127.5 - 1
 
 
-def prepare_preference_dataset(dataset: Any, prompt_column: str | None = None) -> Any:
+class BadRow(NamedTuple):
+    """A row with an unreadable image: its position in the dataset, the column and what went wrong."""
+
+    index: int
+    column: str
+    error: str
+
+
+def check_images(
+    dataset: Any,
+    num_rows: int = 256,
+    max_bad_image_fraction: float = 0.01,
+    prompt_column: str | None = None,
+) -> list[BadRow]:
+    r"""
+    Decodes the images of a sample of rows before a run spends hours on them.
+
+    The sample is spread evenly over a dataset with random access, and is the beginning of a stream; it is the same
+    rows each time and in every process.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`):
+            Dataset in Pick-a-Pic's or TRL's preference format.
+        num_rows (`int`, *optional*, defaults to `256`):
+            Rows to look at. All, if there are fewer.
+        max_bad_image_fraction (`float`, *optional*, defaults to `0.01`):
+            Largest tolerable share of rows with an unreadable image.
+        prompt_column (`str`, *optional*):
+            Column of the prompts.
+
+    Returns:
+        `list[BadRow]`: what was found, at most one entry per image.
+
+    Raises:
+        `ValueError`: If more than `max_bad_image_fraction` of the sample is bad.
+    """
+    dataset = _leave_undecoded(dataset)
+    if hasattr(dataset, "__len__"):
+        size = len(dataset)
+        count = min(num_rows, size)
+        sample: Iterable = ((i * size // count, dataset[i * size // count]) for i in range(count))
+        where = f"spread over {size}"
+    else:
+        sample, where = enumerate(islice(dataset, num_rows)), "from the beginning of the stream"
+    bad, num_checked = [], 0
+    for index, row in sample:
+        columns = find_preference_columns(list(row), prompt_column)
+        num_checked += 1
+        for name in (columns.image_0, columns.image_1):
+            try:
+                read_image(row[name])
+            except OSError as error:
+                bad.append(BadRow(index, name, str(error)))
+    if not bad:
+        return bad
+    num_bad = len({entry.index for entry in bad})
+    by_column = ", ".join(f"{n} in `{name}`" for name, n in sorted(Counter(entry.column for entry in bad).items()))
+    found = (
+        f"{num_bad} of the {num_checked} rows checked ({where}) have an unreadable image ({by_column}; first: row "
+        f"{bad[0].index}, {bad[0].error})"
+    )
+    if num_bad > max_bad_image_fraction * num_checked:
+        raise ValueError(
+            f"{found}, more than `max_bad_image_fraction={max_bad_image_fraction}`. Download these files again or drop "
+            "the rows; to train on the readable ones, raise `max_bad_image_fraction`."
+        )
+    logger.warning("%s. They will be skipped.", found)
+    return bad
+
+
+def prepare_preference_dataset(
+    dataset: Any,
+    prompt_column: str | None = None,
+    only_different: bool = False,
+    max_pairs_per_prompt: int | None = None,
+    drop_unlabelled: bool = True,
+) -> Any:
     r"""
     Checks a preference dataset before any long work begins, and drops the rows without a label.
 
@@ -173,23 +319,41 @@ def prepare_preference_dataset(dataset: Any, prompt_column: str | None = None) -
             Dataset in Pick-a-Pic's or TRL's preference format.
         prompt_column (`str`, *optional*):
             Column of the prompts.
+        only_different (`bool`, *optional*, defaults to `False`):
+            Drop pairs of equal images (`are_different` false).
+        max_pairs_per_prompt (`int`, *optional*):
+            Keep this many pairs of each prompt, the first ones. Weights stay `1 / num_example_per_prompt` of the
+            whole dataset, as in the public code, so that a prompt that lost pairs counts less. Not for streams.
+        drop_unlabelled (`bool`, *optional*, defaults to `True`):
+            `False` keeps rows without a label, for a training that computes labels of its own.
 
     Returns:
         The same kind of dataset.
 
     Raises:
-        `ValueError`: If it is empty, columns are missing, labels are no preference, or the first row is unusable.
+        `ValueError`: If it is empty, columns are missing, labels are no preference, the first row is unusable, or
+            nothing passes the filters.
     """
     dataset = _leave_undecoded(dataset)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("The preference dataset is empty.")
     columns = find_preference_columns(list(first), prompt_column)
-    if columns.labelled:
+    if columns.labelled and drop_unlabelled:
         dataset = _drop_unlabelled(dataset)
-        first = next(iter(dataset), None)
-        if first is None:
+        if next(iter(dataset), None) is None:
             raise ValueError("No row of the preference dataset has a label (`has_label` false, or both labels 0).")
+    if only_different:
+        if "are_different" not in first:
+            raise ValueError(
+                f"`only_different` needs the column `are_different`, got {sorted(first)}; leave the option off."
+            )
+        dataset = _keep(dataset, ["are_different"], lambda row: bool(row["are_different"]), "of equal images")
+    if max_pairs_per_prompt is not None:
+        dataset = _limit_pairs_per_prompt(dataset, columns.prompt, max_pairs_per_prompt)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("No row of the preference dataset passes the filter `only_different`.")
     if not isinstance(first[columns.prompt], str):
         raise ValueError(
             f"Column `{columns.prompt}` must hold strings, the first row has a {type(first[columns.prompt]).__name__}."
@@ -211,21 +375,43 @@ def _leave_undecoded(dataset):
     return dataset
 
 
-def _drop_unlabelled(dataset):
+def _keep(dataset, columns: list[str], condition: Callable[[dict], bool], what: str):
+    """The rows that fulfil `condition`, which sees `columns` only: images are neither read nor copied."""
     if isinstance(dataset, (list, tuple)):
-        keep = [row for row in dataset if is_labelled(row)]
-        _check_labels(*(np.array([row[name] for row in keep], dtype=float) for name in ("label_0", "label_1")))
-    elif hasattr(dataset, "select"):  # a map-style `datasets.Dataset`: read the label columns only
-        names = [name for name in ("has_label", "label_0", "label_1") if name in dataset.column_names]
-        labels = dataset.select_columns(names)
-        mask = np.array([is_labelled(row) for row in labels], dtype=bool)
-        keep = dataset if mask.all() else dataset.select(np.flatnonzero(mask))
-        _check_labels(*(np.array(labels[name], dtype=float)[mask] for name in ("label_0", "label_1")))
-    else:  # a stream can be neither counted nor checked in advance
-        return dataset.filter(is_labelled)
-    if len(keep) < len(dataset):
-        logger.info("Dropped %d of %d pairs that have no label.", len(dataset) - len(keep), len(dataset))
-    return keep
+        kept = [row for row in dataset if condition(row)]
+    elif hasattr(dataset, "select"):  # a map-style `datasets.Dataset`
+        columns = [name for name in columns if name in dataset.column_names]
+        mask = np.array([condition(row) for row in dataset.select_columns(columns)], dtype=bool)
+        kept = dataset if mask.all() else dataset.select(np.flatnonzero(mask))
+    else:  # a stream cannot be counted in advance
+        return dataset.filter(condition)
+    if len(kept) < len(dataset):
+        logger.info("Dropped %d of %d pairs %s.", len(dataset) - len(kept), len(dataset), what)
+    return kept
+
+
+def _drop_unlabelled(dataset):
+    dataset = _keep(dataset, ["has_label", "label_0", "label_1"], is_labelled, "that have no label")
+    if isinstance(dataset, (list, tuple)):
+        _check_labels(*(np.array([row[name] for row in dataset], dtype=float) for name in ("label_0", "label_1")))
+    elif hasattr(dataset, "select"):
+        _check_labels(*(np.array(dataset[name], dtype=float) for name in ("label_0", "label_1")))
+    return dataset
+
+
+def _limit_pairs_per_prompt(dataset, prompt_column: str, limit: int):
+    if not isinstance(dataset, (list, tuple)) and not hasattr(dataset, "select"):
+        raise ValueError(
+            "`max_pairs_per_prompt` has to see all prompts at once and cannot filter a stream; load the dataset without "
+            "streaming."
+        )
+    counts = Counter()
+
+    def is_early(row):
+        counts[row[prompt_column]] += 1
+        return counts[row[prompt_column]] <= limit
+
+    return _keep(dataset, [prompt_column], is_early, f"beyond {limit} per prompt")
 
 
 def _check_labels(label_0: np.ndarray, label_1: np.ndarray):
@@ -235,6 +421,161 @@ def _check_labels(label_0: np.ndarray, label_1: np.ndarray):
             "`label_0` and `label_1` must be probabilities that sum to 1 (1 and 0 for a preference, 0.5 each for a "
             f"tie), labelled row {bad[0]} has {label_0[bad[0]]} and {label_1[bad[0]]}."
         )
+
+
+def preference_labels(
+    scores_0: torch.Tensor, scores_1: torch.Tensor, tie_band: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Labels from the scores of a preference model, as the paper's SDXL reward model is trained on those of PickScore.
+
+    With p = softmax over the two scores, the pair is a tie (0.5 / 0.5) if |p_0 - p_1| < `tie_band`, else the higher
+    score wins (1 / 0). As p_0 - p_1 = tanh(gap / 2), a band of 0.1 is a gap of 0.2007.
+
+    Args:
+        scores_0 (`torch.Tensor` of shape `(batch_size,)`):
+            Scores of the first images.
+        scores_1 (`torch.Tensor` of shape `(batch_size,)`):
+            Scores of the second images.
+        tie_band (`float`, *optional*, defaults to `0.1`):
+            In [0, 1). Equal scores are a tie even with 0.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(batch_size,)`: `label_0` and `label_1`, float32.
+
+    Raises:
+        `ValueError`: If `tie_band` is out of range, or a score is not finite.
+    """
+    if not 0 <= tie_band < 1:
+        raise ValueError(f"`tie_band` is a difference of probabilities and must lie in [0, 1), got {tie_band}.")
+    gap = scores_0.float() - scores_1.float()
+    if not bool(gap.isfinite().all()):
+        raise ValueError("The preference model returned a score that is not finite, so there is no label.")
+    difference = torch.tanh(gap / 2)  # p_0 - p_1
+    label_0 = torch.where(difference.abs() < tie_band, torch.zeros_like(gap), gap.sign()) / 2 + 0.5
+    return label_0, 1 - label_0
+
+
+def score_clean_images(preference_model: Any, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    r"""
+    Scores of finished images, for labels.
+
+    Args:
+        preference_model ([`StepAwareRewardModel`] or `Callable`):
+            A reward model, asked at timestep 0 (one fresh from PickScore is PickScore), or a callable `(images
+            (B, 3, H, W) in [0, 1], prompts) -> scores (B,)`.
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+            In [-1, 1].
+        prompts (`list[str]`):
+            One per image.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: float32.
+
+    Raises:
+        `ValueError`: If there is not one score per image.
+    """
+    with torch.no_grad():
+        if hasattr(preference_model, "score"):
+            scores = preference_model.score(images, prompts, 0)
+        else:
+            scores = preference_model((images / 2 + 0.5).clamp(0, 1), prompts)
+    scores = torch.as_tensor(scores).float()
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"The preference model must return one score per image, shape ({len(prompts)},), got "
+            f"{tuple(scores.shape)}."
+        )
+    return scores
+
+
+def relabel_preferences(
+    dataset: Any,
+    preference_model: Any,
+    tie_band: float = 0.1,
+    batch_size: int = 16,
+    resolution: int = 512,
+    prompt_column: str | None = None,
+) -> Any:
+    r"""
+    Replaces human labels by the preferences of a model, once and for all. `StepRewardConfig(relabel_preferences=True)`
+    does the same batch by batch during training; this is for looking at the labels, saving them, or using them twice.
+
+    A row whose image cannot be read gets no label (`has_label` false) and is dropped by
+    [`prepare_preference_dataset`].
+
+    Args:
+        dataset (`datasets.Dataset` or `list[dict]`):
+            Pairs in Pick-a-Pic's format. Relabel before filtering: adding a column to a filtered dataset copies it.
+        preference_model ([`StepAwareRewardModel`] or `Callable`):
+            See [`score_clean_images`].
+        tie_band (`float`, *optional*, defaults to `0.1`):
+            See [`preference_labels`].
+        batch_size (`int`, *optional*, defaults to `16`):
+            Pairs per call of the model.
+        resolution (`int`, *optional*, defaults to `512`):
+            Side in pixels of the square images that the model is shown, as in [`StepRewardConfig`].
+        prompt_column (`str`, *optional*):
+            Column of the prompts.
+
+    Returns:
+        The same kind of dataset, with new `label_0`, `label_1` and `has_label`; the one passed in is left alone.
+
+    Raises:
+        `ValueError`: If the dataset is a stream or not in Pick-a-Pic's format.
+
+    Example:
+
+    ```python
+    >>> pairs = load_preference_dataset("yuvalkirstain/pickapic_v1")
+    >>> pickscore = StepAwareRewardModel.from_clip(
+    ...     "yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    ... )
+    >>> relabel_preferences(pairs, pickscore.to("cuda"), resolution=1024).to_parquet("relabelled.parquet")
+    ```
+    """
+    dataset = _leave_undecoded(dataset)
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "A stream cannot be relabelled in advance; set `relabel_preferences=True` in the StepRewardConfig instead."
+        )
+    if len(dataset) == 0:
+        raise ValueError("The preference dataset is empty.")
+    columns = find_preference_columns(list(dataset[0]), prompt_column)
+    if not columns.labelled:
+        raise ValueError(
+            "Labels can be replaced in Pick-a-Pic's format only (`jpg_0`, `jpg_1`, `label_0`, `label_1`): TRL's "
+            "`chosen` and `rejected` cannot express a tie."
+        )
+    labels = torch.zeros(len(dataset), 2)  # two zeros: no label
+    pairs = _read_pairs(dataset, columns, resolution)
+    while batch := list(islice(pairs, batch_size)):
+        indices, prompts, images_0, images_1 = zip(*batch, strict=True)
+        images = torch.cat([torch.stack(images_0), torch.stack(images_1)])
+        scores = score_clean_images(preference_model, images, list(prompts) * 2).cpu()
+        labels[list(indices)] = torch.stack(preference_labels(*scores.chunk(2), tie_band), dim=-1)
+    has_label = labels.sum(1) > 0
+    if not bool(has_label.all()):
+        logger.warning("%d of %d pairs have an unreadable image and no label.", int((~has_label).sum()), len(dataset))
+    values = {"label_0": labels[:, 0].tolist(), "label_1": labels[:, 1].tolist(), "has_label": has_label.tolist()}
+    if isinstance(dataset, (list, tuple)):
+        return [{**row, **{name: values[name][i] for name in values}} for i, row in enumerate(dataset)]
+    dataset = dataset.remove_columns([name for name in values if name in dataset.column_names])
+    for name, column in values.items():
+        dataset = dataset.add_column(name, column)
+    return dataset
+
+
+def _read_pairs(dataset, columns: PreferenceColumns, resolution: int) -> Iterator[tuple]:
+    """`(index, prompt, image_0, image_1)` of the readable pairs."""
+    for index, row in enumerate(dataset):
+        try:
+            images = [
+                image_to_tensor(read_image(row[name]), resolution) for name in (columns.image_0, columns.image_1)
+            ]
+        except OSError:
+            continue
+        yield index, row[columns.prompt], *images
 
 
 class StepPreferenceCollator:
@@ -253,6 +594,11 @@ class StepPreferenceCollator:
         max_bad_image_fraction (`float`, *optional*, defaults to `0.01`):
             Largest tolerable share of undecodable rows, judged from the hundredth row on. Counted per data loading
             process.
+        keep_unlabelled (`bool`, *optional*, defaults to `False`):
+            Keep rows without a label, as ties, for a training that computes labels of its own.
+        image_keys (`bool`, *optional*, defaults to `False`):
+            Add `keys_0` and `keys_1`, what an [`EncodingCache`] knows the images by: a hash of their bytes, so that an
+            image that occurs in several pairs, as Pick-a-Pic's do, is encoded once.
 
     Example:
 
@@ -267,10 +613,19 @@ class StepPreferenceCollator:
     ```
     """
 
-    def __init__(self, resolution: int, prompt_column: str | None = None, max_bad_image_fraction: float = 0.01):
+    def __init__(
+        self,
+        resolution: int,
+        prompt_column: str | None = None,
+        max_bad_image_fraction: float = 0.01,
+        keep_unlabelled: bool = False,
+        image_keys: bool = False,
+    ):
         self.resolution = resolution
         self.prompt_column = prompt_column
         self.max_bad_image_fraction = max_bad_image_fraction
+        self.keep_unlabelled = keep_unlabelled
+        self.image_keys = image_keys
         self.num_seen = self.num_bad = self.num_unlabelled = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -282,7 +637,8 @@ class StepPreferenceCollator:
         Returns:
             `dict` with `prompts` (`list[str]`), `images_0` and `images_1` (float32, shape
             `(batch_size, 3, resolution, resolution)`, in [-1, 1]), `label_0`, `label_1` and `weights` (float32, shape
-            `(batch_size,)`). `weights` is `1 / num_example_per_prompt`, not yet normalised.
+            `(batch_size,)`). `weights` is `1 / num_example_per_prompt`, not yet normalised. With `image_keys` also
+            `keys_0` and `keys_1` (`list[str]`).
         """
         columns = find_preference_columns(list(rows[0]), self.prompt_column)
         pairs = [pair for row in rows if (pair := self._read_row(row, columns)) is not None]
@@ -295,9 +651,9 @@ class StepPreferenceCollator:
             )
         if not pairs:
             blank = torch.zeros(3, self.resolution, self.resolution)
-            pairs = [("", blank, blank, 0.5, 0.5, 0.0)]
-        prompts, images_0, images_1, label_0, label_1, weights = zip(*pairs, strict=True)
-        return {
+            pairs = [("", blank, blank, 0.5, 0.5, 0.0, "blank", "blank")]
+        prompts, images_0, images_1, label_0, label_1, weights, keys_0, keys_1 = zip(*pairs, strict=True)
+        batch = {
             "prompts": list(prompts),
             "images_0": torch.stack(images_0),
             "images_1": torch.stack(images_1),
@@ -305,27 +661,135 @@ class StepPreferenceCollator:
             "label_1": torch.tensor(label_1, dtype=torch.float32),
             "weights": torch.tensor(weights, dtype=torch.float32),
         }
+        return {**batch, "keys_0": list(keys_0), "keys_1": list(keys_1)} if self.image_keys else batch
 
     def _read_row(self, row: dict[str, Any], columns: PreferenceColumns) -> tuple | None:
-        """`(prompt, image_0, image_1, label_0, label_1, weight)`, or `None` for a row that is skipped."""
-        if not is_labelled(row):
+        """`(prompt, image_0, image_1, label_0, label_1, weight, key_0, key_1)`, or `None` for a row that is skipped."""
+        labelled = is_labelled(row)
+        if not labelled and not self.keep_unlabelled:
             self.num_unlabelled += 1
             return None
         self.num_seen += 1
         try:
-            images = [
-                image_to_tensor(read_image(row[name]), self.resolution) for name in (columns.image_0, columns.image_1)
-            ]
+            pictures = [read_image(row[name]) for name in (columns.image_0, columns.image_1)]
         except OSError as error:
             self.num_bad += 1
             logger.warning("Skipped a pair with an unreadable image (prompt %r): %s", row[columns.prompt], error)
             return None
+        images = [image_to_tensor(picture, self.resolution) for picture in pictures]
+        keys = [_image_key(image) for image in images] if self.image_keys else ["", ""]
         labels = (float(row["label_0"]), float(row["label_1"])) if columns.labelled else (1.0, 0.0)
+        labels = labels if labelled else (0.5, 0.5)
         num_examples = row.get("num_example_per_prompt")
         num_examples = 1 if num_examples is None else num_examples
         if num_examples < 1:
             raise ValueError(f"`num_example_per_prompt` must be at least 1, got {num_examples}.")
-        return row[columns.prompt], *images, *labels, 1.0 / num_examples
+        return row[columns.prompt], *images, *labels, 1.0 / num_examples, *keys
+
+
+def _image_key(image: torch.Tensor) -> str:
+    """The same for equal pixels, whatever file they come from."""
+    return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+class EncodingCache:
+    r"""
+    Keeps what the frozen networks make of images and prompts, so that seeing them again costs nothing.
+
+    Of an image it keeps mean and standard deviation of the VAE's posterior, in main memory, and not a latent: every use
+    still draws its own sample, with the same random numbers as without the cache. Once `max_bytes` are taken, new
+    images are not kept, and none is thrown out: in epochs that pass over the data in a new order each, throwing out the
+    oldest would lose every image just before it comes again. Of prompts it keeps the most recently used.
+
+    Every image and every prompt is encoded alone, in a batch of one. So what is in the cache changes no bit of a run:
+    one that is resumed with an empty cache is the same run. Against a run without the cache, which encodes whole
+    batches, rounding may differ in the last bits, as it does for another batch size.
+
+    Args:
+        max_bytes (`int`, *optional*, defaults to `8 * 2**30`):
+            Memory for images. One of 512 pixels takes 128 KiB with a float32 VAE, one of 1024 four times that; half
+            precision takes half.
+        max_prompts (`int`, *optional*, defaults to `1024`):
+            Prompts to keep, on the pipeline's device.
+
+    Attributes:
+        num_bytes (`int`): memory taken by images.
+        num_images_encoded (`int`), num_prompts_encoded (`int`): how often a network had to run.
+    """
+
+    def __init__(self, max_bytes: int = 8 * 2**30, max_prompts: int = 1024):
+        self.max_bytes = max_bytes
+        self.max_prompts = max_prompts
+        self.num_bytes = self.num_images_encoded = self.num_prompts_encoded = 0
+        self._posteriors: dict[str, torch.Tensor] = {}
+        self._prompts: OrderedDict[tuple, PromptEmbeds] = OrderedDict()
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: Any, images: torch.Tensor, keys: list[str], generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        r"""
+        What `pipeline.encode_images(images, generator)` returns: latents drawn from the posterior.
+
+        Args:
+            pipeline:
+                An SPO pipeline with a VAE.
+            images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+                In [-1, 1].
+            keys (`list[str]`):
+                One per image: equal keys stand for equal images.
+            generator (`torch.Generator`, *optional*):
+                Source of the sampling noise.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, latent_height, latent_width)`.
+        """
+        parts = [self._posterior(pipeline, image, key) for image, key in zip(images, keys, strict=True)]
+        mean, std = torch.stack(parts, dim=1).to(pipeline.device)  # each (B, C, h, w)
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return ((mean + std * noise) * pipeline.vae.config.scaling_factor).to(pipeline.dtype)
+
+    def _posterior(self, pipeline, image: torch.Tensor, key: str) -> torch.Tensor:
+        """Mean and standard deviation, shape (2, C, h, w), on the CPU."""
+        if key in self._posteriors:
+            return self._posteriors[key]
+        image = image[None].to(pipeline.device, pipeline.vae.dtype)
+        posterior = pipeline.vae.encode(image).latent_dist
+        value = torch.cat([posterior.mean, posterior.std]).cpu()
+        self.num_images_encoded += 1
+        if self.num_bytes + value.nbytes <= self.max_bytes:
+            self._posteriors[key] = value
+            self.num_bytes += value.nbytes
+        return value
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+        r"""
+        What `pipeline.encode_prompt(prompts, negative_prompt, **size)` returns.
+
+        Args:
+            pipeline:
+                An SPO pipeline.
+            prompts (`list[str]`):
+                Prompts, repeats allowed.
+            negative_prompt (`str`, *optional*, defaults to `""`):
+                Prompt of the unconditional half of the guidance.
+            size:
+                `height` and `width` of the images.
+
+        Returns:
+            [`PromptEmbeds`], one row per prompt.
+        """
+        rows = []
+        for prompt in prompts:
+            key = (prompt, negative_prompt, *sorted(size.items()))
+            if key not in self._prompts:
+                self._prompts[key] = pipeline.encode_prompt([prompt], negative_prompt, **size)
+                self.num_prompts_encoded += 1
+            self._prompts.move_to_end(key)
+            rows.append(self._prompts[key])
+            if len(self._prompts) > self.max_prompts:
+                self._prompts.popitem(last=False)
+        return PromptEmbeds.cat(rows)
 
 
 @torch.no_grad()
@@ -337,6 +801,7 @@ def noised_pair_images(
     generator: torch.Generator | None = None,
     negative_prompt: str = "",
     prediction_batch_size: int | None = None,
+    cache: EncodingCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     Predictions of both images of each pair from the same timestep and the same noise.
@@ -359,6 +824,8 @@ def noised_pair_images(
             Prompt of the unconditional half of the guidance.
         prediction_batch_size (`int`, *optional*):
             Pairs per call of denoiser and VAE decoder. Defaults to all.
+        cache ([`EncodingCache`], *optional*):
+            Takes over the encoding of images and prompts; `batch` then needs `keys_0` and `keys_1`.
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(batch_size, 3, height, width)`: images in [-1, 1] on the pipeline's
@@ -381,14 +848,24 @@ def noised_pair_images(
     if len(noisy) == 0:
         return images[:, 0], images[:, 1]
     chunk = batch_size if prediction_batch_size is None else prediction_batch_size
-    latents = torch.cat([pipeline.encode_images(x.flatten(0, 1), generator=generator) for x in images.split(chunk)])
+    if cache is None:
+        encode_prompts = pipeline.encode_prompt
+        parts = [pipeline.encode_images(x.flatten(0, 1), generator=generator) for x in images.split(chunk)]
+    else:
+        encode_prompts = partial(cache.encode_prompts, pipeline)
+        keys = [key for pair in zip(batch["keys_0"], batch["keys_1"], strict=True) for key in pair]
+        parts = [
+            cache.encode_images(pipeline, part.flatten(0, 1), keys[2 * i * chunk :][: 2 * len(part)], generator)
+            for i, part in enumerate(images.split(chunk))
+        ]
+    latents = torch.cat(parts)
     latents = latents.unflatten(0, (batch_size, 2))  # (B, 2, C, h, w)
     noise = randn_tensor(
         (batch_size, 1, *latents.shape[2:]), generator=generator, device=latents.device, dtype=latents.dtype
     ).expand_as(latents)  # one noise per pair
     images = images.clone()
     for rows in noisy.split(chunk):
-        prompt_embeds = pipeline.encode_prompt(
+        prompt_embeds = encode_prompts(
             [prompts[row] for row in rows.tolist()], negative_prompt, height=images.shape[-2], width=images.shape[-1]
         ).repeat_interleave(2)
         pair_timesteps = timesteps[rows].repeat_interleave(2)

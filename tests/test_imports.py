@@ -1,0 +1,94 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Necessity: the layout is a promise (imports point one way, nothing heavy at import, no torchvision), and it erodes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trl_spo
+
+
+PACKAGE = Path(trl_spo.__file__).parent
+ORDER = (  # a module may import from the modules before it
+    "spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses pipeline_base "
+    "pipeline_stable_diffusion pipeline_stable_diffusion_xl modeling_step_reward rollout step_preference_data "
+    "evaluation visualization step_reward_trainer spo_trainer ddpo_interop"
+).split()
+CONTRACT = (
+    "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "
+    "SPOStableDiffusionPipeline SPOStableDiffusionXLPipeline wrap_pipeline stepwise_rollout StepPairs ddim_step_stats "
+    "gaussian_log_prob select_pairs PairSelection spo_loss step_preference_loss"
+).split()
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import statement in a file, those inside functions included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+        elif isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+    return found
+
+
+def modules() -> list[str]:
+    return sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+
+
+def test_every_module_has_its_place():
+    assert set(modules()) <= set(ORDER)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_one_way(module):
+    siblings = [name for level, name in imports_of(PACKAGE / f"{module}.py") if level == 1]
+    upward = [name for name in siblings if ORDER.index(name) >= ORDER.index(module)]
+    assert not upward, f"{module} imports {upward}, which come after it"
+
+
+def project_files() -> list[Path]:
+    folders = ("trl_spo", "tests", "examples", "benchmarks")
+    return sorted(path for folder in folders for path in (PACKAGE.parent / folder).glob("**/*.py"))
+
+
+@pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_no_torchvision_and_no_example_inside_the_package(path):
+    names = {name.split(".")[0] for level, name in imports_of(path) if level == 0}
+    assert not names & {"torchvision", "torchaudio"}
+    if path.parent == PACKAGE:
+        assert not names & {"examples", "tests", "benchmarks"}
+
+
+def test_contract_names_are_importable_and_functions_stay_functions():
+    """Regression: a module named like a function replaces it in the package once it is imported."""
+    for name in CONTRACT:
+        assert callable(getattr(trl_spo, name)), name
+    assert set(CONTRACT) <= set(trl_spo.__all__)
+
+
+def test_importing_the_package_computes_nothing():
+    code = "import sys, trl_spo; print([m for m in ('torch', 'diffusers', 'trl', 'peft') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        trl_spo.no_such_name  # noqa: B018
