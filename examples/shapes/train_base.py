@@ -47,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae_batch_size", type=int, default=32)
     parser.add_argument("--unet_steps", type=int, default=3_000)
     parser.add_argument("--unet_batch_size", type=int, default=64)
-    parser.add_argument("--clip_steps", type=int, default=1_500)
+    parser.add_argument("--clip_steps", type=int, default=800)
     parser.add_argument("--clip_batch_size", type=int, default=128)
     return parser.parse_args(argv)
 

@@ -1,0 +1,262 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The whole method in a world small enough for two CPU cores: noisy preferences -> step-aware reward model -> SPO -> scores
+of held-out prompts before and after, with pictures.
+
+```shell
+python examples/shapes/demo.py --output_dir demo_output
+```
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils import logging
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from anywhere
+
+from examples.shapes import world  # noqa: E402
+from examples.shapes.base_scores import evaluation_set, load_pipeline  # noqa: E402
+from examples.shapes.preferences import make_preferences  # noqa: E402
+from trl_spo import (  # noqa: E402
+    SPOConfig,
+    SPOTrainer,
+    StepAwareRewardModel,
+    StepRewardConfig,
+    StepRewardTrainer,
+    wrap_pipeline,
+)
+from trl_spo.evaluation import compare, comparison_table  # noqa: E402
+from trl_spo.visualization import (  # noqa: E402
+    before_after_sheet,
+    candidate_tree,
+    plot_accuracy_by_timestep,
+    plot_curves,
+)
+
+
+CLIP = Path(__file__).parent / "weights" / "clip"
+SAMPLER = {"num_inference_steps": 10, "guidance_scale": 1.0}
+METRICS = {
+    "aesthetics": lambda images, prompts: world.aesthetics_score(images),
+    "alignment": world.alignment_score,
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
+    parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
+    parser.add_argument("--reward_steps", type=int, default=150)
+    parser.add_argument("--spo_steps", type=int, default=40)
+    parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+class Stage:
+    """Announces a stage and remembers how long it took."""
+
+    seconds: dict[str, float] = {}  # noqa: RUF012
+
+    def __init__(self, title: str):
+        self.title = title
+
+    def __enter__(self):
+        print(f"\n=== {self.title}", flush=True)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc):
+        self.seconds[self.title] = round(time.perf_counter() - self.start, 1)
+
+
+class OneLineLog(TrainerCallback):
+    """Prints the few numbers one watches during training; all of them are in the log history."""
+
+    def __init__(self, keys: list[str]):
+        self.keys = keys
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = [f"{key} {logs[key]:.3f}" for key in self.keys if key in logs]
+        if shown:
+            print(f"  step {state.global_step:4d}  " + "  ".join(shown), flush=True)
+
+
+def quiet(trainer, keys: list[str]):
+    """A progress bar and one line per log."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+    class Bar(ProgressCallback):
+        def on_log(self, *args, **kwargs):
+            pass
+
+    trainer.add_callback(Bar)
+    trainer.add_callback(OneLineLog(keys))
+    return trainer
+
+
+def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
+    """Returns the reward model, and its accuracy by timestep before and after training."""
+    preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed)
+    evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1)
+    timesteps = [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+    reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
+    config = StepRewardConfig(
+        output_dir=str(args.output_dir / "reward_model"),
+        resolution=world.IMAGE_SIZE,
+        guidance_scale=SAMPLER["guidance_scale"],
+        timesteps=[0, *timesteps],
+        eval_timesteps=[0, 101, 301, 501, 701, 901],
+        max_steps=args.reward_steps,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=128,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-3,
+        warmup_steps=10,
+        weight_decay=0.1,
+        lr_scheduler_type="cosine",
+        caption_loss_coef=0.5,
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        seed=args.seed,
+    )
+    trainer = StepRewardTrainer(config, pipe, reward_model, train_dataset=preferences, eval_dataset=evaluation)
+    quiet(trainer, ["loss", "accuracy", "margin"])
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model()
+    accuracy = [{t: logs[f"eval_accuracy/t_{t}"] for t in config.eval_timesteps} for logs in (before, after)]
+    return trainer.model, *accuracy
+
+
+def make_spo_trainer(args, pipe, reward_model) -> SPOTrainer:
+    config = SPOConfig(
+        output_dir=str(args.output_dir),
+        **SAMPLER,
+        branch_start_step=1,
+        branch_end_step=8,  # the step before the last has 50 times the loss weight and nothing to learn
+        num_candidates=4,
+        per_device_rollout_batch_size=32,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=103,
+        max_steps=args.spo_steps,
+        learning_rate=5e-4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=10,
+        save_strategy="steps",
+        save_steps=10,
+        save_total_limit=2,
+        report_to="none",
+        use_cpu=True,
+        seed=args.seed,
+    )
+    prompts, _ = evaluation_set("validation", repeats=2)
+    trainer = SPOTrainer(
+        config,
+        pipe,
+        reward_model,
+        train_dataset=list(world.captions("train")),
+        eval_dataset=prompts,
+        metrics=METRICS,
+        peft_config=LoraConfig(
+            r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+        ),
+    )
+    return quiet(trainer, ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"])
+
+
+def main():
+    args = parse_args()
+    logging.set_verbosity_error()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pipe = load_pipeline()
+    pipe.vae.to(memory_format=torch.channels_last)
+    prompts, seeds = evaluation_set("heldout", repeats=args.eval_repeats)
+
+    with Stage(f"Step-aware reward model from {args.num_pairs} noisy preference pairs"):
+        reward_model, clip_accuracy, reward_accuracy = train_reward_model(args, pipe)
+    trainer = make_spo_trainer(args, pipe, reward_model)
+    with Stage(f"Base model on {len(prompts)} held-out prompts"):
+        images_before = trainer.generate(prompts, seeds, progress="sampling")
+        before = trainer.score(images_before, prompts)
+    with Stage("SPO"):
+        trainer.train()
+        trainer.save_model()
+    with Stage(f"Trained model on the same {len(prompts)} prompts and seeds"):
+        images_after = trainer.generate(prompts, seeds, progress="sampling")
+        after = trainer.score(images_after, prompts)
+    write_results(args, trainer, prompts, (images_before, before), (images_after, after), clip_accuracy, reward_accuracy)
+
+
+def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_accuracy):
+    (images_before, scores_before), (images_after, scores_after) = before, after
+    names = ("aesthetics", "alignment", "reward")
+    comparison = compare({n: scores_before[n] for n in names}, {n: scores_after[n] for n in names})
+    table = comparison_table(comparison)
+    metrics = {"num_prompts": len(prompts), **comparison, "sampler": {**SAMPLER, "scheduler": "DDIM", "eta": 1.0}}
+    metrics["seconds"] = Stage.seconds
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (args.output_dir / "metrics.md").write_text(table + "\n")
+    shown = torch.linspace(0, len(prompts) // args.eval_repeats - 1, 24).long().tolist()
+    before_after_sheet(
+        images_before[shown],
+        images_after[shown],
+        [prompts[i] for i in shown],
+        {n: scores_before[n][shown] for n in names},
+        {n: scores_after[n][shown] for n in names},
+        title="Held-out prompts before and after SPO, same seeds (DDIM, 10 steps, eta 1, guidance 1)",
+    ).save(args.output_dir / "before_after.png")
+    pairs = trainer.rollout(prompts[:4], seed=12345, return_trajectory=True)
+    candidate_tree(wrap_pipeline(trainer.pipeline), pairs).save(args.output_dir / "candidate_tree.png")
+    plot_curves(
+        trainer.state.log_history,
+        [
+            "eval_aesthetics_mean",
+            "eval_alignment_mean",
+            "eval_reward_mean",
+            "step_reward/mean",
+            "pairs/fresh_accuracy",
+            "pairs/valid_fraction",
+            "loss",
+            "kl",
+            "grad_norm",
+        ],
+        title="SPO in the shapes world (eval: validation captions)",
+    ).savefig(args.output_dir / "curves.png", dpi=120)
+    plot_accuracy_by_timestep(
+        {"CLIP, before training": clip_accuracy, "step-aware reward model": reward_accuracy},
+        title="Agreement with noisy labels, fresh pairs",
+    ).savefig(args.output_dir / "reward_accuracy.png", dpi=120)
+    print(f"\n{len(prompts)} held-out prompts, mean ± standard error\n\n{table}\n")
+    print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in Stage.seconds.items()))
+    print(f"Pictures, metrics and the LoRA are in {args.output_dir}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Why this file exists: a preset is read once, by someone who then spends 80 GPU hours on it. Each must parse as the
+scripts parse it, hold the published numbers (written out below once more, from the paper's table), and be what the
+configs do by default.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+from trl_spo import SPOConfig, StepRewardConfig
+from trl_spo.pipeline_stable_diffusion import default_lora_config
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES / "scripts"))
+
+from script_arguments import DiffusionModelArguments, RewardModelArguments  # noqa: E402
+
+
+SPO = {  # published for both models
+    "num_train_epochs": 10,
+    "num_inference_steps": 20,
+    "guidance_scale": 5.0,
+    "eta": 1.0,
+    "branch_start_step": 4,
+    "resample": "random",
+    "pair": "best_worst",
+    "epsilon": 0.1,
+    "beta": 10.0,
+    "train_cfg": True,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 1e-4,
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant",
+    "fp16": True,
+    "lora_target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    "lora_init": "gaussian",
+}
+STEP_REWARD = {
+    "clip_name_or_path": "yuvalkirstain/PickScore_v1",
+    "processor_name_or_path": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "dataset_name": "yuvalkirstain/pickapic_v1",
+    "guidance_scale": 5.0,
+    "min_timestep": 0,
+    "max_timestep": 999,
+    "weight_decay": 0.3,
+    "warmup_steps": 500,
+    "max_grad_norm": 1.0,
+    "bf16": True,
+    "eval_timesteps": [0, 251, 501, 701, 951],
+}
+TABLE = {
+    "spo_sd15": SPO
+    | {
+        "lora_r": 4,
+        "lora_alpha": 4,
+        "learning_rate": 6e-5,
+        "per_device_train_batch_size": 10,
+        "gradient_accumulation_steps": 1,
+        "per_device_rollout_batch_size": 10,
+        "num_candidates": 4,
+        "num_inner_steps": 1,
+        "preference_threshold": 0.3,
+        "reward_checkpoint_filename": "sd-v1-5_step-aware_preference_model.bin",
+    },
+    "spo_sdxl": SPO
+    | {
+        "lora_r": 64,
+        "lora_alpha": 64,
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_rollout_batch_size": 2,
+        "num_candidates": 2,
+        "num_inner_steps": 4,
+        "preference_threshold": 0.4,
+        "reward_checkpoint_filename": "sdxl_step-aware_preference_model.bin",
+        "vae_name_or_path": "madebyollin/sdxl-vae-fp16-fix",
+    },
+    "step_reward_sd15": STEP_REWARD
+    | {"learning_rate": 3e-6, "max_steps": 8000, "resolution": 512, "relabel_preferences": False},
+    "step_reward_sdxl": STEP_REWARD
+    | {
+        "learning_rate": 1e-6,
+        "max_steps": 7000,
+        "resolution": 1024,
+        "relabel_preferences": True,
+        "relabel_tie_band": 0.1,
+    },
+}
+
+
+def parse(name, *arguments):
+    config_class = SPOConfig if name.startswith("spo") else StepRewardConfig
+    parser = TrlParser((DiffusionModelArguments, RewardModelArguments, config_class))
+    path = EXAMPLES / "configs" / f"{name}.yaml"
+    return parser.parse_args_and_config(["--config", str(path), "--use_cpu", "--report_to", "none", *arguments])
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_published_values(name):
+    model, reward, config = parse(name)
+    values = vars(model) | vars(reward) | vars(config)
+    assert {key: values[key] for key in TABLE[name]} == TABLE[name]
+    assert {"spo_sd15": 40, "spo_sdxl": 16}.get(name, 64) == (
+        config.per_device_train_batch_size
+        * config.gradient_accumulation_steps
+        * (4 if name.startswith("spo") else 1)  # devices, as the comments in the files say
+    )
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_value_says_where_it_comes_from(name):
+    """Each line of a preset ends in a comment, but those that name no published value."""
+    free = {"output_dir", "model_init_kwargs", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    lines = (EXAMPLES / "configs" / f"{name}.yaml").read_text().splitlines()
+    bare = {line.split(":")[0].strip() for line in lines if line.strip() and "#" not in line}
+    assert bare <= free
+    assert all(len(line) <= 119 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["spo_sd15", "step_reward_sd15"])
+def test_defaults_are_the_preset(name, tmp_path):
+    """
+    But for the precision (the defaults run on a CPU too), the names of data and output, and half precision weights.
+    """
+    own = {"output_dir", "fp16", "bf16", "dataset_name", "model_init_kwargs"}
+    config_class = SPOConfig if name.startswith("spo") else StepRewardConfig
+    default = config_class(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    *_, config = parse(name)
+    preset = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text())
+    compared = [key for key in preset if hasattr(default, key) and key not in own]
+    assert len(compared) >= 15
+    assert {key: getattr(default, key) for key in compared} == {key: getattr(config, key) for key in compared}
+
+
+def test_default_adapter_is_that_of_the_preset():
+    model, *_ = parse("spo_sd15")
+    assert model.peft_config().to_dict() == default_lora_config().to_dict()
+    assert (parse("spo_sdxl")[0].peft_config().r, parse("spo_sdxl")[0].peft_config().lora_alpha) == (64, 64)
+
+
+def test_the_command_line_goes_before_the_file():
+    model, _, config = parse("spo_sdxl", "--lora_r", "8", "--learning_rate", "2e-5", "--lora_target_modules", "to_q")
+    assert (model.lora_r, model.lora_target_modules, config.learning_rate) == (8, ["to_q"], 2e-5)
+
+
+def test_misspelt_keys_are_refused(tmp_path):
+    text = (EXAMPLES / "configs" / "spo_sd15.yaml").read_text().replace("num_candidates", "num_candidate")
+    (tmp_path / "wrong.yaml").write_text(text)
+    parser = TrlParser((DiffusionModelArguments, RewardModelArguments, SPOConfig))
+    with pytest.raises(ValueError, match="num_candidate"):
+        parser.parse_args_and_config(["--config", str(tmp_path / "wrong.yaml"), "--use_cpu"])
