@@ -16,6 +16,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from examples.shapes import preferences, world
 from examples.shapes.base_scores import evaluate, evaluation_set
+from examples.shapes.train_base import make_tokenizer
 
 
 WEIGHTS = Path(__file__).parents[1] / "examples" / "shapes" / "weights"
@@ -301,4 +302,6 @@ class TestWeights:
     def test_words_are_tokens(self, pipeline):
         caption = "a small red circle on a yellow background"
         assert [token.removesuffix("</w>") for token in pipeline.tokenizer.tokenize(caption)] == caption.split()
+        # Regression: the tokenizers library's own training numbered the tokens differently in each run.
+        assert make_tokenizer().get_vocab() == pipeline.tokenizer.get_vocab()
         assert max(len(pipeline.tokenizer(caption).input_ids) for caption in world.CAPTIONS) == 10

@@ -47,6 +47,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
@@ -548,34 +550,66 @@ class StepAwareRewardModel(PreTrainedModel):
 
     @classmethod
     def from_original_checkpoint(
-        cls, checkpoint: str, clip: str, processor: str | None = None, **config_kwargs
+        cls,
+        checkpoint: str,
+        clip: str,
+        processor: str | None = None,
+        filename: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+        token: str | bool | None = None,
+        **config_kwargs,
     ) -> "StepAwareRewardModel":
         r"""
-        A reward model from a checkpoint in the format of the SPO authors, e.g.
-        `sd-v1-5_step-aware_preference_model.bin` of
+        A reward model from a checkpoint in the format of the SPO authors. Released are
+        `sd-v1-5_step-aware_preference_model.bin` and `sdxl_step-aware_preference_model.bin` of
         https://huggingface.co/SPO-Diffusion-Models/Step-Aware_Preference_Models.
 
-        Only tensors are read (`weights_only`): a file that wants to run code is refused.
+        Only tensors are read (`weights_only`): a file that wants to run code is refused. Old CLIP buffers and the
+        doubled tower prefixes of some transformers versions are put right; any other name that does not fit is an
+        error.
 
         Args:
             checkpoint (`str`):
-                The `.bin`, `.pt` or `.safetensors` file, a flat state dict.
+                The `.bin`, `.pt` or `.safetensors` file, a flat state dict. With `filename`, the Hub id of its
+                repository, or a folder.
             clip (`str`):
                 Folder or Hub id whose `config.json` tells the architecture, `"yuvalkirstain/PickScore_v1"` for the
                 released files. Its weights are not needed.
             processor (`str`, *optional*, defaults to `clip`):
                 Folder or Hub id of tokenizer and image settings, `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"` for the
                 released files.
+            filename (`str`, *optional*):
+                Name of the file in the repository or folder `checkpoint`.
+            revision (`str`, *optional*):
+                Branch, tag or commit of the repository.
+            cache_dir (`str`, *optional*):
+                Where downloads are kept, if not in the Hub's usual cache.
+            token (`str` or `bool`, *optional*):
+                Access token of the Hub.
             config_kwargs:
                 Passed to [`StepAwareRewardModelConfig`].
 
         Returns:
             [`StepAwareRewardModel`] in evaluation mode.
 
+        Example:
+
+        ```python
+        >>> reward_model = StepAwareRewardModel.from_original_checkpoint(
+        ...     "SPO-Diffusion-Models/Step-Aware_Preference_Models",
+        ...     filename="sd-v1-5_step-aware_preference_model.bin",
+        ...     clip="yuvalkirstain/PickScore_v1",
+        ...     processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        ... )
+        ```
+
         Raises:
+            `FileNotFoundError`: If there is no such file, or the Hub cannot be reached.
             `ValueError`: If the file is unsafe, or its keys or shapes are not those of the architecture; all of them
             are named at once.
         """
+        checkpoint = _locate_checkpoint(checkpoint, filename, revision=revision, cache_dir=cache_dir, token=token)
         weights = _read_checkpoint(checkpoint)
         processor = clip if processor is None else processor
         clip_config = _load(CLIPConfig, clip, "a CLIP configuration")
@@ -688,14 +722,34 @@ def _optional_file(path: str, name: str) -> str | None:
     )
 
 
+def _locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> str:
+    """The path of a checkpoint file that is given as a file, or as folder or Hub id and file name."""
+    checkpoint = os.fspath(checkpoint)
+    path = checkpoint if filename is None else os.path.join(checkpoint, filename)
+    if os.path.isfile(path):
+        return path
+    if filename is None:
+        raise FileNotFoundError(
+            f"There is no checkpoint file at {checkpoint!r}. For a file on the Hub pass `filename` beside its "
+            "repository, such as 'SPO-Diffusion-Models/Step-Aware_Preference_Models' and "
+            "'sd-v1-5_step-aware_preference_model.bin'."
+        )
+    if os.path.isdir(checkpoint):
+        raise FileNotFoundError(
+            f"The folder {checkpoint!r} holds no {filename!r}, but {sorted(os.listdir(checkpoint))}."
+        )
+    _require_existing(checkpoint, "folder or repository")
+    try:
+        return hf_hub_download(checkpoint, filename, **hub_kwargs)
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{filename!r} of the Hub repository {checkpoint!r} is neither cached nor can it be downloaded: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
 def _read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     """The flat state dict of a `.safetensors` or torch file, names brought to those of `CLIPModel`."""
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"There is no checkpoint file at {path!r}. Released ones: `huggingface_hub.hf_hub_download("
-            "'SPO-Diffusion-Models/Step-Aware_Preference_Models', 'sd-v1-5_step-aware_preference_model.bin')`."
-        )
     if path.endswith(".safetensors"):
         weights = load_file(path)
     else:

@@ -119,11 +119,15 @@ class PairLoader:
         return math.inf if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(self.prompts))
 
     def __len__(self) -> int:
-        """Most micro-batches of an epoch: as if every pair were valid. Fewer are the rule."""
+        """
+        Most micro-batches of an epoch: as if every pair were valid, after an epoch that left as many pairs as it can.
+        Fewer are the rule.
+        """
         args = self.trainer.args
         end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
         pairs = len(self.prompts) * (end - args.branch_start_step)
-        return math.ceil(pairs / self.pairs_per_step) * args.gradient_accumulation_steps
+        left = self.pairs_per_step - 1 if self.total_prompts > len(self.prompts) else 0
+        return math.ceil((pairs + left) / self.pairs_per_step) * args.gradient_accumulation_steps
 
     @property
     def waiting(self) -> int:
@@ -723,7 +727,7 @@ class SPOTrainer(Trainer):
 
     def _write_model_card(self, output_dir: Path) -> None:
         args = self.args
-        base = getattr(self.pipeline.sd_pipeline, "name_or_path", None) or ""
+        base = str(getattr(self.pipeline.sd_pipeline, "name_or_path", None) or "")
         is_hub_id = base.count("/") == 1 and not Path(base).exists()
         recipe = {
             name: getattr(args, name)

@@ -597,7 +597,7 @@ class StepPreferenceCollator:
         keep_unlabelled (`bool`, *optional*, defaults to `False`):
             Keep rows without a label, as ties, for a training that computes labels of its own.
         image_keys (`bool`, *optional*, defaults to `False`):
-            Add `keys_0` and `keys_1`, what an [`EncodingCache`] knows the images by: a hash of their bytes, so that an
+            Add `keys_0` and `keys_1`, what an [`EncodingCache`] knows the images by: a hash of their pixels, so that an
             image that occurs in several pairs, as Pick-a-Pic's do, is encoded once.
 
     Example:
@@ -678,8 +678,10 @@ class StepPreferenceCollator:
             return None
         images = [image_to_tensor(picture, self.resolution) for picture in pictures]
         keys = [_image_key(image) for image in images] if self.image_keys else ["", ""]
-        labels = (float(row["label_0"]), float(row["label_1"])) if columns.labelled else (1.0, 0.0)
-        labels = labels if labelled else (0.5, 0.5)
+        if not labelled:
+            labels = (0.5, 0.5)
+        else:
+            labels = (float(row["label_0"]), float(row["label_1"])) if columns.labelled else (1.0, 0.0)
         num_examples = row.get("num_example_per_prompt")
         num_examples = 1 if num_examples is None else num_examples
         if num_examples < 1:

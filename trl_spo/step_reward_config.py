@@ -55,14 +55,34 @@ class StepRewardConfig(TrainingArguments):
         > Parameters that control the data
 
         dataset_name (`str`, *optional*):
-            Path or Hub name of the training dataset (split `"train"`), used when the trainer is given none. Either
-            Pick-a-Pic's columns (`caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1`, optionally `has_label` and
-            `num_example_per_prompt`) or TRL's (`prompt`, `chosen`, `rejected`).
+            Training dataset (split `"train"`), used when the trainer is given none: a `.parquet` file, a folder of
+            them, or a Hub id. Either Pick-a-Pic's columns (`caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1`,
+            optionally `has_label`, `are_different` and `num_example_per_prompt`) or TRL's (`prompt`, `chosen`,
+            `rejected`).
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Read the rows of `dataset_name` as they are needed and shuffle them in a buffer of 1,000 pairs, instead of
+            copying all of them to the local disk first. It needs `max_steps`.
         dataset_prompt_column (`str`, *optional*):
             Column with the prompts. Defaults to `"caption"` or `"prompt"`, whichever exists.
         max_bad_image_fraction (`float`, *optional*, defaults to `0.01`):
             Pairs with an unreadable image are skipped and counted; training stops once they exceed this share of the
-            pairs seen (judged from the hundredth pair on).
+            pairs seen (judged from the hundredth pair on), and does not start if they exceed it in a sample.
+        num_checked_rows (`int`, *optional*, defaults to `256`):
+            Rows whose images are decoded before training starts. `0` leaves the check out.
+        only_different (`bool`, *optional*, defaults to `False`):
+            Drop pairs of equal images (`are_different` false).
+        max_pairs_per_prompt (`int`, *optional*):
+            Keep this many pairs of each prompt, the first ones. Not for streams.
+        relabel_preferences (`bool`, *optional*, defaults to `False`):
+            Replace the labels of training and evaluation pairs by the preference between the clean images of the
+            trainer's `preference_model`: PickScore, in the paper's SDXL recipe.
+        relabel_tie_band (`float`, *optional*, defaults to `0.1`):
+            With `relabel_preferences`: pairs whose two probabilities differ by less are ties.
+        cache_latents (`bool`, *optional*, defaults to `False`):
+            Keep the VAE's posterior of each image and the embeddings of recent prompts, so that later epochs, and
+            other pairs of the same image, do not encode them again. Latents are still drawn anew each time.
+        cache_latents_gb (`float`, *optional*, defaults to `8.0`):
+            Most memory that the cache takes per process, in GiB. What does not fit is encoded each time.
 
         > Parameters that control the training
 
@@ -146,10 +166,30 @@ class StepRewardConfig(TrainingArguments):
     dataset_prompt_column: str | None = field(
         default=None, metadata={"help": "Column with the prompts. Defaults to `caption` or `prompt`."}
     )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the rows of `dataset_name` as they are needed. Needs `max_steps`."}
+    )
     max_bad_image_fraction: float = field(
         default=0.01,
         metadata={"help": "Largest share of pairs with an unreadable image that is skipped before training stops."},
     )
+    num_checked_rows: int = field(
+        default=256, metadata={"help": "Rows whose images are decoded before training starts; 0 for none."}
+    )
+    only_different: bool = field(default=False, metadata={"help": "Drop pairs of equal images."})
+    max_pairs_per_prompt: int | None = field(
+        default=None, metadata={"help": "Keep this many pairs of each prompt. Not for streams."}
+    )
+    relabel_preferences: bool = field(
+        default=False, metadata={"help": "Replace the labels by the preferences of the trainer's `preference_model`."}
+    )
+    relabel_tie_band: float = field(
+        default=0.1, metadata={"help": "Relabelled pairs whose two probabilities differ by less are ties."}
+    )
+    cache_latents: bool = field(
+        default=False, metadata={"help": "Keep posteriors of images and embeddings of prompts for later epochs."}
+    )
+    cache_latents_gb: float = field(default=8.0, metadata={"help": "Most memory of that cache, in GiB per process."})
 
     # Parameters that control the training
     caption_loss_coef: float = field(
@@ -178,11 +218,18 @@ class StepRewardConfig(TrainingArguments):
             values = getattr(self, name)
             if values is not None and (len(values) == 0 or min(values) < 0):
                 raise ValueError(f"`{name}` must hold at least one timestep, none below 0, got {values}.")
-        for name in ("resolution", "accuracy_timestep_bins", "prediction_batch_size"):
+        for name in ("resolution", "accuracy_timestep_bins", "prediction_batch_size", "max_pairs_per_prompt"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.caption_loss_coef < 0:
             raise ValueError(f"`caption_loss_coef` must not be negative, got {self.caption_loss_coef}.")
+        for name in ("num_checked_rows", "cache_latents_gb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.relabel_tie_band < 1:
+            raise ValueError(f"`relabel_tie_band` must lie in [0, 1), got {self.relabel_tie_band}.")
+        if self.dataset_streaming and self.max_steps <= 0:
+            raise ValueError("`dataset_streaming` needs `max_steps`: a stream does not tell how long an epoch is.")
         if not 0 <= self.max_bad_image_fraction <= 1:
             raise ValueError(f"`max_bad_image_fraction` must lie in [0, 1], got {self.max_bad_image_fraction}.")
         if self.remove_unused_columns:

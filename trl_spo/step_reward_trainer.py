@@ -14,23 +14,33 @@
 
 """Training of the step-aware reward model of SPO (https://huggingface.co/papers/2406.04314, section 3.2)."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import load_dataset
 from transformers import Trainer, TrainerCallback
 
 from .losses import step_preference_loss
 from .modeling_step_reward import StepAwareRewardModel, StepRewardOutput
 from .pipeline_base import wrap_pipeline
-from .step_preference_data import StepPreferenceCollator, noised_pair_images, prepare_preference_dataset
+from .step_preference_data import (
+    EncodingCache,
+    StepPreferenceCollator,
+    check_images,
+    load_preference_dataset,
+    noised_pair_images,
+    preference_labels,
+    prepare_preference_dataset,
+    score_clean_images,
+)
 from .step_reward_config import StepRewardConfig
 
 
 TRAIN, EVAL = 0, 1  # keep the random numbers of training and evaluation apart
+STREAM_SHUFFLE_BUFFER = 1000  # pairs, with their undecoded images
 
 
 def caption_contrastive_loss(
@@ -120,12 +130,15 @@ class StepRewardTrainer(Trainer):
             Callbacks of the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler.
+        preference_model ([`StepAwareRewardModel`] or `Callable`, *optional*):
+            With `config.relabel_preferences`, whose preferences become the labels: a reward model, asked at timestep
+            0, or a callable `(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)`. Defaults to a frozen copy of
+            `reward_model` as it is given; one fresh from PickScore labels as PickScore does. It is not trained.
 
     Example:
 
     ```python
-    from datasets import load_dataset
-    from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+        from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
 
     trainer = StepRewardTrainer(
         StepRewardConfig(output_dir="step-reward", bf16=True),
@@ -158,6 +171,7 @@ class StepRewardTrainer(Trainer):
         data_collator: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        preference_model: Any | None = None,
     ):
         if isinstance(reward_model, (str, Path)):
             reward_model = StepAwareRewardModel.from_pretrained(reward_model)
@@ -166,12 +180,28 @@ class StepRewardTrainer(Trainer):
                 f"`reward_model` must be a StepAwareRewardModel or a path, got {type(reward_model).__name__}."
             )
         if train_dataset is None and config.dataset_name is not None:
-            train_dataset = load_dataset(config.dataset_name, split="train")
+            train_dataset = load_preference_dataset(config.dataset_name, streaming=config.dataset_streaming)
+            shuffle_stream = config.dataset_streaming
+        else:
+            shuffle_stream = False
         if train_dataset is None and eval_dataset is None:
             raise ValueError("There are no image pairs: pass `train_dataset` or set `dataset_name` in the config.")
         self.pipeline = wrap_pipeline(pipeline)
         self._check_timesteps(config, reward_model)
+        if preference_model is not None and not config.relabel_preferences:
+            raise ValueError("`preference_model` is used with `relabel_preferences=True` only; set it in the config.")
+        if preference_model is not None and not callable(preference_model):
+            raise ValueError(
+                "`preference_model` must be a StepAwareRewardModel or a callable `(images, prompts) -> scores`, got "
+                f"{type(preference_model).__name__}."
+            )
         reward_model.float()
+        if config.relabel_preferences and (preference_model is None or preference_model is reward_model):
+            preference_model = copy.deepcopy(reward_model)
+        if isinstance(preference_model, torch.nn.Module):
+            preference_model.requires_grad_(False).eval().to(config.device)
+        self.preference_model = preference_model
+        self.encoding_cache = EncodingCache(int(config.cache_latents_gb * 2**30)) if config.cache_latents else None
         if config.freeze_text_tower:
             reward_model.freeze_text_tower()
         # Several visible GPUs in one process would mean `nn.DataParallel`, which cannot split prompts. One process
@@ -182,15 +212,25 @@ class StepRewardTrainer(Trainer):
             config.ddp_find_unused_parameters = False  # every parameter that is trained is used
         if data_collator is None:
             data_collator = StepPreferenceCollator(
-                config.resolution, config.dataset_prompt_column, config.max_bad_image_fraction
+                config.resolution,
+                config.dataset_prompt_column,
+                config.max_bad_image_fraction,
+                keep_unlabelled=config.relabel_preferences,
+                image_keys=config.cache_latents,
             )
-        prompt_column = config.dataset_prompt_column
+        if config.accelerator_config.dispatch_batches is None:
+            # Every process reads a stream for itself: accelerate's default sends batches of tensors from one process
+            # to the others, and ours hold prompts.
+            config.accelerator_config.dispatch_batches = False
+        train_dataset = _prepare(train_dataset, config, training=True)
+        if shuffle_stream:  # the Trainer shuffles only what it can index
+            train_dataset = train_dataset.shuffle(seed=config.seed, buffer_size=STREAM_SHUFFLE_BUFFER)
         super().__init__(
             model=reward_model,
             args=config,
             data_collator=data_collator,
-            train_dataset=_prepare(train_dataset, prompt_column),
-            eval_dataset=_prepare(eval_dataset, prompt_column),
+            train_dataset=train_dataset,
+            eval_dataset=_prepare(eval_dataset, config),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -264,11 +304,23 @@ class StepRewardTrainer(Trainer):
                 generator=generator,
                 negative_prompt=self.args.negative_prompt,
                 prediction_batch_size=self.args.prediction_batch_size,
+                cache=self.encoding_cache,
             )
         output = model(torch.cat(images), prompts=inputs["prompts"] * 2, timesteps=timesteps.repeat(2))
         return output, *output.scores.chunk(2)
 
+    def _relabel(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the labels of the preference model, if the config asks for them."""
+        if not self.args.relabel_preferences:
+            return inputs
+        images = torch.cat([inputs["images_0"], inputs["images_1"]])
+        with torch.autocast(self.accelerator.device.type, enabled=False):
+            scores = score_clean_images(self.preference_model, images, inputs["prompts"] * 2)
+        labels = preference_labels(*scores.to(images.device).chunk(2), self.args.relabel_tie_band)
+        return {**inputs, "label_0": labels[0], "label_1": labels[1]}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = self._relabel(inputs)
         generator = self._next_train_generator()
         timesteps = self._draw_timesteps(len(inputs["prompts"]), generator)
         output, scores_0, scores_1 = self._score_pairs(model, inputs, timesteps, generator)
@@ -336,7 +388,7 @@ class StepRewardTrainer(Trainer):
             `eval_mean_reward`, `eval_min_reward`, `eval_max_reward`.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = _prepare(eval_dataset, self.args.dataset_prompt_column)
+            eval_dataset = _prepare(eval_dataset, self.args)
         return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -349,7 +401,7 @@ class StepRewardTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._relabel(self._prepare_inputs(inputs))
         label_0, label_1, weights = inputs["label_0"], inputs["label_1"], inputs["weights"]
         losses, pairs = [], []
         eval_timesteps = list(dict.fromkeys(self.args.eval_timesteps))
@@ -377,9 +429,19 @@ class StepRewardTrainer(Trainer):
         return torch.stack([row.to(pairs.device) for row in rows], dim=1)
 
 
-def _prepare(dataset: Any, prompt_column: str | None) -> Any:
+def _prepare(dataset: Any, config: StepRewardConfig, training: bool = False) -> Any:
+    """Checked and filtered pairs. The sample of images is looked at, and pairs are limited, for training only."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: prepare_preference_dataset(part, prompt_column) for name, part in dataset.items()}
-    return prepare_preference_dataset(dataset, prompt_column)
+        return {name: _prepare(part, config, training) for name, part in dataset.items()}
+    dataset = prepare_preference_dataset(
+        dataset,
+        config.dataset_prompt_column,
+        only_different=config.only_different and training,
+        max_pairs_per_prompt=config.max_pairs_per_prompt if training else None,
+        drop_unlabelled=not config.relabel_preferences,
+    )
+    if training and config.num_checked_rows > 0:
+        check_images(dataset, config.num_checked_rows, config.max_bad_image_fraction, config.dataset_prompt_column)
+    return dataset

@@ -16,15 +16,15 @@ python -m examples.shapes.train_base --stages vae unet clip
 
 import argparse
 import copy
-import json
+import itertools
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip import CLIPImageProcessorPil
@@ -69,18 +69,32 @@ def make_tokenizer() -> CLIPTokenizer:
     A `CLIPTokenizer` to which every word of the world is one token.
 
     Byte pair encoding is run on the words until nothing is left to merge, so the merges are consistent by
-    construction. As in Stable Diffusion, the end token also pads.
+    construction; ties go to the alphabetically last pair, so the vocabulary is always the same (that of the
+    tokenizers library changes from run to run). As in Stable Diffusion, the end token also pads.
     """
     words = sorted({word for caption in world.CAPTIONS for word in caption.split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(words, trainer)
-    state = json.loads(bpe.to_str())["model"]
-    vocab = state["vocab"]
-    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
-    merges = [tuple(pair) for pair in state["merges"]]
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    tokens, merges = sorted({symbol for symbols in split for symbol in symbols}), []
+    while any(len(symbols) > 1 for symbols in split):
+        counts = Counter(pair for symbols in split for pair in itertools.pairwise(symbols))
+        pair = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(pair)
+        split = [_merge(symbols, pair) for symbols in split]
+    tokens += dict.fromkeys("".join(pair) for pair in merges)
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Joins each occurrence of a pair of neighbours."""
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
 
 
 def tokenize(tokenizer, prompts) -> torch.Tensor:
