@@ -315,6 +315,84 @@ class TestSavingAndLoading:
         loaded = StepAwareRewardModel.from_original_checkpoint(path, clip=clip_path)
         assert torch.equal(loaded.score(images, PROMPTS[:3], 300), expected)
 
+    @pytest.mark.parametrize("where", ["hub", "revision", "folder"])
+    def test_original_checkpoint_by_repository_and_file_name(
+        self, model, clip_path, images, tmp_path, monkeypatch, where
+    ):
+        """From the Hub's cache as huggingface_hub lays it out, offline: refs name a commit, snapshots hold its files."""
+        expected = disturb(model).score(images, PROMPTS[:3], 300)
+        name, repo = "sd-v1-5_step-aware_preference_model.bin", "SPO-Diffusion-Models/Step-Aware_Preference_Models"
+        cache = tmp_path / "hub"
+        repository = cache / "models--SPO-Diffusion-Models--Step-Aware_Preference_Models"
+        commit = "0" * 39 + "1"
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        torch.save(model.state_dict(), snapshot / name)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        arguments = {
+            "hub": {},
+            "revision": {"revision": commit, "cache_dir": cache},
+            "folder": {},
+        }[where]
+        loaded = StepAwareRewardModel.from_original_checkpoint(
+            snapshot if where == "folder" else repo, clip=clip_path, filename=name, **arguments
+        )
+        assert torch.equal(loaded.score(images, PROMPTS[:3], 300), expected)
+        with pytest.raises(
+            FileNotFoundError, match=f"'missing.bin' .*{'Step-Aware' if where != 'folder' else name}|no"
+        ):
+            StepAwareRewardModel.from_original_checkpoint(
+                snapshot if where == "folder" else repo, clip=clip_path, filename="missing.bin", **arguments
+            )
+
+    def test_file_name_and_token_reach_the_hub(self, model, clip_path, tmp_path, monkeypatch):
+        torch.save(model.state_dict(), tmp_path / "file.bin")
+        calls = []
+
+        def download(*args, **kwargs):
+            calls.append((args, kwargs))
+            return str(tmp_path / "file.bin")
+
+        monkeypatch.setattr("trl_spo.modeling_step_reward.hf_hub_download", download)
+        StepAwareRewardModel.from_original_checkpoint(
+            "owner/repo", clip=clip_path, filename="file.bin", revision="v1", token="secret"
+        )
+        assert calls == [(("owner/repo", "file.bin"), {"revision": "v1", "cache_dir": None, "token": "secret"})]
+
+    def test_a_repository_without_a_file_name_is_told_what_is_missing(self, clip_path):
+        with pytest.raises(FileNotFoundError, match="pass `filename`"):
+            StepAwareRewardModel.from_original_checkpoint("owner/repo", clip=clip_path)
+
+    @pytest.mark.parametrize(
+        "rename",
+        [
+            lambda name: name.removeprefix("model."),
+            lambda name: f"module.{name}",
+            lambda name: name.replace("vision_model.", "vision.", 1),
+        ],
+    )
+    def test_other_names_are_an_error_and_not_guessed(self, model, clip_path, tmp_path, rename):
+        torch.save({rename(name): weight for name, weight in model.state_dict().items()}, tmp_path / "other.bin")
+        with pytest.raises(ValueError, match=r"missing: .*unexpected: "):
+            StepAwareRewardModel.from_original_checkpoint(tmp_path / "other.bin", clip=clip_path)
+
+    def test_names_of_both_transformers_generations(self, model, clip_path, images, tmp_path):
+        """4.x wrote position ids as buffers, and some 5.x double the prefix of a tower: all of it at once."""
+        expected = disturb(model).score(images, PROMPTS[:3], 300)
+        weights = {}
+        for name, weight in model.state_dict().items():
+            for tower in ("text_model", "vision_model"):
+                name = name.replace(f"model.{tower}.", f"model.{tower}.{tower}.")
+            weights[name] = weight
+        weights["model.text_model.text_model.embeddings.position_ids"] = torch.arange(8)[None]
+        weights["model.vision_model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+        torch.save(weights, tmp_path / "doubled.bin")
+        loaded = StepAwareRewardModel.from_original_checkpoint(tmp_path / "doubled.bin", clip=clip_path)
+        assert torch.equal(loaded.score(images, PROMPTS[:3], 300), expected)
+
     def test_every_wrong_key_is_named_at_once(self, model, clip_path, tmp_path):
         weights = model.state_dict()
         del weights["model.t_embedder.mlp.2.bias"]

@@ -12,11 +12,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
-from transformers.models.clip import CLIPImageProcessorPil
 
 from examples.shapes import preferences, world
 from examples.shapes.base_scores import evaluate, evaluation_set
 from examples.shapes.train_base import make_tokenizer
+
+
+try:
+    from transformers.models.clip import CLIPImageProcessorPil
+except ImportError:  # transformers 4
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 
 WEIGHTS = Path(__file__).parents[1] / "examples" / "shapes" / "weights"

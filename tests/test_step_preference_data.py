@@ -19,23 +19,34 @@ the loss curve. The tests work out labels, weights, crops and the noised pair by
 """
 
 import io
+import logging
+import math
+import warnings
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from trl_spo import wrap_pipeline
+from trl_spo import StepAwareRewardModel, wrap_pipeline
 from trl_spo.step_preference_data import (
+    EncodingCache,
     StepPreferenceCollator,
+    check_images,
     find_preference_columns,
     image_to_tensor,
+    load_preference_dataset,
     noised_pair_images,
+    preference_labels,
     prepare_preference_dataset,
+    relabel_preferences,
+    score_clean_images,
 )
 
-from .testing_utils import PROMPTS, changed, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
+from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
 def picture(color, size=(16, 16)):
@@ -64,6 +75,48 @@ def pickapic_row(**changes):
 
 def trl_row(**changes):
     return {"prompt": "a dog", "chosen": picture("red"), "rejected": picture("blue"), **changes}
+
+
+def jpeg(color, size=(24, 16)):
+    buffer = io.BytesIO()
+    picture(color, size).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def pickapic_table(count, **columns):
+    """The columns of Pick-a-Pic v1, with real JPEG bytes; `columns` replaces whole columns."""
+    red = [i % 3 != 0 for i in range(count)]  # the first image is the red one, and wins
+    table = {
+        "are_different": [True] * count,
+        "best_image_uid": [f"uid-{i}-{0 if first else 1}" for i, first in enumerate(red)],
+        "caption": [PROMPTS[i % len(PROMPTS)] for i in range(count)],
+        "created_at": [0] * count,
+        "has_label": [True] * count,
+        "image_0_uid": [f"uid-{i}-0" for i in range(count)],
+        "image_0_url": [""] * count,
+        "image_1_uid": [f"uid-{i}-1" for i in range(count)],
+        "image_1_url": [""] * count,
+        "jpg_0": [jpeg("red" if first else "blue") for first in red],
+        "jpg_1": [jpeg("blue" if first else "red") for first in red],
+        "label_0": [float(first) for first in red],
+        "label_1": [float(not first) for first in red],
+        "model_0": ["a model"] * count,
+        "model_1": ["a model"] * count,
+        "ranking_id": list(range(count)),
+        "user_id": [1] * count,
+        "num_example_per_prompt": [2] * count,
+        "__index_level_0__": list(range(count)),
+    }
+    return pa.table({**table, **columns})
+
+
+def truncated(images, rows):
+    return [image[: len(image) * 2 // 3] if i in rows else image for i, image in enumerate(images)]
+
+
+@pytest.fixture(autouse=True)
+def private_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_datasets")
 
 
 RED = torch.tensor([1.0, -1.0, -1.0])
@@ -288,3 +341,289 @@ class TestNoisedPairs:
     def test_wrong_timesteps_are_named(self, pipeline, timesteps, message):
         with pytest.raises(ValueError, match=message):
             noised_pair_images(pipeline, batch_of(2), timesteps)
+
+
+class TestLoading:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_parquet_file_in_the_schema_of_pickapic(self, tmp_path, streaming):
+        """Row 2 lacks its label, row 4's second image is cut off, row 5's first is missing: three batches of two."""
+        table = pickapic_table(7, has_label=[i != 2 for i in range(7)])
+        images_1 = truncated(table["jpg_1"].to_pylist(), {4})
+        images_0 = [None if i == 5 else image for i, image in enumerate(table["jpg_0"].to_pylist())]
+        table = pickapic_table(7, has_label=table["has_label"], jpg_0=images_0, jpg_1=images_1)
+        pq.write_table(table, tmp_path / "pairs.parquet")
+        dataset = load_preference_dataset(tmp_path / "pairs.parquet", streaming=streaming)
+        assert isinstance(dataset, datasets.IterableDataset if streaming else datasets.Dataset)
+        rows = list(prepare_preference_dataset(dataset))
+        assert [row["ranking_id"] for row in rows] == [0, 1, 3, 4, 5, 6]
+        collator = StepPreferenceCollator(16, max_bad_image_fraction=0.02)  # of a hundred: two may be bad
+        batches = [collator(rows[i : i + 2]) for i in (0, 2, 4)]
+        assert (collator.num_seen, collator.num_bad) == (6, 2)
+        assert [batch["label_0"].tolist() for batch in batches] == [[0, 1], [0], [0]]
+        for batch in batches:
+            preferred = torch.where(batch["label_0"].bool()[:, None, None, None], batch["images_0"], batch["images_1"])
+            assert preferred[:, 0].min() > 0.9 and preferred[:, 2].max() < -0.9  # the red one
+            assert batch["weights"].tolist() == [0.5] * len(batch["prompts"])
+
+    def test_a_folder_as_the_hub_lays_it_out(self, tmp_path):
+        for split, start in (("train", 0), ("validation", 10), ("validation_unique", 20)):
+            for shard in range(2):
+                table = pickapic_table(1, ranking_id=[start + shard])
+                (tmp_path / "data").mkdir(exist_ok=True)
+                pq.write_table(table, tmp_path / "data" / f"{split}-0000{shard}-of-00002-abc.parquet")
+        assert load_preference_dataset(tmp_path)["ranking_id"][:] == [0, 1]
+        assert load_preference_dataset(str(tmp_path), "validation")["ranking_id"][:] == [10, 11]
+        stream = load_preference_dataset(tmp_path, "validation_unique", streaming=True)
+        assert [row["ranking_id"] for row in stream] == [20, 21]
+        with pytest.raises(ValueError, match="no parquet file of the split 'test'.*validation_unique"):
+            load_preference_dataset(tmp_path, "test")
+
+    def test_other_folders(self, tmp_path):
+        for part in ("a", "b"):
+            (tmp_path / "parts" / part).mkdir(parents=True)
+            pq.write_table(pickapic_table(1, caption=[part]), tmp_path / "parts" / part / "0.parquet")
+        assert load_preference_dataset(tmp_path / "parts")["caption"][:] == ["a", "b"]
+        datasets.DatasetDict({"train": datasets.Dataset(pickapic_table(3))}).save_to_disk(tmp_path / "saved")
+        assert len(load_preference_dataset(tmp_path / "saved")) == 3
+
+    def test_a_hub_id_reaches_load_dataset(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(
+            "trl_spo.step_preference_data.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs))
+        )
+        load_preference_dataset("yuvalkirstain/pickapic_v1", "test_unique", streaming=True)
+        assert calls == [(("yuvalkirstain/pickapic_v1",), {"split": "test_unique", "streaming": True})]
+
+    @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/nowhere/pairs"])
+    def test_a_missing_path_is_not_sought_on_the_hub(self, name, monkeypatch):
+        monkeypatch.setattr("trl_spo.step_preference_data.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            load_preference_dataset(name)
+
+
+class TestFilters:
+    @pytest.mark.parametrize("kind", ["list", "dataset", "stream"])
+    def test_only_different(self, kind):
+        rows = [pickapic_row(are_different=i != 1, ranking_id=i) for i in range(3)]
+        dataset = rows if kind == "list" else datasets.Dataset.from_list(rows)
+        dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
+        assert [row["ranking_id"] for row in prepare_preference_dataset(dataset)] == [0, 1, 2]
+        assert [row["ranking_id"] for row in prepare_preference_dataset(dataset, only_different=True)] == [0, 2]
+
+    @pytest.mark.parametrize("kind", ["list", "dataset"])
+    def test_pairs_per_prompt_are_counted_after_the_other_filters(self, kind):
+        """Prompts a a b a a b; the first a has no label. At most two of each: rows 1, 2, 3, 5."""
+        rows = [pickapic_row(caption=c, ranking_id=i, has_label=i > 0) for i, c in enumerate("aabaab")]
+        dataset = rows if kind == "list" else datasets.Dataset.from_list(rows)
+        dataset = prepare_preference_dataset(dataset, max_pairs_per_prompt=2)
+        assert [row["ranking_id"] for row in dataset] == [1, 2, 3, 5]
+        assert [row["num_example_per_prompt"] for row in dataset] == [4] * 4
+
+    def test_filters_that_cannot_work_say_so(self):
+        stream = datasets.Dataset.from_list([pickapic_row()]).to_iterable_dataset()
+        with pytest.raises(ValueError, match="cannot filter a stream"):
+            prepare_preference_dataset(stream, max_pairs_per_prompt=1)
+        with pytest.raises(ValueError, match="needs the column `are_different`"):
+            prepare_preference_dataset([pickapic_row()], only_different=True)
+        with pytest.raises(ValueError, match="passes the filter"):
+            prepare_preference_dataset([pickapic_row(are_different=False)], only_different=True)
+
+
+class TestCheckImages:
+    def table(self, bad_0=(), bad_1=(), count=40):
+        table = pickapic_table(count)
+        return datasets.Dataset(
+            pickapic_table(
+                count,
+                jpg_0=truncated(table["jpg_0"].to_pylist(), bad_0),
+                jpg_1=truncated(table["jpg_1"].to_pylist(), bad_1),
+            )
+        )
+
+    @pytest.mark.parametrize("kind", ["list", "dataset", "stream"])
+    def test_too_many_bad_images_are_told_in_one_sentence(self, kind):
+        """Rows 3, 7 and 8 of 40 are cut off, row 7 twice: 3 rows, more than 5% of 40."""
+        dataset = self.table({3, 7}, {7, 8})
+        where = "from the beginning of the stream" if kind == "stream" else "spread over 40"
+        dataset = {"list": list, "dataset": lambda d: d, "stream": datasets.Dataset.to_iterable_dataset}[kind](dataset)
+        with pytest.raises(ValueError) as error:
+            check_images(dataset, 100, 0.05)
+        for part in (f"3 of the 40 rows checked ({where})", "2 in `jpg_0`, 2 in `jpg_1`", "first: row 3", "0.05"):
+            assert part in str(error.value)
+
+    def test_few_bad_images_are_reported_and_tolerated(self, caplog):
+        with caplog.at_level(logging.WARNING):
+            bad = check_images(self.table({3}), 100, 0.05)
+        assert [(entry.index, entry.column) for entry in bad] == [(3, "jpg_0")] and "runcated" in bad[0].error
+        assert "1 of the 40 rows" in caplog.text
+        assert check_images(self.table(), 100, 0.0) == []
+
+    def test_the_sample_is_spread_evenly(self):
+        """5 of 40 rows are 0, 8, 16, 24, 32; of a stream the first five."""
+        dataset = self.table({4, 16, 33})
+        assert [entry.index for entry in check_images(dataset, 5, 1.0)] == [16]
+        assert [entry.index for entry in check_images(dataset.to_iterable_dataset(), 5, 1.0)] == [4]
+
+    @pytest.mark.parametrize(("limit", "readable"), [(1000, True), (399, False), (100, False)])
+    def test_decompression_bombs_are_bad_images(self, limit, readable, monkeypatch):
+        """A picture of 20 x 20 = 400 pixels: PIL itself refuses only beyond twice its limit, and warns before."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        rows = [pickapic_row(jpg_0=png("red", (20, 20)), jpg_1=png("red", (2, 2)))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            bad = check_images(rows, 10, 1.0)
+            weights = StepPreferenceCollator(8)(rows)["weights"].tolist()
+        assert weights == ([0.25] if readable else [0])
+        assert [entry.column for entry in bad] == ([] if readable else ["jpg_0"])
+        assert readable or "DecompressionBomb" in bad[0].error
+
+
+def redness(images, prompts):
+    """A preference model of the callable kind, worth 2 for pure red: (B, 3, H, W) in [0, 1] -> (B,)."""
+    assert 0 <= images.min() and images.max() <= 1 and len(images) == len(prompts)
+    return 2 * images[:, 0].mean((1, 2))
+
+
+class TestRelabelling:
+    def test_labels_by_hand(self):
+        """
+        tanh(gap / 2) for gaps 0.2, 0.201, -0.201, -3 and 0 is 0.0997, 0.1002, -0.1002, -0.905 and 0: with a band of
+        0.1 a tie, a win, two losses and a tie; with a band of 0 only the last is one.
+        """
+        scores = torch.tensor([20.2, 20.201, 20.0, 17.0, 20.0]), torch.tensor([20.0, 20.0, 20.201, 20.0, 20.0])
+        assert math.tanh(0.1) < 0.1 < math.tanh(0.1005)
+        label_0, label_1 = preference_labels(*scores)
+        assert label_0.tolist() == [0.5, 1, 0, 0, 0.5] and label_1.tolist() == [0.5, 0, 1, 1, 0.5]
+        assert preference_labels(*scores, tie_band=0)[0].tolist() == [1, 1, 0, 0, 0.5]
+        with pytest.raises(ValueError, match="tie_band"):
+            preference_labels(*scores, tie_band=1.0)
+        with pytest.raises(ValueError, match="not finite"):
+            preference_labels(torch.tensor([float("nan")]), torch.zeros(1))
+
+    @pytest.mark.parametrize("kind", ["list", "dataset"])
+    def test_human_labels_are_replaced(self, kind):
+        """
+        Red 255 against 0 is a gap of 2, 255 against 239 one of 0.125, a tie; the labels say the opposite. The last
+        row's image is cut off: it loses its label, and with it its place.
+        """
+        reds = [(255, 0), (0, 255), (255, 239), (255, 0)]
+        rows = [
+            pickapic_row(jpg_0=png((a, 0, 0)), jpg_1=png((b, 0, 0)), label_0=float(a < b), label_1=float(a >= b))
+            for a, b in reds
+        ]
+        rows[3]["jpg_1"] = rows[3]["jpg_1"][:45]
+        dataset = rows if kind == "list" else datasets.Dataset.from_list(rows)
+        result = relabel_preferences(dataset, redness, batch_size=2, resolution=8)
+        assert [row["label_0"] for row in result] == [1, 0, 0.5, 0]
+        assert [row["label_1"] for row in result] == [0, 1, 0.5, 0]
+        assert [row["has_label"] for row in result] == [True, True, True, False]
+        assert [row["jpg_0"] for row in result] == [row["jpg_0"] for row in rows]
+        assert [row["label_0"] for row in dataset] == [0, 1, 0, 0]  # the original is left alone
+        assert len(prepare_preference_dataset(result)) == 3
+
+    def test_a_fresh_reward_model_labels_as_its_clip(self, tmp_path):
+        """At timestep 0, whatever the step conditioning has learnt to do at others."""
+        model = StepAwareRewardModel.from_clip(tiny_clip(tmp_path))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(6, 3, 16, 16, generator=generator) * 2 - 1
+        with torch.no_grad():
+            expected = model.score(images, PROMPTS, 0)
+        assert torch.equal(score_clean_images(model, images, PROMPTS), expected)
+        rows = [
+            pickapic_row(
+                caption=PROMPTS[i],
+                jpg_0=png((40 * i, 0, 200)),
+                jpg_1=png((0, 250 - 40 * i, 0)),
+                label_0=0.5,
+                label_1=0.5,
+            )
+            for i in range(6)
+        ]
+        batch = StepPreferenceCollator(16)(rows)
+        with torch.no_grad():
+            scores = [model.score(batch[name], PROMPTS, 0) for name in ("images_0", "images_1")]
+        probabilities = torch.stack(scores).softmax(0)
+        expected = [1.0 if p > q else 0.0 for p, q in probabilities.T.tolist()]
+        assert set(expected) == {0.0, 1.0}
+        relabelled = relabel_preferences(rows, model, tie_band=0.0, resolution=16)
+        assert [row["label_0"] for row in relabelled] == expected
+
+    def test_what_cannot_be_relabelled_says_so(self):
+        with pytest.raises(ValueError, match="stream cannot be relabelled"):
+            relabel_preferences(datasets.Dataset.from_list([pickapic_row()]).to_iterable_dataset(), redness)
+        with pytest.raises(ValueError, match="cannot express a tie"):
+            relabel_preferences([trl_row()], redness)
+        with pytest.raises(ValueError, match=r"one score per image, shape \(2,\), got \(1,\)"):
+            relabel_preferences([pickapic_row()], lambda images, prompts: torch.zeros(1))
+
+
+def keyed(batch):
+    size = len(batch["prompts"])
+    return {**batch, "keys_0": [f"{i}-0" for i in range(size)], "keys_1": [f"{i}-1" for i in range(size)]}
+
+
+class TestCache:
+    def predict(self, pipeline, batch, cache, seed=0, **kwargs):
+        timesteps = torch.tensor([501] * len(batch["prompts"]))
+        return torch.cat(noised_pair_images(pipeline, batch, timesteps, 5.0, seeded(seed), cache=cache, **kwargs))
+
+    @pytest.mark.parametrize("make", [tiny_sd_pipeline, tiny_sdxl_pipeline])
+    def test_images_and_prompts_are_encoded_once_and_the_result_is_that_without_a_cache(self, tmp_path, make):
+        pipeline, batch, cache = wrap_pipeline(make(tmp_path)), keyed(batch_of(3)), EncodingCache()
+        plain = self.predict(pipeline, batch, None)
+        first = self.predict(pipeline, batch, cache)
+        assert (cache.num_images_encoded, cache.num_prompts_encoded) == (6, 3)
+        again = self.predict(pipeline, batch, cache)
+        assert (cache.num_images_encoded, cache.num_prompts_encoded) == (6, 3)
+        assert torch.equal(first, again)  # bit for bit, and still two draws from the posterior:
+        assert not torch.equal(first, self.predict(pipeline, batch, cache, seed=1))
+        torch.testing.assert_close(first, plain, rtol=1e-4, atol=1e-4)
+
+    def test_latents_are_those_of_the_pipeline(self, pipeline):
+        """One image, where both encode a batch of one: equal bits, scaling and dtype included."""
+        image = batch_of(1)["images_0"]
+        cached = EncodingCache().encode_images(pipeline, image, ["a"], seeded(3))
+        assert torch.equal(cached, pipeline.encode_images(image, seeded(3)))
+
+    def test_an_image_of_several_pairs_is_encoded_once(self, pipeline):
+        rows = [pickapic_row(), pickapic_row(jpg_1=png("green")), pickapic_row(jpg_0=png("blue"), jpg_1=png("red"))]
+        batch, cache = StepPreferenceCollator(16, image_keys=True)(rows), EncodingCache()
+        assert "keys_0" not in StepPreferenceCollator(16)(rows)
+        self.predict(pipeline, batch, cache)
+        assert cache.num_images_encoded == 3  # red, blue, green
+        assert cache.num_prompts_encoded == 1
+
+    def test_memory_is_bounded_and_the_bits_do_not_depend_on_it(self, pipeline):
+        """A posterior of 2 x 4 x 8 x 8 float32 is 2,048 bytes: of 6 images two fit into 5,000."""
+        batch = keyed(batch_of(3))
+        small, large = EncodingCache(max_bytes=5000, max_prompts=1), EncodingCache()
+        expected = [self.predict(pipeline, batch, large) for _ in range(2)]
+        found = [self.predict(pipeline, batch, small) for _ in range(2)]
+        assert small.num_bytes == 4096 and large.num_bytes == 6 * 2048
+        assert small.num_images_encoded == 6 + 4 and small.num_prompts_encoded == 6
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+    def test_chunks_take_their_own_images(self, pipeline):
+        """Chunks of two pairs, the last one short: filling the cache and reading it must agree."""
+        batch, cache = keyed(batch_of(5)), EncodingCache()
+        first = self.predict(pipeline, batch, cache, prediction_batch_size=2)
+        assert torch.equal(first, self.predict(pipeline, batch, cache, prediction_batch_size=2))
+        plain = self.predict(pipeline, batch, None, prediction_batch_size=2)
+        torch.testing.assert_close(first, plain, rtol=1e-4, atol=1e-4)
+        assert cache.num_images_encoded == 10
+
+    def test_embeddings_know_the_negative_prompt_and_the_size(self, pipeline):
+        cache = EncodingCache()
+        one = cache.encode_prompts(pipeline, ["a red cat"], "", height=16, width=16)
+        other = cache.encode_prompts(pipeline, ["a red cat"], "a blue dog", height=16, width=16)
+        assert torch.equal(one.prompt_embeds, other.prompt_embeds)
+        assert not torch.equal(one.negative_prompt_embeds, other.negative_prompt_embeds)
+        cache.encode_prompts(pipeline, ["a red cat"], "", height=32, width=16)
+        assert cache.num_prompts_encoded == 3
+
+
+def test_unlabelled_rows_can_stay_for_labels_to_come():
+    rows = [pickapic_row(has_label=False, label_0=None, label_1=None), pickapic_row()]
+    batch = StepPreferenceCollator(16, keep_unlabelled=True)(rows)
+    assert batch["label_0"].tolist() == [0.5, 1] and batch["weights"].tolist() == [0.25, 0.25]
+    assert len(prepare_preference_dataset(rows, drop_unlabelled=False)) == 2

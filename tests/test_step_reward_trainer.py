@@ -18,15 +18,17 @@ run it whole, on real tiny models: the loss it takes steps on, what moves and wh
 resumed run is the same run bit for bit, and that what it saves is what `from_pretrained` loads.
 """
 
+import io
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import TrainerCallback
 
 from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
-from trl_spo.step_preference_data import StepPreferenceCollator, noised_pair_images
+from trl_spo.step_preference_data import StepPreferenceCollator, noised_pair_images, relabel_preferences
 from trl_spo.step_reward_trainer import caption_contrastive_loss
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline
@@ -65,7 +67,9 @@ def clip_path(tmp_path_factory):
 
 @pytest.fixture
 def make_trainer(pipeline, clip_path, tmp_path):
-    def make(train_dataset=None, eval_dataset=None, reward_model=None, callbacks=None, **kwargs):
+    def make(
+        train_dataset=None, eval_dataset=None, reward_model=None, callbacks=None, preference_model=None, **kwargs
+    ):
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 4,
@@ -88,9 +92,24 @@ def make_trainer(pipeline, clip_path, tmp_path):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
+            preference_model=preference_model,
         )
 
     return make
+
+
+def encoded(row):
+    """A row with JPEG bytes, as a parquet file holds them."""
+    result = dict(row)
+    for name in ("jpg_0", "jpg_1"):
+        buffer = io.BytesIO()
+        row[name].save(buffer, format="JPEG")
+        result[name] = buffer.getvalue()
+    return result
+
+
+def first_loss(trainer):
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
 class TestCaptionLoss:
@@ -351,7 +370,120 @@ class TestEvaluation:
         assert {"eval_a_accuracy/t_0", "eval_b_margin"} <= trainer.evaluate().keys()
 
 
+def red_preference(images, prompts):
+    """(B, 3, H, W) in [0, 1] -> 10 times the red."""
+    return 10 * images[:, 0].mean((1, 2))
+
+
+class TestDataOptions:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_trains_from_a_parquet_file(self, make_trainer, tmp_path, streaming, monkeypatch):
+        """Nine rows: one has no label, one equal images, and without a stream one is the second of its caption."""
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        data = [{**encoded(row), "has_label": True, "are_different": True} for row in rows(9)]
+        data[0]["has_label"], data[1]["are_different"] = False, False
+        Dataset.from_list(data).to_parquet(tmp_path / "pairs.parquet")
+        options = {"only_different": True, "max_pairs_per_prompt": None if streaming else 1}
+        trainer = make_trainer(
+            dataset_name=str(tmp_path / "pairs.parquet"), dataset_streaming=streaming, max_steps=2, **options
+        )
+        captions = [row["caption"] for row in trainer.train_dataset]
+        # the captions of rows 2 to 8 are PROMPTS 2, 3, 4, 5, 0, 1 and 2 again
+        assert sorted(captions) == sorted(PROMPTS + [PROMPTS[2]] * streaming)
+        if streaming:
+            assert captions != [row["caption"] for row in data[2:]]  # shuffled, as the Trainer cannot do for a stream
+        trainer.train()
+        assert trainer.state.global_step == 2 and math.isfinite(first_loss(trainer))
+        # a default of accelerate sends tensors from one process to the others, and prompts are none
+        assert trainer.accelerator.dispatch_batches is False
+
+    def test_pairs_per_prompt_are_limited_in_training_only(self, make_trainer):
+        trainer = make_trainer(rows(8), rows(8), max_pairs_per_prompt=1)
+        assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (6, 8)
+
+    def test_a_sample_is_looked_at_before_training(self, make_trainer):
+        data = [encoded(row) for row in rows(10)]
+        data[4]["jpg_1"] = data[4]["jpg_1"][:300]
+        with pytest.raises(ValueError, match="1 of the 10 rows checked .* have an unreadable image"):
+            make_trainer(data)
+        assert len(make_trainer(data, max_bad_image_fraction=0.1).train_dataset) == 10
+        assert len(make_trainer(data, num_checked_rows=0).train_dataset) == 10
+        assert len(make_trainer(data, num_checked_rows=4).train_dataset) == 10  # rows 0, 2, 5 and 7
+
+    def test_labels_of_a_preference_model(self, make_trainer):
+        """
+        The rows prefer the redder image. Told the opposite, and asked to relabel by redness, training has the loss of
+        the true labels, and so has evaluation; without relabelling the two differ.
+        """
+        wrong = rows(4)
+        for row in wrong:
+            row.update(label_0=row["label_1"], label_1=row["label_0"])
+        kwargs = {"max_steps": 1, "eval_timesteps": [0, 501]}
+        results = []
+        for data, preference_model in ((rows(4), None), (wrong, red_preference), (wrong, None)):
+            relabel = preference_model is not None
+            trainer = make_trainer(
+                data, data, preference_model=preference_model, relabel_preferences=relabel, **kwargs
+            )
+            metrics = trainer.evaluate()
+            trainer.train()
+            results.append((first_loss(trainer), metrics["eval_loss"], metrics["eval_accuracy/t_0"]))
+        assert results[0] == results[1]
+        assert results[0][0] != results[2][0] and results[0][1] != results[2][1]
+
+    def test_labels_of_the_reward_model_as_it_was(self, make_trainer):
+        """By default a frozen copy labels: at t = 0 the fresh model agrees with itself, and training moves one only."""
+        data = rows(6, has_label=False)  # no human was asked
+        trainer = make_trainer(data, data, relabel_preferences=True, relabel_tie_band=0.0, eval_timesteps=[0])
+        teacher = state_of(trainer.preference_model)
+        assert trainer.evaluate()["eval_accuracy/t_0"] == 1
+        trainer.train()
+        assert not changed(teacher, trainer.preference_model)
+        assert changed(teacher, trainer.model)
+
+    def test_the_batch_labels_are_those_of_relabel_preferences(self, make_trainer):
+        data = [encoded(row) for row in rows(6)]
+        trainer = make_trainer(data, relabel_preferences=True, relabel_tie_band=1e-3)
+        batch = trainer._relabel(StepPreferenceCollator(16)(data))
+        relabelled = relabel_preferences(data, trainer.preference_model, 1e-3, batch_size=4, resolution=16)
+        assert batch["label_0"].tolist() == [row["label_0"] for row in relabelled]
+        assert len(set(batch["label_0"].tolist())) > 1
+
+    def test_a_model_that_is_trained_and_labels_is_copied(self, make_trainer, clip_path):
+        model = StepAwareRewardModel.from_clip(clip_path)
+        trainer = make_trainer(rows(2), reward_model=model, preference_model=model, relabel_preferences=True)
+        assert trainer.preference_model is not trainer.model
+        assert any(parameter.requires_grad for parameter in trainer.model.parameters())
+
+    def test_a_cached_run_is_the_run(self, make_trainer):
+        """
+        Three epochs over four pairs, eight different images: each is encoded once. A cache that holds only two of them
+        (2,048 bytes each) changes no bit; a run without a cache differs by rounding at most.
+        """
+        runs = []
+        for kwargs in (
+            {"cache_latents": True},
+            {"cache_latents": True, "cache_latents_gb": 5000 / 2**30},
+            {},
+        ):
+            trainer = make_trainer(rows(4), max_steps=3, min_timestep=1, **kwargs)
+            trainer.train()
+            runs.append((trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+        assert runs[0][0].encoding_cache.num_images_encoded == 8
+        assert runs[1][0].encoding_cache.num_images_encoded == 8 + 2 * 6
+        assert runs[0][0].encoding_cache.num_prompts_encoded == 4
+        assert runs[0][1] == runs[1][1] and not changed(state_of(runs[0][0].model), runs[1][0].model)
+        assert runs[0][1] == pytest.approx(runs[2][1], rel=1e-3)
+
+
 class TestWrongUse:
+    def test_preference_models_out_of_place(self, make_trainer):
+        with pytest.raises(ValueError, match="`relabel_preferences=True` only"):
+            make_trainer(rows(2), preference_model=red_preference)
+        with pytest.raises(ValueError, match="callable"):
+            make_trainer(rows(2), preference_model="pickscore", relabel_preferences=True)
+
     def test_no_data(self, make_trainer):
         with pytest.raises(ValueError, match="`train_dataset` or set `dataset_name`"):
             make_trainer()
@@ -377,6 +509,11 @@ class TestWrongUse:
             {"remove_unused_columns": True},
             {"resolution": 0},
             {"max_bad_image_fraction": 1.5},
+            {"max_pairs_per_prompt": 0},
+            {"num_checked_rows": -1},
+            {"relabel_tie_band": 1.0},
+            {"cache_latents_gb": -0.1},
+            {"dataset_streaming": True, "max_steps": -1},
         ],
     )
     def test_config(self, kwargs, tmp_path):

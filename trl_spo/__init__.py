@@ -23,6 +23,7 @@ from transformers.utils import _LazyModule
 __version__ = "0.1.0"
 
 _import_structure = {
+    "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
     "modeling_step_reward": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
     "pipeline_base": ["wrap_pipeline"],
@@ -39,6 +40,7 @@ _import_structure = {
 }
 
 if TYPE_CHECKING:
+    from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
     from .losses import spo_loss, step_preference_loss
     from .modeling_step_reward import StepAwareRewardModel, StepAwareRewardModelConfig
     from .pair_selection import PairSelection, select_pairs

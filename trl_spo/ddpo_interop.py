@@ -229,7 +229,7 @@ def spo_config_from_ddpo(ddpo_config: Any, output_dir: str, **overrides) -> SPOC
         ValueError: for a value that SPO cannot have, such as `sample_eta=0` or `mixed_precision="fp8"`.
     """
     given = dict(vars(ddpo_config)) if hasattr(ddpo_config, "__dict__") else {}
-    if not given.keys() & (_SAME.keys() - {"seed", "push_to_hub"}):
+    if not any(name.startswith("sample_") for name in given):
         raise TypeError(
             "`ddpo_config` must have attributes of TRL's `DDPOConfig` such as `sample_num_steps`, got "
             f"`{type(ddpo_config).__name__}`."

@@ -536,7 +536,9 @@ class SPOTrainer(Trainer):
         kl = (kl[chosen_row] + kl[rejected_row]) / 2
         # A mean over the pairs of the whole optimizer step, however they fall into micro-batches.
         scale = inputs["num_micro_batches"] / inputs["num_pairs"]
-        loss = (output.losses + args.kl_coef * kl).sum() * scale
+        losses = output.losses + args.kl_coef * kl
+        loss = losses.sum() * scale
+        self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
         self._record_loss(output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl)
         self._add("time/train", time.perf_counter() - start, 1)
         return (loss, output) if return_outputs else loss

@@ -35,10 +35,10 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from anywhere
 
-from examples.shapes import world  # noqa: E402
-from examples.shapes.base_scores import evaluation_set, load_pipeline  # noqa: E402
-from examples.shapes.preferences import make_preferences  # noqa: E402
-from trl_spo import (  # noqa: E402
+from examples.shapes import world
+from examples.shapes.base_scores import evaluation_set, load_pipeline
+from examples.shapes.preferences import make_preferences
+from trl_spo import (
     SPOConfig,
     SPOTrainer,
     StepAwareRewardModel,
@@ -46,8 +46,8 @@ from trl_spo import (  # noqa: E402
     StepRewardTrainer,
     wrap_pipeline,
 )
-from trl_spo.evaluation import compare, comparison_table  # noqa: E402
-from trl_spo.visualization import (  # noqa: E402
+from trl_spo.evaluation import compare, comparison_table
+from trl_spo.visualization import (
     before_after_sheet,
     candidate_tree,
     plot_accuracy_by_timestep,
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
 class Stage:
     """Announces a stage and remembers how long it took."""
 
-    seconds: dict[str, float] = {}  # noqa: RUF012
+    seconds: dict[str, float] = {}
 
     def __init__(self, title: str):
         self.title = title
@@ -188,7 +188,10 @@ def make_spo_trainer(args, pipe, reward_model) -> SPOTrainer:
             r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
         ),
     )
-    return quiet(trainer, ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"])
+    return quiet(
+        trainer,
+        ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"],
+    )
 
 
 def main():
@@ -211,7 +214,9 @@ def main():
     with Stage(f"Trained model on the same {len(prompts)} prompts and seeds"):
         images_after = trainer.generate(prompts, seeds, progress="sampling")
         after = trainer.score(images_after, prompts)
-    write_results(args, trainer, prompts, (images_before, before), (images_after, after), clip_accuracy, reward_accuracy)
+    write_results(
+        args, trainer, prompts, (images_before, before), (images_after, after), clip_accuracy, reward_accuracy
+    )
 
 
 def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_accuracy):

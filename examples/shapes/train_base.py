@@ -27,9 +27,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip import CLIPImageProcessorPil
 
 from examples.shapes import world
+
+
+try:
+    from transformers.models.clip import CLIPImageProcessorPil
+except ImportError:  # transformers 4
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 
 WEIGHTS = Path(__file__).parent / "weights"
