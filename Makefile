@@ -1,8 +1,10 @@
-.PHONY: demo test quality style clean
+.PHONY: demo test test-ddpo quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DDPO_BIN := .venv-ddpo/bin
+DDPO_STAMP := .venv-ddpo/.installed
 
 # A fresh machine needs nothing but Python 3.11: every target installs the pinned set first.
 $(STAMP): constraints.txt setup.cfg pyproject.toml
@@ -17,6 +19,16 @@ demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world; writes 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest tests
 
+$(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
+	test -x $(DDPO_BIN)/python || $(PYTHON) -m venv .venv-ddpo
+	$(DDPO_BIN)/python -m pip install --quiet -c constraints-ddpo.txt "$$(grep '^torch==' constraints-ddpo.txt)"
+	$(DDPO_BIN)/python -m pip install --quiet -c constraints-ddpo.txt -e ".[test,ddpo]"
+	$(DDPO_BIN)/python -c "from trl import DDPOTrainer"
+	touch $@
+
+test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
+	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
+
 quality: $(STAMP)  ## what CI asks of the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,4 +39,4 @@ style: $(STAMP)
 
 clean:
 	rm -rf demo_output build dist .pytest_cache .ruff_cache *.egg-info
-	find . -name __pycache__ -type d -not -path "./.venv/*" -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./.venv*/*" -exec rm -rf {} +

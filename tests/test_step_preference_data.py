@@ -529,11 +529,12 @@ class TestRelabelling:
         with torch.no_grad():
             expected = model.score(images, PROMPTS, 0)
         assert torch.equal(score_clean_images(model, images, PROMPTS), expected)
+        pairs = [(png((40 * i, 0, 200)), png((0, 250 - 40 * i, 0)))[:: (-1) ** i] for i in range(6)]
         rows = [
             pickapic_row(
                 caption=PROMPTS[i],
-                jpg_0=png((40 * i, 0, 200)),
-                jpg_1=png((0, 250 - 40 * i, 0)),
+                jpg_0=pairs[i][0],
+                jpg_1=pairs[i][1],
                 label_0=0.5,
                 label_1=0.5,
             )

@@ -380,7 +380,7 @@ class TestDataOptions:
     def test_trains_from_a_parquet_file(self, make_trainer, tmp_path, streaming, monkeypatch):
         """Nine rows: one has no label, one equal images, and without a stream one is the second of its caption."""
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-        monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
         data = [{**encoded(row), "has_label": True, "are_different": True} for row in rows(9)]
         data[0]["has_label"], data[1]["are_different"] = False, False
         Dataset.from_list(data).to_parquet(tmp_path / "pairs.parquet")

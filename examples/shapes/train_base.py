@@ -17,7 +17,9 @@ python -m examples.shapes.train_base --stages vae unet clip
 import argparse
 import copy
 import itertools
+import json
 import math
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -88,7 +91,23 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens += dict.fromkeys("".join(pair) for pair in merges)
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    with tempfile.TemporaryDirectory() as folder:  # the form that every transformers version reads
+        vocab_file, merges_file = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocab_file.write_text(json.dumps(vocab))
+        merges_file.write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
+        return CLIPTokenizer(str(vocab_file), str(merges_file), model_max_length=MAX_TOKENS)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Saves the tokenizer, and beside it `vocab.json` and `merges.txt`, which transformers 4 reads instead."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+def name_as_transformers_4(path: Path) -> None:
+    """Gives a saved text encoder the parameter names of transformers 4, which 5 reads too; 4 would skip those of 5."""
+    state = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
@@ -321,6 +340,8 @@ def train_unet(args):
         requires_safety_checker=False,
     )
     copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    name_as_transformers_4(folder / "text_encoder" / "model.safetensors")
     return {"unet seconds": seconds, "parameters": sum(p.numel() for p in parameters)}
 
 
@@ -383,7 +404,7 @@ def train_clip(args):
     seconds = train_loop("clip", args.clip_steps, clip.parameters(), 1e-3, loss_function, keep_scale)
     folder = args.output_dir / "clip"
     save(clip.eval(), folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     make_image_processor().save_pretrained(folder)
     return {"clip seconds": seconds, "parameters": sum(p.numel() for p in clip.parameters()), **clip_figures(args)}
 
