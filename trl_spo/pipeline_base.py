@@ -270,7 +270,8 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         """x_t of the forward process."""
         raise NotImplementedError
 
-    def encode_images(self, images, generator=None) -> torch.Tensor:
+    def image_posterior(self, images) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents of images, in the scale the denoiser sees."""
         raise NotImplementedError
 
     def decode_latents(self, latents) -> torch.Tensor:
@@ -289,6 +290,15 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         raise NotImplementedError
 
     # --- shared by all families --------------------------------------------------------------------------------------
+
+    def encode_images(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> latents drawn from their posterior."""
+        return self.draw_latents(*self.image_posterior(images), generator)
+
+    def draw_latents(self, mean: torch.Tensor, std: torch.Tensor, generator=None) -> torch.Tensor:
+        """A sample of the posterior `N(mean, std^2)`, in the dtype of latents."""
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return (mean + std * noise).to(self.dtype)
 
     def prepare_latents(self, batch_size: int, generator=None, height=None, width=None) -> torch.Tensor:
         """

@@ -237,11 +237,16 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         )
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> latents in the scale of the UNet, drawn from the VAE's posterior."""
+    def image_posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): in [-1, 1].
+
+        Returns:
+            `tuple` of mean and standard deviation, each `(B, channels, H / factor, W / factor)`.
+        """
         posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
-        noise = randn_tensor(posterior.mean.shape, generator=generator, device=self.device, dtype=posterior.mean.dtype)
-        return ((posterior.mean + posterior.std * noise) * self.vae.config.scaling_factor).to(self.dtype)
+        return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:

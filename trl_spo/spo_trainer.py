@@ -22,7 +22,7 @@ import copy
 import json
 import math
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from .pipeline_base import PromptEmbeds, wrap_pipeline
 from .rollout import StepPairs, stepwise_rollout
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, gaussian_log_prob
+from .step_preference_data import EncodingCache
 from .visualization import ImageLoggingCallback
 
 
@@ -382,7 +383,7 @@ class SPOTrainer(Trainer):
         self.metrics = metrics or {}
         self.pair_loader: PairLoader | None = None
         self._prompts = prompts
-        self._embeds_cache: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._encodings = EncodingCache()
         self._metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> [sum, weight]
         self._last_rollout_metrics: dict[str, float] = {}
         self.model_tags = self._tag_names
@@ -420,19 +421,8 @@ class SPOTrainer(Trainer):
 
     def _encode(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of prompts; the most recent ones are kept, so that an epoch does not encode them twice."""
-        args = self.args
-        size = {k: v for k, v in (("height", args.height), ("width", args.width)) if v is not None}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeds_cache]
-        if missing:
-            embeds = self.pipeline.encode_prompt(missing, args.negative_prompt, **size)
-            for i, prompt in enumerate(missing):
-                self._embeds_cache[prompt] = embeds[i : i + 1]
-        for prompt in prompts:
-            self._embeds_cache.move_to_end(prompt)
-        result = PromptEmbeds.cat([self._embeds_cache[prompt] for prompt in prompts])
-        while len(self._embeds_cache) > 1024:
-            self._embeds_cache.popitem(last=False)
-        return result
+        size = {k: v for k, v in (("height", self.args.height), ("width", self.args.width)) if v is not None}
+        return self._encodings.encode_prompts(self.pipeline, prompts, self.args.negative_prompt, **size)
 
     def rollout(self, prompts: list[str], seed: int = 0, return_trajectory: bool = False) -> StepPairs:
         """

@@ -735,7 +735,7 @@ class EncodingCache:
 
         Args:
             pipeline:
-                An SPO pipeline with a VAE.
+                An SPO pipeline.
             images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
                 In [-1, 1].
             keys (`list[str]`):
@@ -748,16 +748,13 @@ class EncodingCache:
         """
         parts = [self._posterior(pipeline, image, key) for image, key in zip(images, keys, strict=True)]
         mean, std = torch.stack(parts, dim=1).to(pipeline.device)  # each (B, C, h, w)
-        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return ((mean + std * noise) * pipeline.vae.config.scaling_factor).to(pipeline.dtype)
+        return pipeline.draw_latents(mean, std, generator)
 
     def _posterior(self, pipeline, image: torch.Tensor, key: str) -> torch.Tensor:
         """Mean and standard deviation, shape (2, C, h, w), on the CPU."""
         if key in self._posteriors:
             return self._posteriors[key]
-        image = image[None].to(pipeline.device, pipeline.vae.dtype)
-        posterior = pipeline.vae.encode(image).latent_dist
-        value = torch.cat([posterior.mean, posterior.std]).cpu()
+        value = torch.cat(pipeline.image_posterior(image[None])).cpu()
         self.num_images_encoded += 1
         if self.num_bytes + value.nbytes <= self.max_bytes:
             self._posteriors[key] = value

@@ -55,6 +55,8 @@ def parse_args(argv=None):
     parser.add_argument("--vae_batch_size", type=int, default=32)
     parser.add_argument("--unet_steps", type=int, default=3_000)
     parser.add_argument("--unet_batch_size", type=int, default=64)
+    parser.add_argument("--unet_lr", type=float, default=2e-3)
+    parser.add_argument("--continue_unet", action="store_true", help="Start from the UNet saved in the output folder.")
     parser.add_argument("--clip_steps", type=int, default=800)
     parser.add_argument("--clip_batch_size", type=int, default=128)
     return parser.parse_args(argv)
@@ -63,10 +65,12 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------- common parts
 
 
-def make_renders(count: int, seed: int, dull: float = 0.5) -> tuple[torch.Tensor, list[str]]:
-    """Images (count, 3, 32, 32) in [0, 1] of captions drawn uniformly from the train split, and those captions."""
+def make_renders(
+    count: int, seed: int, dull: float = 0.5, split: str | None = "train"
+) -> tuple[torch.Tensor, list[str]]:
+    """Images (count, 3, 32, 32) in [0, 1] of captions drawn uniformly from a split (`None`: all), and the captions."""
     generator = torch.Generator().manual_seed(seed)
-    pool = world.captions("train")
+    pool = world.captions(split)
     prompts = [pool[i] for i in torch.randint(len(pool), (count,), generator=generator).tolist()]
     pieces = [world.render(prompts[i : i + 1000], generator, dull=dull) for i in range(0, count, 1000)]
     return torch.cat(pieces), prompts
@@ -296,8 +300,8 @@ class Average:
 
 @torch.no_grad()
 def encode_renders(args, vae) -> tuple[torch.Tensor, list[str]]:
-    """Scaled latents (N, 4, 8, 8) of the fixed training renders, and their captions."""
-    images, prompts = make_renders(args.num_renders, args.seed + 1)
+    """Scaled latents (N, 4, 8, 8) of the fixed training renders of all captions, and those captions."""
+    images, prompts = make_renders(args.num_renders, args.seed + 1, split=None)
     batches = tqdm((2 * images - 1).split(256), desc="latents", mininterval=5)
     return torch.cat([vae.encode(b).latent_dist.mean for b in batches]) * vae.config.scaling_factor, prompts
 
@@ -310,6 +314,9 @@ def train_unet(args):
     ids, null = tokenize(tokenizer, prompts), tokenize(tokenizer, [""])
     text_encoder = CLIPTextModel(make_text_config(tokenizer))
     unet = make_unet(text_encoder.config.hidden_size)
+    if args.continue_unet:
+        text_encoder = load(CLIPTextModel, folder / "text_encoder").train().requires_grad_(True)
+        unet = load(UNet2DConditionModel, folder / "unet").train().requires_grad_(True)
     average = Average([unet, text_encoder])
     generator = torch.Generator().manual_seed(args.seed + 11)
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
@@ -327,7 +334,7 @@ def train_unet(args):
         return (min_snr_weight[t] * errors).mean(), {"error": errors.mean()}
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    seconds = train_loop("unet", args.unet_steps, parameters, 2e-3, loss_function, average.update)
+    seconds = train_loop("unet", args.unet_steps, parameters, args.unet_lr, loss_function, average.update)
     average.copy_to_modules()
     pipeline = StableDiffusionPipeline(
         vae=vae,
