@@ -128,6 +128,18 @@ class TestWrapPipeline:
         assert type(loaded) is cls
         assert not changed(state_of(pipe.unet), loaded.denoiser)
 
+    def test_another_vae_and_dtypes_by_name(self, pipe, tmp_path):
+        """SDXL in half precision needs another VAE; a YAML file can name dtypes only as text."""
+        pipe.save_pretrained(tmp_path / "saved")
+        other = tiny_sd_pipeline(tmp_path, seed=5).vae
+        other.save_pretrained(tmp_path / "vae")
+        wrapped = wrap_pipeline(str(tmp_path / "saved"), vae=str(tmp_path / "vae"), torch_dtype="bfloat16")
+        assert wrapped.dtype == wrapped.vae.dtype == torch.bfloat16
+        expected = {name: value.bfloat16() for name, value in state_of(other).items()}
+        assert not changed(expected, wrapped.vae)
+        with pytest.raises(ValueError, match="`torch_dtype` must name a dtype.*'half precision'"):
+            wrap_pipeline(str(tmp_path / "saved"), torch_dtype="half precision")
+
     @pytest.mark.parametrize("given", [None, 3, UNet2DConditionModel, {"unet": None}])
     def test_says_what_it_accepts(self, given):
         with pytest.raises(TypeError, match="StableDiffusionPipeline.*path or Hub id.*got an object of type"):

@@ -143,7 +143,7 @@ class TestScorers:
 
     def test_utility_is_the_weighted_sum(self):
         images, prompts = draw(20, dull=0.5)
-        expected = 0.5 * world.aesthetics_score(images) + 0.5 * world.alignment_score(images, prompts)
+        expected = 0.7 * world.aesthetics_score(images) + 0.3 * world.alignment_score(images, prompts)
         torch.testing.assert_close(world.utility(images, prompts), expected)
 
     def test_scores_do_not_depend_on_the_batch(self):

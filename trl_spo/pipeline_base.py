@@ -343,9 +343,14 @@ def _describe(value: Any) -> str:
 
 
 def load_diffusers_pipeline(path: str | Path, **kwargs):
-    """Load a diffusers pipeline from a folder or the Hub."""
-    from diffusers import DiffusionPipeline
+    """Load a diffusers pipeline from a folder or the Hub; see [`wrap_pipeline`] for `kwargs`."""
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
+    dtype = kwargs.get("torch_dtype")
+    if isinstance(dtype, str):
+        kwargs["torch_dtype"] = getattr(torch, dtype, None)
+        if not isinstance(kwargs["torch_dtype"], torch.dtype):
+            raise ValueError(f"`torch_dtype` must name a dtype such as 'float16' or 'bfloat16', got {dtype!r}.")
     local = Path(path)
     if local.is_dir() and not (local / "model_index.json").is_file():
         raise ValueError(
@@ -358,6 +363,8 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
             "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
         )
     try:
+        if isinstance(kwargs.get("vae"), (str, Path)):
+            kwargs["vae"] = AutoencoderKL.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
         return DiffusionPipeline.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -375,7 +382,8 @@ def wrap_pipeline(pipeline: Any, **from_pretrained_kwargs) -> SPOPipeline:
             `StableDiffusionXLPipeline`, TRL's `DefaultDDPOStableDiffusionPipeline` (TRL <= 0.23.1), or the path or
             Hub id of a diffusers pipeline.
         from_pretrained_kwargs: passed to `DiffusionPipeline.from_pretrained` for a path or Hub id, such as
-            `torch_dtype`, `variant` or `revision`.
+            `torch_dtype` (also by name, as in "float16"), `variant` or `revision`. `vae` may be the path or Hub id of
+            another VAE, such as `madebyollin/sdxl-vae-fp16-fix`: SDXL's own does not survive half precision.
 
     Raises:
         TypeError: for any other object; the message lists what is accepted.

@@ -94,7 +94,7 @@ class SPOConfig(TrainingArguments):
             denoiser against a frozen copy of it.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
-            `{"torch_dtype": "float16", "variant": "fp16"}`.
+            `{"torch_dtype": "float16", "vae": "madebyollin/sdxl-vae-fp16-fix"}`.
 
         > Parameters that control the data
 

@@ -694,7 +694,16 @@ class SPOTrainer(Trainer):
         if self.args.should_save:
             self.pair_loader.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
 
-    def _load_weights(self, directory: str | Path) -> None:
+    def load_model(self, directory: str | Path) -> None:
+        """
+        Read back what [`~SPOTrainer.save_model`] or a checkpoint wrote, into the model that is being trained.
+
+        Args:
+            directory (`str` or `Path`): `output_dir`, or one of its `checkpoint-*` folders.
+
+        Raises:
+            ValueError: if there are no weights, or they do not fit the adapter.
+        """
         directory = Path(directory)
         if self.pipeline.use_lora:
             if not (directory / LORA_NAME).is_file():
@@ -705,12 +714,12 @@ class SPOTrainer(Trainer):
             self.pipeline.denoiser.load_state_dict(saved.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self._load_weights(resume_from_checkpoint)
+        self.load_model(resume_from_checkpoint)
         self.pair_loader.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        self._load_weights(self.state.best_model_checkpoint)
+        self.load_model(self.state.best_model_checkpoint)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""

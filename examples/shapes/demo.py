@@ -23,9 +23,13 @@ python examples/shapes/demo.py --output_dir demo_output
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a shared machine
 
 import torch
 from peft import LoraConfig
@@ -88,6 +92,30 @@ class Stage:
 
     def __exit__(self, *exc):
         self.seconds[self.title] = round(time.perf_counter() - self.start, 1)
+
+
+class AlignmentGuard(TrainerCallback):
+    """
+    Stops where the validation captions say so: training ends once alignment is more than `tolerance` below the base
+    model's, and `best` is the most aesthetic checkpoint that was not. A learned reward pleases itself in the end; a
+    score it was not trained on says when.
+    """
+
+    def __init__(self, output_dir: Path, tolerance: float):
+        self.output_dir = output_dir
+        self.tolerance = tolerance
+        self.base = None
+        self.best = (float("-inf"), None)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        alignment = metrics["eval_alignment_mean"]
+        if state.global_step == 0:
+            self.base = alignment
+        elif alignment < self.base - self.tolerance:
+            control.should_training_stop = True
+        else:
+            checkpoint = self.output_dir / f"checkpoint-{state.global_step}"
+            self.best = max(self.best, (metrics["eval_aesthetics_mean"], str(checkpoint)))
 
 
 class OneLineLog(TrainerCallback):

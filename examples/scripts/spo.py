@@ -1,0 +1,64 @@
+# /// script
+# dependencies = ["trl-spo"]
+# ///
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Train a LoRA with SPO. Stable Diffusion and SDXL run through the same script.
+
+```shell
+accelerate launch examples/scripts/spo.py --config examples/configs/spo_sd15.yaml --dataset_name my/prompts
+accelerate launch examples/scripts/spo.py --config examples/configs/spo_sdxl.yaml --dataset_name my/prompts
+```
+
+Without the published reward model, name your own with `--reward_model_name_or_path`. `--dataset_name` is a dataset with a
+`prompt` or `caption` column: a Hub id, or a text file with one prompt per line.
+"""
+
+from pathlib import Path
+
+from datasets import load_dataset
+from script_arguments import DiffusionModelArguments, RewardModelArguments
+from trl import TrlParser
+
+from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
+
+
+def main(model_args: DiffusionModelArguments, reward_args: RewardModelArguments, config: SPOConfig):
+    if config.dataset_name is None:
+        raise SystemExit("SPO needs prompts: name a dataset or a text file of prompts with --dataset_name.")
+    if Path(config.dataset_name).is_file():
+        prompts = [line for line in Path(config.dataset_name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        prompts = load_dataset(config.dataset_name, split="train")
+
+    kwargs = dict(config.model_init_kwargs or {})
+    if model_args.vae_name_or_path is not None:
+        kwargs["vae"] = model_args.vae_name_or_path
+    trainer = SPOTrainer(
+        config,
+        wrap_pipeline(model_args.model_name_or_path, **kwargs),
+        reward_args.load(),
+        train_dataset=prompts,
+        peft_config=model_args.peft_config() if config.use_peft else None,
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((DiffusionModelArguments, RewardModelArguments, SPOConfig)).parse_args_and_config())
