@@ -308,7 +308,7 @@ class TestResume:
         settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
         make_trainer(tmp_path, **settings).train()
         checkpoint = tmp_path / "out" / "checkpoint-1"
-        with pytest.raises(ValueError, match="written with 6 prompts, this run has 2"):
+        with pytest.raises(ValueError, match="written with 6 other prompts than the 2"):
             make_trainer(tmp_path, "b", prompts=PROMPTS[:2], **settings).train(str(checkpoint))
         (checkpoint / "spo_state.json").unlink()
         with pytest.raises(ValueError, match="no complete SPO checkpoint"):

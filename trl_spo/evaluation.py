@@ -82,7 +82,12 @@ def _size(height: int | None, width: int | None) -> dict:
 
 @torch.no_grad()
 def score_images(
-    images: torch.Tensor, prompts: list[str], reward: Callable, timestep: int = 0, batch_size: int = 32
+    images: torch.Tensor,
+    prompts: list[str],
+    reward: Callable,
+    timestep: int = 0,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """
     Scores of clean images under a reward model or reward function.
@@ -93,10 +98,17 @@ def score_images(
         reward: a [`StepAwareRewardModel`] or a callable `(images in [0, 1], prompts, timesteps) -> (N,)`.
         timestep (`int`, *optional*, defaults to `0`): 0 is the clean image.
         batch_size (`int`, *optional*, defaults to `32`): images scored together.
+        device (`torch.device` or `str`, *optional*): where a callable gets its images, as in rollouts. A reward model
+            gets them on its own device.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32, on the CPU.
+
+    Raises:
+        ValueError: for a reward that scores latents, which finished images are not.
     """
+    if getattr(reward, "scores", "images") != "images":
+        raise ValueError("This reward scores latents, so it cannot judge finished images; evaluate with `metrics`.")
     scores = []
     for start in range(0, len(images), batch_size):
         batch, texts = images[start : start + batch_size], prompts[start : start + batch_size]
@@ -104,7 +116,7 @@ def score_images(
         if hasattr(reward, "score"):
             scores.append(reward.score(batch.to(reward.device) * 2 - 1, texts, timesteps))
         else:
-            scores.append(torch.as_tensor(reward(batch, texts, timesteps)))
+            scores.append(torch.as_tensor(reward(batch.to(device), texts, timesteps.to(device))))
     return torch.cat([score.detach().float().cpu() for score in scores]) if scores else torch.empty(0)
 
 

@@ -49,6 +49,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
@@ -750,13 +751,18 @@ def _locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> s
 
 def _read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     """The flat state dict of a `.safetensors` or torch file, names brought to those of `CLIPModel`."""
-    if path.endswith(".safetensors"):
-        weights = load_file(path)
-    else:
-        try:
+    try:
+        if path.endswith(".safetensors"):
+            weights = load_file(path)
+        else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path!r} was refused, it holds more than tensors: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path!r} was refused: it is no file of plain tensors (it holds other objects, or is not a checkpoint at "
+            f"all): {error}"
+        ) from error
+    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+        raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path!r} is not a flat state dict of tensors.")
     return {_canonical_name(name): weight for name, weight in weights.items() if not name.endswith(".position_ids")}

@@ -200,6 +200,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         denoiser = self.denoiser if denoiser is None else denoiser
         latents = latents.to(self.dtype)
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
+        prompt_embeds = prompt_embeds.to(self.dtype)
         conditioning = self._conditioning(prompt_embeds, negative=False)
         if guidance_scale <= 1:
             return denoiser(latents, timesteps, **conditioning, return_dict=False)[0].float()
@@ -245,15 +246,20 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         Returns:
             `tuple` of mean and standard deviation, each `(B, channels, H / factor, W / factor)`.
         """
-        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        with self._vae_precision():
+            posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
         return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents -> images `(B, 3, H, W)`, float32, nominally in [-1, 1] (the decoder may overshoot a little)."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[
-            0
-        ].float()
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        with self._vae_precision():
+            return self.vae.decode(latents, return_dict=False)[0].float()
+
+    def _vae_precision(self):
+        """The VAE runs in the dtype of its weights, also inside a trainer's autocast: SDXL's overflows in float16."""
+        return torch.autocast(self.device.type, enabled=False)
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 

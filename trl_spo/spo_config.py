@@ -180,6 +180,8 @@ class SPOConfig(TrainingArguments):
     log_images_steps: int = _field(0, "Log sample images every this many optimizer steps; 0 for never.")
     eval_seed: int = _field(0, "The evaluation image of prompt i starts from seed `eval_seed + i`.")
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
+
     def __post_init__(self):
         self._check_spo_arguments()
         super().__post_init__()
@@ -199,6 +201,8 @@ class SPOConfig(TrainingArguments):
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "per_device_rollout_batch_size": (self.per_device_rollout_batch_size >= 1, "at least 1"),
             "per_device_train_batch_size": (self.per_device_train_batch_size >= 1, "at least 1"),
+            "num_eval_images": (self.num_eval_images >= 1, "at least 1"),
+            "log_images_steps": (self.log_images_steps >= 0, "0 or more"),
             "resample": (self.resample in ("random", "chosen", "rejected"), "'random', 'chosen' or 'rejected'"),
             "pair": (self.pair in ("best_worst", "random"), "'best_worst' or 'random'"),
             "rollout_micro_batch_size": ((self.rollout_micro_batch_size or 1) >= 1, "at least 1"),

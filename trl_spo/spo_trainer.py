@@ -19,6 +19,7 @@ training) is the Trainer's.
 """
 
 import copy
+import hashlib
 import json
 import math
 import time
@@ -31,7 +32,9 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .evaluation import generate_images, score_images
@@ -176,14 +179,11 @@ class PairLoader:
         total = min(self.waiting, self.pairs_per_step)
         total -= total % world
         if total < accumulation * world:
-            if self.waiting:
-                logger.warning(f"{self.waiting} pairs are left at the end, too few for a step; they are not used.")
             return None
         step, self.pool = self.pool[:total], self.pool[total:]
         self.num_pairs_seen += total
         own = step[args.process_index * (total // world) : (args.process_index + 1) * (total // world)]
-        rows = torch.arange(len(own)).chunk(accumulation) if len(own) % accumulation == 0 else None
-        rows = rows or torch.tensor_split(torch.arange(len(own)), accumulation)
+        rows = torch.tensor_split(torch.arange(len(own)), accumulation)
         return [{"pairs": own[index], "num_pairs": len(own), "num_micro_batches": accumulation} for index in rows]
 
     def _rollout_round(self):
@@ -196,10 +196,14 @@ class PairLoader:
         size = int(min(size, len(self.prompts) - position, self.total_prompts - start))
         indices = order[position : position + size]
         own = indices[args.process_index :: args.world_size]
-        parts = [self.trainer.rollout([self.prompts[i] for i in own], seed=start)] if own else []
+        parts = []
+        if (
+            own
+        ):  # `cat` leaves the record of the rollout behind, and objects of another device would not come back here
+            parts = [StepPairs.cat([self.trainer.rollout([self.prompts[i] for i in own], seed=start)]).to("cpu")]
         # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process.
         parts = gather_object(parts) if args.world_size > 1 else parts
-        fresh = StepPairs.cat(parts).to("cpu")
+        fresh = StepPairs.cat(parts)
         shuffle = torch.Generator().manual_seed(args.seed + 1 + start)
         fresh = fresh[torch.randperm(len(fresh), generator=shuffle)]
         self.pool = fresh if self.pool is None else StepPairs.cat([self.pool, fresh])
@@ -207,17 +211,21 @@ class PairLoader:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self, directory: str | Path):
-        """Write the position in the prompts and the pairs that were not trained on yet."""
+    def _prompts_hash(self) -> str:
+        return hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+
+    def save(self, directory: str | Path, metrics: dict[str, list[float]]):
+        """Write the position in the prompts, the pairs that were not trained on yet, and metrics not yet logged."""
         directory = Path(directory)
         tensors = {} if self.pool is None else {k: v.contiguous() for k, v in self.pool.tensors().items()}
         save_file({name: value.clone() for name, value in tensors.items()}, directory / PAIRS_NAME)
         state = {
             "num_prompts": len(self.prompts),
+            "prompts_hash": self._prompts_hash(),
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
             "pool_prompts": [] if self.pool is None else self.pool.prompts,
-            "metrics": self.trainer._metrics,
+            "metrics": metrics,
             "last_rollout_metrics": self.trainer._last_rollout_metrics,
         }
         (directory / STATE_NAME).write_text(json.dumps(state))
@@ -234,15 +242,16 @@ class PairLoader:
                 "from an earlier one."
             )
         state = json.loads((directory / STATE_NAME).read_text())
-        if state["num_prompts"] != len(self.prompts):
+        if state["num_prompts"] != len(self.prompts) or state["prompts_hash"] != self._prompts_hash():
             raise ValueError(
-                f"The checkpoint was written with {state['num_prompts']} prompts, this run has {len(self.prompts)}. "
-                "Resume with the same `train_dataset`."
+                f"The checkpoint was written with {state['num_prompts']} other prompts than the {len(self.prompts)} of "
+                "this run. Resume with the same `train_dataset`."
             )
         self.num_prompts_seen, self.num_pairs_seen = state["num_prompts_seen"], state["num_pairs_seen"]
         tensors = load_file(directory / PAIRS_NAME)
         self.pool = StepPairs(**tensors, prompts=state["pool_prompts"]) if tensors else None
-        self.trainer._metrics = defaultdict(lambda: [0.0, 0.0], state["metrics"])
+        metrics = state["metrics"] if self.trainer.args.process_index == 0 else {}  # they are those of all processes
+        self.trainer._metrics = defaultdict(lambda: [0.0, 0.0], metrics)
         self.trainer._last_rollout_metrics = state["last_rollout_metrics"]
 
 
@@ -256,6 +265,8 @@ class _EpochCallback(TrainerCallback):
         loader = self.trainer.pair_loader
         state.epoch = loader.epoch
         if loader.exhausted:
+            if loader.waiting:
+                logger.warning(f"{loader.waiting} pairs are left at the end, too few for a step; they are not used.")
             control.should_training_stop = True
             if args.save_strategy == "steps":
                 control.should_save = True
@@ -345,6 +356,9 @@ class SPOTrainer(Trainer):
         config = copy.copy(config)
         config.ignore_data_skip = True  # the pair loader resumes by its own position; nothing is rolled out twice
         config._n_gpu = min(config.n_gpu, 1)  # one process per device; `DataParallel` cannot split pairs
+        if config.ddp_find_unused_parameters is None:
+            config.ddp_find_unused_parameters = False  # every parameter that is trained is used
+        self._check_strategies(config, metrics or {})
 
         # Cheap checks first: nothing is loaded for a run that cannot start.
         if train_dataset is None:
@@ -365,14 +379,17 @@ class SPOTrainer(Trainer):
                 f"prompts, timesteps) -> scores`, got `{type(reward_model).__name__}`."
             )
 
+        if isinstance(reward_model, (str, Path)):
+            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
+        if isinstance(reward_model, StepAwareRewardModel):
+            reward_model.tokenize(prompts[:1])  # says so if there is no tokenizer
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
-        if isinstance(reward_model, (str, Path)):
-            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
         self.reward_model = reward_model
         if isinstance(reward_model, torch.nn.Module):
             reward_model.requires_grad_(False).eval().to(config.device)
+        set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
         if config.disable_dropout:
@@ -407,6 +424,24 @@ class SPOTrainer(Trainer):
                 f"possible number of steps ({len(self.pair_loader)} per epoch). Set `max_steps` to make it exact."
             )
 
+    def _check_strategies(self, config: SPOConfig, metrics: dict[str, Callable]):
+        """What can be trained and measured at all."""
+        if config.fsdp or (config.deepspeed and is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "SPO rolls out and scores with the whole denoiser between optimizer steps, so its parameters cannot be "
+                "sharded: use plain data parallel training or DeepSpeed ZeRO-1 or 2 instead of FSDP or ZeRO-3."
+            )
+        if not config.load_best_model_at_end and config.save_strategy != "best":
+            return
+        known = [f"{name}_{kind}" for name in ("reward", *metrics) for kind in ("mean", "std")]
+        if config.metric_for_best_model in (None, "loss", "eval_loss"):  # there is no evaluation loss
+            config.metric_for_best_model, config.greater_is_better = "reward_mean", True
+        elif config.metric_for_best_model.removeprefix("eval_") not in known:
+            raise ValueError(
+                f"`metric_for_best_model` must be one of {known}, got {config.metric_for_best_model!r}. Further metrics "
+                "come with the `metrics` argument of the trainer."
+            )
+
     def _check_branches(self, config: SPOConfig):
         """At least one branching step must have candidates that differ."""
         self.pipeline.set_timesteps(config.num_inference_steps)
@@ -422,7 +457,8 @@ class SPOTrainer(Trainer):
     def _encode(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of prompts; the most recent ones are kept, so that an epoch does not encode them twice."""
         size = {k: v for k, v in (("height", self.args.height), ("width", self.args.width)) if v is not None}
-        return self._encodings.encode_prompts(self.pipeline, prompts, self.args.negative_prompt, **size)
+        with self.accelerator.autocast():  # always the same, whoever asks first
+            return self._encodings.encode_prompts(self.pipeline, prompts, self.args.negative_prompt, **size)
 
     def rollout(self, prompts: list[str], seed: int = 0, return_trajectory: bool = False) -> StepPairs:
         """
@@ -437,7 +473,7 @@ class SPOTrainer(Trainer):
         """
         args, start = self.args, time.perf_counter()
         generator = torch.Generator(args.device)
-        generator.manual_seed((args.seed * 1_000_003 + seed) * 4096 + args.process_index)
+        generator.manual_seed(((args.seed * 1_000_003 + seed) * 4096 + args.process_index) % 2**63)
         self.model.eval()
         with self.accelerator.autocast():
             pairs = stepwise_rollout(
@@ -487,7 +523,8 @@ class SPOTrainer(Trainer):
         SPO loss of a micro-batch of pairs. Winner and loser of a pair that shares x_t come from one forward pass of the
         policy and one of the reference; only transitions inside a multi-step branch have an x_t each.
         """
-        args, start = self.args, time.perf_counter()
+        args = self.args
+        self.pipeline.set_timesteps(args.num_inference_steps)  # a callback may have sampled with other steps
         pairs: StepPairs = inputs["pairs"].to(args.device)
         apart = (~pairs.shared).nonzero(as_tuple=True)[0]
         latents = torch.cat([pairs.latents, pairs.rejected_latents[apart]])
@@ -530,8 +567,13 @@ class SPOTrainer(Trainer):
         loss = losses.sum() * scale
         self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
         self._record_loss(output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl)
-        self._add("time/train", time.perf_counter() - start, 1)
         return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._add("time/train", time.perf_counter() - start, 1)
+        return loss
 
     @torch.no_grad()
     def _record_loss(self, output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl):
@@ -563,15 +605,20 @@ class SPOTrainer(Trainer):
         entry[0] += values
         entry[1] += weight
 
-    def _pop_metrics(self) -> dict[str, float]:
-        """Metrics since the last log, over all processes."""
+    def _gather_metrics(self) -> dict[str, list[float]]:
+        """Running sums and weights of all processes. Every process must call it."""
         parts = gather_object([dict(self._metrics)]) if self.args.world_size > 1 else [dict(self._metrics)]
-        self._metrics.clear()
         totals = defaultdict(lambda: [0.0, 0.0])
         for part in parts:
             for name, (total, weight) in part.items():
                 totals[name][0] += total
                 totals[name][1] += weight
+        return totals
+
+    def _pop_metrics(self) -> dict[str, float]:
+        """Metrics since the last log, over all processes."""
+        totals = self._gather_metrics()
+        self._metrics.clear()
         logs = {
             name: total / (self.args.world_size if name.startswith("time/") else weight)
             for name, (total, weight) in totals.items()
@@ -604,8 +651,25 @@ class SPOTrainer(Trainer):
         return values
 
     def train(self, resume_from_checkpoint=None, **kwargs):
+        """
+        Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*): a `checkpoint-*` folder, or `True` for the last
+                one in `output_dir`.
+
+        Returns:
+            `TrainOutput`.
+        """
         self.pair_loader = PairLoader(self, self._prompts)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir!r} to resume from.")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self.pair_loader.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -633,10 +697,20 @@ class SPOTrainer(Trainer):
                 progress=progress,
             )
 
+    @property
+    def _score_names(self) -> list[str]:
+        """A reward that scores latents has nothing to say about finished images."""
+        judges_images = getattr(self.reward_model, "scores", "images") == "images"
+        return (["reward"] if judges_images else []) + list(self.metrics)
+
     def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Scores `(N,)` of clean images under the reward model (`reward`) and the trainer's metrics."""
-        size = self.args.per_device_eval_batch_size
-        scores = {"reward": score_images(images, prompts, self.reward_model, batch_size=size)}
+        if not prompts:  # a process without a share of the prompts
+            return {name: torch.empty(0) for name in self._score_names}
+        scores = {}
+        if "reward" in self._score_names:
+            size, device = self.args.per_device_eval_batch_size, self.args.device
+            scores["reward"] = score_images(images, prompts, self.reward_model, batch_size=size, device=device)
         for name, metric in self.metrics.items():
             scores[name] = torch.as_tensor(metric(images, prompts)).float().cpu()
         return scores
@@ -691,8 +765,10 @@ class SPOTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
+        metrics = self._gather_metrics()
         if self.args.should_save:
-            self.pair_loader.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            self.pair_loader.save(folder, metrics)
 
     def load_model(self, directory: str | Path) -> None:
         """
@@ -715,7 +791,6 @@ class SPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.load_model(resume_from_checkpoint)
-        self.pair_loader.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")

@@ -138,7 +138,9 @@ class StepRewardTrainer(Trainer):
     Example:
 
     ```python
-        from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+    from datasets import load_dataset
+
+    from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
 
     trainer = StepRewardTrainer(
         StepRewardConfig(output_dir="step-reward", bf16=True),
@@ -173,6 +175,9 @@ class StepRewardTrainer(Trainer):
         optimizers: tuple = (None, None),
         preference_model: Any | None = None,
     ):
+        if not isinstance(config, StepRewardConfig):
+            raise TypeError(f"`config` must be a `StepRewardConfig`, got `{type(config).__name__}`.")
+        config = copy.copy(config)  # the caller's stays as it is
         if isinstance(reward_model, (str, Path)):
             reward_model = StepAwareRewardModel.from_pretrained(reward_model)
         if not isinstance(reward_model, StepAwareRewardModel):
@@ -366,6 +371,8 @@ class StepRewardTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> torch.Tensor:
         """Weight of all pairs of an optimizer step, per process because gradients are averaged over processes."""
+        if not batch_samples:  # a stream has come to its end
+            return None
         total = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
         if self.args.world_size > 1:
             total = self.accelerator.gather(total).sum() / self.args.world_size

@@ -34,6 +34,8 @@ class DiffusionModelArguments:
             Folder or Hub id of the diffusers pipeline.
         vae_name_or_path (`str`, *optional*):
             Folder or Hub id of another VAE for it. SDXL's own does not survive half precision.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which the pipeline is loaded. Adapters are float32 in any case.
         lora_r (`int`, *optional*, defaults to `4`):
             Rank of the adapter.
         lora_alpha (`int`, *optional*, defaults to `4`):
@@ -49,12 +51,22 @@ class DiffusionModelArguments:
         metadata={"help": "Folder or Hub id of the diffusers pipeline."},
     )
     vae_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of another VAE for it."})
+    dtype: str = field(default="float32", metadata={"help": "Precision in which the pipeline is loaded."})
     lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=4, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get it."}
     )
     lora_init: str = field(default="gaussian", metadata={"help": "`init_lora_weights` of the adapter."})
+
+    def load_pipeline(self, **kwargs):
+        """The pipeline that the arguments name; `kwargs` go to `from_pretrained` and come first."""
+        from trl_spo import wrap_pipeline
+
+        if self.vae_name_or_path is not None:
+            kwargs.setdefault("vae", self.vae_name_or_path)
+        kwargs.setdefault("torch_dtype", self.dtype)
+        return wrap_pipeline(self.model_name_or_path, **kwargs)
 
     def peft_config(self) -> LoraConfig:
         """The adapter for `SPOTrainer(peft_config=...)`."""
@@ -64,6 +76,22 @@ class DiffusionModelArguments:
             init_lora_weights=self.lora_init,
             target_modules=list(self.lora_target_modules),
         )
+
+
+@dataclass
+class EvaluationDataArguments:
+    r"""
+    What to evaluate on.
+
+    Args:
+        eval_dataset_name (`str`, *optional*):
+            In the form of `dataset_name`.
+        eval_split (`str`, *optional*, defaults to `"validation"`):
+            Its split, if it has splits.
+    """
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "In the form of `dataset_name`."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of the evaluation dataset."})
 
 
 @dataclass

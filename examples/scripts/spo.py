@@ -24,34 +24,40 @@ accelerate launch examples/scripts/spo.py --config examples/configs/spo_sdxl.yam
 ```
 
 Without the published reward model, name your own with `--reward_model_name_or_path`. `--dataset_name` is a dataset with a
-`prompt` or `caption` column: a Hub id, or a text file with one prompt per line.
+`prompt` or `caption` column: a Hub id, or a `.txt` file with one prompt per line.
 """
 
 from pathlib import Path
 
 from datasets import load_dataset
-from script_arguments import DiffusionModelArguments, RewardModelArguments
+from script_arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments
 from trl import TrlParser
 
-from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
+from trl_spo import SPOConfig, SPOTrainer
 
 
-def main(model_args: DiffusionModelArguments, reward_args: RewardModelArguments, config: SPOConfig):
+def load_prompts(name: str, split: str):
+    """Prompts of a text file, one per line, or of a dataset."""
+    if Path(name).suffix == ".txt":
+        return [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return load_dataset(name, split=split)
+
+
+def main(
+    model_args: DiffusionModelArguments,
+    reward_args: RewardModelArguments,
+    data_args: EvaluationDataArguments,
+    config: SPOConfig,
+):
     if config.dataset_name is None:
-        raise SystemExit("SPO needs prompts: name a dataset or a text file of prompts with --dataset_name.")
-    if Path(config.dataset_name).is_file():
-        prompts = [line for line in Path(config.dataset_name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        prompts = load_dataset(config.dataset_name, split="train")
-
-    kwargs = dict(config.model_init_kwargs or {})
-    if model_args.vae_name_or_path is not None:
-        kwargs["vae"] = model_args.vae_name_or_path
+        raise SystemExit("SPO needs prompts: name a dataset or a .txt file of prompts with --dataset_name.")
+    evaluation = data_args.eval_dataset_name
     trainer = SPOTrainer(
         config,
-        wrap_pipeline(model_args.model_name_or_path, **kwargs),
+        model_args.load_pipeline(**(config.model_init_kwargs or {})),
         reward_args.load(),
-        train_dataset=prompts,
+        train_dataset=load_prompts(config.dataset_name, "train"),
+        eval_dataset=None if evaluation is None else load_prompts(evaluation, data_args.eval_split),
         peft_config=model_args.peft_config() if config.use_peft else None,
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -61,4 +67,8 @@ def main(model_args: DiffusionModelArguments, reward_args: RewardModelArguments,
 
 
 if __name__ == "__main__":
-    main(*TrlParser((DiffusionModelArguments, RewardModelArguments, SPOConfig)).parse_args_and_config())
+    main(
+        *TrlParser(
+            (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig)
+        ).parse_args_and_config()
+    )

@@ -26,14 +26,23 @@ accelerate launch examples/scripts/step_reward.py --config examples/configs/step
 `--dataset_name` is a Hub id, a parquet file or a folder of them, in Pick-a-Pic's or TRL's preference format.
 """
 
-from script_arguments import DiffusionModelArguments, RewardModelArguments
+from script_arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments
 from trl import TrlParser
 
 from trl_spo import StepRewardConfig, StepRewardTrainer
+from trl_spo.step_preference_data import load_preference_dataset
 
 
-def main(model_args: DiffusionModelArguments, reward_args: RewardModelArguments, config: StepRewardConfig):
-    trainer = StepRewardTrainer(config, model_args.model_name_or_path, reward_args.load())
+def main(
+    model_args: DiffusionModelArguments,
+    reward_args: RewardModelArguments,
+    data_args: EvaluationDataArguments,
+    config: StepRewardConfig,
+):
+    evaluation = None
+    if data_args.eval_dataset_name is not None:
+        evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
+    trainer = StepRewardTrainer(config, model_args.load_pipeline(), reward_args.load(), eval_dataset=evaluation)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     if config.push_to_hub:
@@ -41,4 +50,8 @@ def main(model_args: DiffusionModelArguments, reward_args: RewardModelArguments,
 
 
 if __name__ == "__main__":
-    main(*TrlParser((DiffusionModelArguments, RewardModelArguments, StepRewardConfig)).parse_args_and_config())
+    main(
+        *TrlParser(
+            (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, StepRewardConfig)
+        ).parse_args_and_config()
+    )

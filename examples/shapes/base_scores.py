@@ -23,7 +23,8 @@ GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 
 def load_pipeline(path=PIPELINE) -> StableDiffusionPipeline:
     """The base model of the shapes world in float32, ready for inference, without its progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(path)
+    pipeline.text_encoder.float()  # transformers 5 keeps the half precision of the file, diffusers does not
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -48,7 +48,6 @@ from trl_spo import (
     StepAwareRewardModel,
     StepRewardConfig,
     StepRewardTrainer,
-    wrap_pipeline,
 )
 from trl_spo.evaluation import compare, comparison_table
 from trl_spo.visualization import (
@@ -72,7 +71,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, default=150)
-    parser.add_argument("--spo_steps", type=int, default=40)
+    parser.add_argument("--spo_steps", type=int, default=30)
+    parser.add_argument("--spo_lr", type=float, default=5e-4)
+    parser.add_argument("--kl_coef", type=float, default=0.0)
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -146,8 +147,8 @@ def quiet(trainer, keys: list[str]):
 
 def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
     """Returns the reward model, and its accuracy by timestep before and after training."""
-    preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed)
-    evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1)
+    preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed, progress="train pairs")
+    evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1, progress="fresh pairs")
     timesteps = [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
     reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
     config = StepRewardConfig(
@@ -181,7 +182,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
     return trainer.model, *accuracy
 
 
-def make_spo_trainer(args, pipe, reward_model) -> SPOTrainer:
+def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGuard]:
     config = SPOConfig(
         output_dir=str(args.output_dir),
         **SAMPLER,
@@ -191,20 +192,21 @@ def make_spo_trainer(args, pipe, reward_model) -> SPOTrainer:
         per_device_rollout_batch_size=32,
         per_device_train_batch_size=64,
         gradient_accumulation_steps=2,
-        per_device_eval_batch_size=103,
+        per_device_eval_batch_size=106,
         max_steps=args.spo_steps,
-        learning_rate=5e-4,
+        learning_rate=args.spo_lr,
+        kl_coef=args.kl_coef,
         logging_steps=2,
         eval_strategy="steps",
-        eval_steps=10,
+        eval_steps=6,
+        eval_on_start=True,
         save_strategy="steps",
-        save_steps=10,
-        save_total_limit=2,
+        save_steps=6,
         report_to="none",
         use_cpu=True,
         seed=args.seed,
     )
-    prompts, _ = evaluation_set("validation", repeats=2)
+    prompts, _ = evaluation_set("validation", repeats=4)
     trainer = SPOTrainer(
         config,
         pipe,
@@ -216,10 +218,10 @@ def make_spo_trainer(args, pipe, reward_model) -> SPOTrainer:
             r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
         ),
     )
-    return quiet(
-        trainer,
-        ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"],
-    )
+    guard = AlignmentGuard(args.output_dir, tolerance=0.01)
+    trainer.add_callback(guard)
+    shown = ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"]
+    return quiet(trainer, shown), guard
 
 
 def main():
@@ -232,12 +234,15 @@ def main():
 
     with Stage(f"Step-aware reward model from {args.num_pairs} noisy preference pairs"):
         reward_model, clip_accuracy, reward_accuracy = train_reward_model(args, pipe)
-    trainer = make_spo_trainer(args, pipe, reward_model)
+    trainer, guard = make_spo_trainer(args, pipe, reward_model)
     with Stage(f"Base model on {len(prompts)} held-out prompts"):
         images_before = trainer.generate(prompts, seeds, progress="sampling")
         before = trainer.score(images_before, prompts)
     with Stage("SPO"):
         trainer.train()
+        if guard.best[1] is not None:
+            print(f"  best on the validation captions: {Path(guard.best[1]).name}")
+            trainer.load_model(guard.best[1])
         trainer.save_model()
     with Stage(f"Trained model on the same {len(prompts)} prompts and seeds"):
         images_after = trainer.generate(prompts, seeds, progress="sampling")
@@ -266,7 +271,7 @@ def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_a
         title="Held-out prompts before and after SPO, same seeds (DDIM, 10 steps, eta 1, guidance 1)",
     ).save(args.output_dir / "before_after.png")
     pairs = trainer.rollout(prompts[:4], seed=12345, return_trajectory=True)
-    candidate_tree(wrap_pipeline(trainer.pipeline), pairs).save(args.output_dir / "candidate_tree.png")
+    candidate_tree(trainer.pipeline, pairs).save(args.output_dir / "candidate_tree.png")
     plot_curves(
         trainer.state.log_history,
         [

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from tqdm import tqdm
 
 from examples.shapes import world
 
@@ -50,6 +51,7 @@ def sample_images(
     eta: float = 1.0,
     batch_size: int = 256,
     dtype: torch.dtype | None = torch.bfloat16,
+    progress: str | None = None,
 ) -> torch.Tensor:
     """
     Draws one image per prompt with DDIM.
@@ -67,13 +69,14 @@ def sample_images(
         batch_size (`int`, *optional*, defaults to `256`): Images sampled together.
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): Autocast type of UNet and VAE; `None` for
             full precision. Latents and scheduler steps are always in float32.
+        progress (`str`, *optional*): Title of a progress bar.
 
     Returns:
         `torch.Tensor` of shape `(B, 3, 32, 32)`, float32, values in [0, 1].
     """
     states, empty = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
     images = []
-    for i in range(0, len(prompts), batch_size):
+    for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
         rows = slice(i, i + batch_size)
         context = states[rows]
         if guidance_scale != 1:
