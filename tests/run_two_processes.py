@@ -73,6 +73,7 @@ def main(folder: Path):
     trainer.train()
     evaluation = trainer.evaluate()["eval_reward_mean"]
     alone = trainer.score(trainer.generate(PROMPTS[:5]), PROMPTS[:5])["reward"].mean().item()
+    one_prompt = trainer.evaluate(PROMPTS[:1])["eval_reward_mean"]  # the second process has no share of it
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     log = [log for log in trainer.state.log_history if "loss" in log][-1]
@@ -82,6 +83,7 @@ def main(folder: Path):
         "own_pairs": trainer.own_pairs,
         "log": {k: v for k, v in log.items() if not k.startswith("time/")},
         "evaluation": evaluation,
+        "one_prompt": one_prompt,
         "evaluation_alone": alone,
         "saved": (folder / "out" / "pytorch_lora_weights.safetensors").is_file(),
     }

@@ -103,6 +103,24 @@ class TestInvariants:
         assert log["ratio/chosen"] == log["ratio/rejected"] == 1.0
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
+    def test_full_fine_tuning_of_a_half_precision_pipeline(self, tmp_path):
+        """Regression: the denoiser goes to float32, its text features came in half precision."""
+        pipeline = tiny_sd_pipeline(tmp_path).to(dtype=torch.bfloat16)
+        trainer = make_trainer(tmp_path, pipeline=pipeline, max_steps=1, use_peft=False, learning_rate=1e-5)
+        trainer.train()
+        assert trainer.state.log_history[0]["ratio/chosen"] == 1.0
+
+    def test_other_sampling_between_steps_leaves_the_loss_alone(self, tmp_path):
+        """Regression: sigma depends on the number of steps the scheduler was last set to."""
+        trainer = make_trainer(tmp_path)
+        inputs = {"pairs": trainer.rollout(PROMPTS[:1]), "num_pairs": 4, "num_micro_batches": 1}
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.05)
+        before = trainer.compute_loss(trainer.model, inputs)
+        trainer.pipeline("a red cat", num_inference_steps=20)
+        assert torch.equal(trainer.compute_loss(trainer.model, inputs), before)
+
     def test_bf16_autocast_starts_at_ratio_one(self, tmp_path):
         trainer = make_trainer(tmp_path, max_steps=1, bf16=True)
         trainer.train()
@@ -151,6 +169,15 @@ class TestInvariants:
         assert losses(runs[0]) == losses(runs[1])
         assert same(lora_state(runs[0]), lora_state(runs[1]))
         assert losses(runs[0])[1:] != losses(other)[1:]
+
+    def test_seed_fixes_the_adapter_whatever_was_drawn_before(self, tmp_path):
+        states = []
+        for _ in range(2):
+            torch.rand(3)
+            pipeline = tiny_sd_pipeline(tmp_path)
+            torch.manual_seed(len(states))
+            states.append(lora_state(make_trainer(tmp_path, pipeline=pipeline)))
+        assert same(*states)
 
     def test_config_and_prompts_of_the_user_stay(self, tmp_path):
         config = SPOConfig(output_dir=str(tmp_path / "o"), gradient_checkpointing=True, **SETTINGS)
@@ -347,6 +374,23 @@ class TestResume:
         assert len(set(evaluations)) == 4
         assert trainer.evaluate()["eval_reward_mean"] == pytest.approx(max(evaluations), rel=1e-6)
 
+    def test_the_best_model_needs_a_metric_that_exists(self, tmp_path):
+        """Regression: the Trainer's default, the evaluation loss, does not exist here and failed at the first save."""
+        settings = {"eval_dataset": PROMPTS[:2], "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+        settings |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+        trainer = make_trainer(tmp_path, **settings)
+        trainer.train()
+        assert trainer.state.best_metric == max(
+            log["eval_reward_mean"] for log in trainer.state.log_history if "eval_reward_mean" in log
+        )
+        with pytest.raises(ValueError, match="`metric_for_best_model` must be one of .*got 'beauty'"):
+            make_trainer(tmp_path, metric_for_best_model="beauty", **settings)
+
+    def test_resume_without_a_checkpoint(self, tmp_path):
+        (tmp_path / "out").mkdir()
+        with pytest.raises(ValueError, match="no checkpoint in .* to resume from"):
+            make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
 
 class TestSaving:
     @pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_sdxl_pipeline])
@@ -518,6 +562,7 @@ class TestEcosystem:
         assert 2 * sum(ranks[0]["batches"]) == sum(own) - sum(own) % 2
         assert ranks[0]["log"]["num_pairs_seen"] == 2 * sum(ranks[0]["batches"])
         assert ranks[0]["evaluation"] == pytest.approx(ranks[0]["evaluation_alone"], rel=1e-5)
+        assert ranks[0]["one_prompt"] == ranks[1]["one_prompt"]
         assert ranks[0]["saved"]
 
 

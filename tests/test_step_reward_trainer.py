@@ -376,6 +376,13 @@ def red_preference(images, prompts):
 
 
 class TestDataOptions:
+    def test_a_stream_is_read_again_until_max_steps(self, make_trainer):
+        """Regression: a stream shorter than the run ended it with a stack of no tensors."""
+        stream = Dataset.from_list([encoded(row) for row in rows(4)]).to_iterable_dataset()
+        trainer = make_trainer(stream, max_steps=5, per_device_train_batch_size=2)
+        trainer.train()
+        assert trainer.state.global_step == 5
+
     @pytest.mark.parametrize("streaming", [False, True])
     def test_trains_from_a_parquet_file(self, make_trainer, tmp_path, streaming, monkeypatch):
         """Nine rows: one has no label, one equal images, and without a stream one is the second of its caption."""

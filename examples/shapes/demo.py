@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--reward_steps", type=int, default=150)
     parser.add_argument("--spo_steps", type=int, default=30)
     parser.add_argument("--spo_lr", type=float, default=5e-4)
-    parser.add_argument("--kl_coef", type=float, default=0.0)
+    parser.add_argument("--kl_coef", type=float, default=4.0)
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -97,22 +97,22 @@ class Stage:
 
 class AlignmentGuard(TrainerCallback):
     """
-    Stops where the validation captions say so: training ends once alignment is more than `tolerance` below the base
-    model's, and `best` is the most aesthetic checkpoint that was not. A learned reward pleases itself in the end; a
+    Stops where the validation captions say so: training ends once their alignment is more than one standard error below
+    the base model's, and `best` is the most aesthetic checkpoint of which that is not true. A learned reward pleases itself in the end; a
     score it was not trained on says when.
     """
 
-    def __init__(self, output_dir: Path, tolerance: float):
+    def __init__(self, output_dir: Path, num_prompts: int):
         self.output_dir = output_dir
-        self.tolerance = tolerance
-        self.base = None
+        self.num_prompts = num_prompts
+        self.lowest = None
         self.best = (float("-inf"), None)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         alignment = metrics["eval_alignment_mean"]
         if state.global_step == 0:
-            self.base = alignment
-        elif alignment < self.base - self.tolerance:
+            self.lowest = alignment - metrics["eval_alignment_std"] / self.num_prompts**0.5
+        elif alignment < self.lowest:
             control.should_training_stop = True
         else:
             checkpoint = self.output_dir / f"checkpoint-{state.global_step}"
@@ -149,14 +149,14 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
     """Returns the reward model, and its accuracy by timestep before and after training."""
     preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed, progress="train pairs")
     evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1, progress="fresh pairs")
-    timesteps = [1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+    timesteps = [1, 101, 201, 301, 401, 501, 601, 701]
     reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
     config = StepRewardConfig(
         output_dir=str(args.output_dir / "reward_model"),
         resolution=world.IMAGE_SIZE,
         guidance_scale=SAMPLER["guidance_scale"],
         timesteps=[0, *timesteps],
-        eval_timesteps=[0, 101, 301, 501, 701, 901],
+        eval_timesteps=[0, 101, 301, 501, 701],
         max_steps=args.reward_steps,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
@@ -165,7 +165,8 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
         warmup_steps=10,
         weight_decay=0.1,
         lr_scheduler_type="cosine",
-        caption_loss_coef=0.5,
+        caption_loss_coef=0.3,  # preferences alone would let it forget the captions
+        cache_latents=True,
         logging_steps=25,
         save_strategy="no",
         report_to="none",
@@ -186,7 +187,7 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGua
     config = SPOConfig(
         output_dir=str(args.output_dir),
         **SAMPLER,
-        branch_start_step=1,
+        branch_start_step=2,  # before that, a reward model of this size can hardly tell predictions apart
         branch_end_step=8,  # the step before the last has 50 times the loss weight and nothing to learn
         num_candidates=4,
         per_device_rollout_batch_size=32,
@@ -195,7 +196,8 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGua
         per_device_eval_batch_size=106,
         max_steps=args.spo_steps,
         learning_rate=args.spo_lr,
-        kl_coef=args.kl_coef,
+        kl_coef=args.kl_coef,  # holds alignment: of the drift, the part that no preference asks for dies out
+        preference_threshold=0.1,
         logging_steps=2,
         eval_strategy="steps",
         eval_steps=6,
@@ -218,7 +220,7 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGua
             r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
         ),
     )
-    guard = AlignmentGuard(args.output_dir, tolerance=0.01)
+    guard = AlignmentGuard(args.output_dir, len(prompts))
     trainer.add_callback(guard)
     shown = ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"]
     return quiet(trainer, shown), guard

@@ -7,7 +7,8 @@ Three stages, each of which reads what the earlier ones wrote, so that any of th
   half of them clean and half dull while the caption says nothing about it;
 - `clip`: a `CLIPModel` trained contrastively on clean and dull renders, where a step-aware reward model can start.
 
-Only captions of the train split are ever drawn. Everything is written in half precision to `weights/`.
+VAE and CLIP see captions of the train split only; the base model is pre-trained on all captions, as base models are.
+Everything is written in half precision to `weights/`.
 
 ```bash
 python -m examples.shapes.train_base --stages vae unet clip
