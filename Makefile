@@ -13,6 +13,10 @@ $(STAMP): constraints.txt setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
+demo: export OMP_WAIT_POLICY := PASSIVE
+test: export OMP_WAIT_POLICY := PASSIVE
+test-ddpo: export OMP_WAIT_POLICY := PASSIVE
+
 demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world; writes demo_output/
 	$(BIN)/python examples/shapes/demo.py --output_dir demo_output
 

@@ -71,9 +71,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, default=150)
-    parser.add_argument("--spo_steps", type=int, default=30)
+    parser.add_argument("--spo_steps", type=int, default=32)
     parser.add_argument("--spo_lr", type=float, default=5e-4)
-    parser.add_argument("--kl_coef", type=float, default=4.0)
+    parser.add_argument("--kl_coef", type=float, default=6.0)
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -95,11 +95,11 @@ class Stage:
         self.seconds[self.title] = round(time.perf_counter() - self.start, 1)
 
 
-class AlignmentGuard(TrainerCallback):
+class BestCheckpoint(TrainerCallback):
     """
-    Stops where the validation captions say so: training ends once their alignment is more than one standard error below
-    the base model's, and `best` is the most aesthetic checkpoint of which that is not true. A learned reward pleases itself in the end; a
-    score it was not trained on says when.
+    Chooses where to stop on the validation captions: of the checkpoints whose alignment is within one standard error of
+    the base model's, the most aesthetic one. A learned reward pleases itself in the end; scores it was not trained on
+    say when.
     """
 
     def __init__(self, output_dir: Path, num_prompts: int):
@@ -112,9 +112,7 @@ class AlignmentGuard(TrainerCallback):
         alignment = metrics["eval_alignment_mean"]
         if state.global_step == 0:
             self.lowest = alignment - metrics["eval_alignment_std"] / self.num_prompts**0.5
-        elif alignment < self.lowest:
-            control.should_training_stop = True
-        else:
+        elif alignment >= self.lowest:
             checkpoint = self.output_dir / f"checkpoint-{state.global_step}"
             self.best = max(self.best, (metrics["eval_aesthetics_mean"], str(checkpoint)))
 
@@ -166,7 +164,6 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
         weight_decay=0.1,
         lr_scheduler_type="cosine",
         caption_loss_coef=0.3,  # preferences alone would let it forget the captions
-        cache_latents=True,
         logging_steps=25,
         save_strategy="no",
         report_to="none",
@@ -183,7 +180,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
     return trainer.model, *accuracy
 
 
-def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGuard]:
+def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoint]:
     config = SPOConfig(
         output_dir=str(args.output_dir),
         **SAMPLER,
@@ -200,10 +197,10 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGua
         preference_threshold=0.1,
         logging_steps=2,
         eval_strategy="steps",
-        eval_steps=6,
+        eval_steps=8,
         eval_on_start=True,
         save_strategy="steps",
-        save_steps=6,
+        save_steps=8,
         report_to="none",
         use_cpu=True,
         seed=args.seed,
@@ -220,10 +217,10 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, AlignmentGua
             r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
         ),
     )
-    guard = AlignmentGuard(args.output_dir, len(prompts))
-    trainer.add_callback(guard)
+    chooser = BestCheckpoint(args.output_dir, len(prompts))
+    trainer.add_callback(chooser)
     shown = ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"]
-    return quiet(trainer, shown), guard
+    return quiet(trainer, shown), chooser
 
 
 def main():
@@ -236,15 +233,15 @@ def main():
 
     with Stage(f"Step-aware reward model from {args.num_pairs} noisy preference pairs"):
         reward_model, clip_accuracy, reward_accuracy = train_reward_model(args, pipe)
-    trainer, guard = make_spo_trainer(args, pipe, reward_model)
+    trainer, chooser = make_spo_trainer(args, pipe, reward_model)
     with Stage(f"Base model on {len(prompts)} held-out prompts"):
         images_before = trainer.generate(prompts, seeds, progress="sampling")
         before = trainer.score(images_before, prompts)
     with Stage("SPO"):
         trainer.train()
-        if guard.best[1] is not None:
-            print(f"  best on the validation captions: {Path(guard.best[1]).name}")
-            trainer.load_model(guard.best[1])
+        if chooser.best[1] is not None:
+            print(f"  best on the validation captions: {Path(chooser.best[1]).name}")
+            trainer.load_model(chooser.best[1])
         trainer.save_model()
     with Stage(f"Trained model on the same {len(prompts)} prompts and seeds"):
         images_after = trainer.generate(prompts, seeds, progress="sampling")
