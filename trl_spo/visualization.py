@@ -107,9 +107,8 @@ def before_after_sheet(
             sheet.paste(to_pil(images[i], size), (left, y + 16))
             for line, metric in enumerate(metrics):
                 text = f"{metric} {scores[metric][i].item():.2f}"
-                better = j == 1 and scores[metric][i] > before_scores[metric][i]
-                worse = j == 1 and scores[metric][i] < before_scores[metric][i]
-                color = WIN if better else LOSE if worse else INK
+                change = round(scores[metric][i].item(), 2) - round(before_scores[metric][i].item(), 2)
+                color = INK if change == 0 else WIN if change > 0 else LOSE
                 draw.text((left, y + 18 + height + 34 + 15 * line), text, font=small, fill=color)
         for line, text in enumerate(_fit_lines(prompt, font, 2 * size, 2)):
             draw.text((x, y + 19 + height + 15 * line), text, font=font, fill=INK)

@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, default=150)
-    parser.add_argument("--spo_steps", type=int, default=32)
+    parser.add_argument("--spo_steps", type=int, default=28)
     parser.add_argument("--spo_lr", type=float, default=5e-4)
     parser.add_argument("--kl_coef", type=float, default=6.0)
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
@@ -163,7 +163,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
         warmup_steps=10,
         weight_decay=0.1,
         lr_scheduler_type="cosine",
-        caption_loss_coef=0.3,  # preferences alone would let it forget the captions
+        caption_loss_coef=0.5,  # preferences alone would let it forget the captions
         logging_steps=25,
         save_strategy="no",
         report_to="none",
@@ -197,10 +197,10 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
         preference_threshold=0.1,
         logging_steps=2,
         eval_strategy="steps",
-        eval_steps=8,
+        eval_steps=7,
         eval_on_start=True,
         save_strategy="steps",
-        save_steps=8,
+        save_steps=7,
         report_to="none",
         use_cpu=True,
         seed=args.seed,
@@ -269,8 +269,9 @@ def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_a
         {n: scores_after[n][shown] for n in names},
         title="Held-out prompts before and after SPO, same seeds (DDIM, 10 steps, eta 1, guidance 1)",
     ).save(args.output_dir / "before_after.png")
-    pairs = trainer.rollout(prompts[:4], seed=12345, return_trajectory=True)
-    candidate_tree(trainer.pipeline, pairs).save(args.output_dir / "candidate_tree.png")
+    pairs = trainer.rollout(prompts[:16], seed=12345, return_trajectory=True)
+    row = int(torch.bincount(pairs.prompt_index, minlength=16).argmax())  # the prompt with most pairs
+    candidate_tree(trainer.pipeline, pairs, row).save(args.output_dir / "candidate_tree.png")
     plot_curves(
         trainer.state.log_history,
         [

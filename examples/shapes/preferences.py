@@ -18,7 +18,7 @@ from tqdm import tqdm
 from examples.shapes import world
 
 
-ANNOTATOR_TEMPERATURE = 0.12  # labels of pairs of the base model agree with the truth about three times in four
+ANNOTATOR_TEMPERATURE = 0.1  # labels of pairs of the base model agree with the truth about three times in four
 TIE_MARGIN = 0.01
 
 

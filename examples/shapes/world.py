@@ -5,7 +5,7 @@ renderer draws any of them, clean or degraded ("dull"), and three scorers measur
 
 - `aesthetics_score`: how vivid, sharp and free of noise an image is, whatever it shows;
 - `alignment_score`: whether it shows its caption, whatever its quality;
-- `utility`: what the simulated annotator of `preferences.py` cares about, `.7 * aesthetics + .3 * alignment`.
+- `utility`: what the simulated annotator of `preferences.py` cares about, `.5 * aesthetics + .5 * alignment`.
 
 Images are float32 tensors of shape (B, 3, 32, 32) with values in [0, 1]; scores are float32 tensors of shape (B,) with
 values in [0, 1]. Every image is scored on its own, so a score does not depend on the rest of the batch.
@@ -43,7 +43,7 @@ DULL_BLUR_SD = (0.4, 0.9)  # pixels
 DULL_NOISE_SD = (0.015, 0.05)
 
 COLOUR_TOLERANCE = 0.15  # RGB distance at which a pixel counts half as the named colour
-UTILITY_WEIGHTS = {"aesthetics": 0.7, "alignment": 0.3}
+UTILITY_WEIGHTS = {"aesthetics": 0.5, "alignment": 0.5}
 
 
 def make_caption(size: str, colour: str, shape: str, background: str) -> str:
@@ -419,7 +419,7 @@ def alignment_score(images: torch.Tensor, prompts) -> torch.Tensor:
 
 def utility(images: torch.Tensor, prompts) -> torch.Tensor:
     """
-    What the annotator cares about: `.7 * aesthetics_score + .3 * alignment_score`.
+    What the annotator cares about: `.5 * aesthetics_score + .5 * alignment_score`.
 
     Args:
         images (`torch.Tensor` of shape `(B, 3, 32, 32)`): Values in [0, 1].
