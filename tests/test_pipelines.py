@@ -101,6 +101,15 @@ class TestSampling:
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
         torch.testing.assert_close(spo_pipeline.decode_latents(latents), decoded)
 
+    def test_the_vae_keeps_its_precision_inside_autocast(self, pipe):
+        """Regression: SDXL's VAE is kept in float32 because it overflows in float16; autocast would undo that."""
+        spo_pipeline = wrap_pipeline(pipe)
+        latents, images = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 16, 16)
+        decoded, posterior = spo_pipeline.decode_latents(latents), spo_pipeline.image_posterior(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(spo_pipeline.decode_latents(latents), decoded)
+            assert all(torch.equal(a, b) for a, b in zip(spo_pipeline.image_posterior(images), posterior, strict=True))
+
     def test_prediction_without_guidance_runs_half_the_batch(self, pipe):
         spo_pipeline = wrap_pipeline(pipe)
         embeds = spo_pipeline.encode_prompt(PROMPTS[:3])

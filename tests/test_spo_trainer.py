@@ -30,6 +30,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl import TrlParser
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
 from trl_spo.evaluation import score_images
@@ -591,6 +592,13 @@ def test_bad_settings_fail_in_the_config(settings, message):
     with pytest.raises(ValueError) as error:
         SPOConfig(output_dir="unused", **{**SETTINGS, **settings})
     assert message in str(error.value)
+
+
+def test_dictionaries_on_the_command_line():
+    """Regression: JSON stayed text, and failed when it was used."""
+    arguments = ["--output_dir", "unused", "--model_init_kwargs", '{"torch_dtype": "float16"}']
+    (config,) = TrlParser(SPOConfig).parse_args_and_config(arguments)
+    assert config.model_init_kwargs == {"torch_dtype": "float16"}
 
 
 @pytest.mark.parametrize(

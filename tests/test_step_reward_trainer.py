@@ -25,7 +25,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
 from trl_spo.step_preference_data import StepPreferenceCollator, noised_pair_images, relabel_preferences
@@ -373,6 +373,11 @@ class TestEvaluation:
 def red_preference(images, prompts):
     """(B, 3, H, W) in [0, 1] -> 10 times the red."""
     return 10 * images[:, 0].mean((1, 2))
+
+
+def test_the_config_of_the_other_trainer():
+    with pytest.raises(TypeError, match="`config` must be a `StepRewardConfig`, got `TrainingArguments`"):
+        StepRewardTrainer(TrainingArguments(output_dir="unused"), "a/pipeline/never/loaded", None, rows(1))
 
 
 class TestDataOptions:
