@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--reward_steps", type=int, default=150)
     parser.add_argument("--spo_steps", type=int, default=28)
     parser.add_argument("--spo_lr", type=float, default=5e-4)
-    parser.add_argument("--kl_coef", type=float, default=6.0)
+    parser.add_argument("--kl_coef", type=float, default=12.0)
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
