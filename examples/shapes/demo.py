@@ -97,24 +97,18 @@ class Stage:
 
 class BestCheckpoint(TrainerCallback):
     """
-    Chooses where to stop on the validation captions: of the checkpoints whose alignment is within one standard error of
-    the base model's, the most aesthetic one. A learned reward pleases itself in the end; scores it was not trained on
-    say when.
+    Chooses where to stop: the checkpoint with the highest utility on the validation captions. A learned reward pleases
+    itself in the end; a score it was not trained on says when.
     """
 
-    def __init__(self, output_dir: Path, num_prompts: int):
+    def __init__(self, output_dir: Path):
         self.output_dir = output_dir
-        self.num_prompts = num_prompts
-        self.lowest = None
         self.best = (float("-inf"), None)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        alignment = metrics["eval_alignment_mean"]
-        if state.global_step == 0:
-            self.lowest = alignment - metrics["eval_alignment_std"] / self.num_prompts**0.5
-        elif alignment >= self.lowest:
-            checkpoint = self.output_dir / f"checkpoint-{state.global_step}"
-            self.best = max(self.best, (metrics["eval_aesthetics_mean"], str(checkpoint)))
+        if state.global_step > 0:
+            utility = sum(weight * metrics[f"eval_{name}_mean"] for name, weight in world.UTILITY_WEIGHTS.items())
+            self.best = max(self.best, (utility, str(self.output_dir / f"checkpoint-{state.global_step}")))
 
 
 class OneLineLog(TrainerCallback):
@@ -217,7 +211,7 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
             r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
         ),
     )
-    chooser = BestCheckpoint(args.output_dir, len(prompts))
+    chooser = BestCheckpoint(args.output_dir)
     trainer.add_callback(chooser)
     shown = ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"]
     return quiet(trainer, shown), chooser
@@ -239,9 +233,8 @@ def main():
         before = trainer.score(images_before, prompts)
     with Stage("SPO"):
         trainer.train()
-        if chooser.best[1] is not None:
-            print(f"  best on the validation captions: {Path(chooser.best[1]).name}")
-            trainer.load_model(chooser.best[1])
+        print(f"  best on the validation captions: {Path(chooser.best[1]).name}")
+        trainer.load_model(chooser.best[1])
         trainer.save_model()
     with Stage(f"Trained model on the same {len(prompts)} prompts and seeds"):
         images_after = trainer.generate(prompts, seeds, progress="sampling")
