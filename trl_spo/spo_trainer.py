@@ -96,7 +96,7 @@ class PairLoader:
 
     Every process holds the same pool and takes its own slice, so an optimizer step sees the same number of pairs
     everywhere, and a process whose prompts gave no pair waits for nobody. What a step does not use stays in the pool,
-    across epochs and, through `state_dict`, across checkpoints. Prompt order and rollout noise are functions of the seed
+    across epochs and, through `save` and `load`, across checkpoints. Prompt order and rollout noise are functions of the seed
     and the position in the prompts, so the position is all the random state there is.
     """
 
