@@ -332,6 +332,14 @@ class TestResume:
         logs = [[{k: log[k] for k in keys} for log in t.state.log_history if "loss" in log] for t in (whole, resumed)]
         assert logs[0] == logs[1]
 
+    @pytest.mark.parametrize("settings", [{"fsdp": "full_shard"}, {}])
+    def test_sharding_is_refused(self, tmp_path, monkeypatch, settings):
+        """From the config, and from `accelerate launch`, which tells it through the environment alone."""
+        if not settings:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="sharded"):
+            make_trainer(tmp_path, **settings)
+
     def test_incomplete_or_foreign_checkpoints_are_refused(self, tmp_path):
         settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
         make_trainer(tmp_path, **settings).train()
@@ -484,10 +492,8 @@ class TestLogging:
         """Regression: trackers ask the model for a transformers config, which a UNet does not have."""
         trainer = make_trainer(tmp_path, report_to="tensorboard", log_images_steps=2, max_steps=3, num_eval_images=3)
         trainer.train()
-        assert sorted(p.name for p in (tmp_path / "out" / "images").iterdir()) == [
-            "step_000000.png",
-            "step_000002.png",
-        ]
+        folder = tmp_path / "out" / "images"
+        assert sorted(p.name for p in folder.glob("step_*")) == ["step_000000.png", "step_000002.png"]
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(next((tmp_path / "out").rglob("events*")).parent))

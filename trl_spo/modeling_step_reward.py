@@ -339,6 +339,11 @@ class StepAwareRewardModel(PreTrainedModel):
 
     # ---- features and scores ----
 
+    def compile_layers(self, **kwargs):
+        """Compile the blocks of the vision tower in place, with these arguments of `torch.compile`."""
+        for layer in self.model.vision_model.encoder.layers:
+            layer.compile(**kwargs)
+
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
         r"""
         Token ids of prompts, padded (or cut) to the text tower's length with the tokenizer's pad token.
@@ -436,7 +441,7 @@ class StepAwareRewardModel(PreTrainedModel):
 
     def _check_timesteps(self, timesteps, batch_size: int) -> torch.Tensor:
         """Timesteps as an int64 tensor of shape `(batch_size,)` on the model's device."""
-        timesteps = torch.as_tensor(0 if timesteps is None else timesteps, device=self.device)
+        timesteps = torch.as_tensor(0 if timesteps is None else timesteps)
         if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
             raise ValueError(f"`timesteps` must be integers, got {timesteps.dtype}.")
         if timesteps.ndim > 1 or (timesteps.ndim == 1 and timesteps.shape[0] != batch_size):
@@ -445,9 +450,11 @@ class StepAwareRewardModel(PreTrainedModel):
                 f"{tuple(timesteps.shape)}."
             )
         limit = self.config.num_train_timesteps
-        if batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < limit)).all()):
+        # Values are checked where they can be read without waiting: timesteps already on an accelerator are trusted.
+        on_host = timesteps.device.type == "cpu"
+        if on_host and batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < limit)).all()):
             raise ValueError(f"`timesteps` must lie in [0, {limit}), got {timesteps.tolist()}.")
-        return timesteps.long().expand(batch_size)
+        return timesteps.long().to(self.device, non_blocking=True).expand(batch_size)
 
     def forward(
         self,

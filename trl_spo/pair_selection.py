@@ -78,17 +78,29 @@ def select_pairs(scores: torch.Tensor, threshold: float) -> PairSelection:
     return PairSelection(chosen, rejected, valid)
 
 
+def draw_two_candidates(
+    num_candidates: int, batch_size: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Two different random candidates of each prompt: `(2, batch_size)` int64, on the generator's device."""
+    device = None if generator is None else generator.device
+    return torch.rand(num_candidates, batch_size, generator=generator, device=device).argsort(0)[:2]
+
+
 def select_random_pairs(
-    scores: torch.Tensor, threshold: float, generator: torch.Generator | None = None
+    scores: torch.Tensor,
+    threshold: float,
+    generator: torch.Generator | None = None,
+    candidates: torch.Tensor | None = None,
 ) -> PairSelection:
     """
     Two random candidates of each prompt, ordered by their scores (the paper's ablation "two random", table 9).
 
-    Args and returns as [`select_pairs`]; `generator` (`torch.Generator`, *optional*) draws the two.
+    Args and returns as [`select_pairs`]; `generator` (`torch.Generator`, *optional*) draws the two, unless they were
+    drawn before ([`draw_two_candidates`]) and come as `candidates`.
     """
     scores = _check_scores(scores, threshold)
-    device = generator.device if generator is not None else scores.device
-    order = torch.rand(scores.shape, generator=generator, device=device).argsort(0)[:2].to(scores.device)
+    order = draw_two_candidates(*scores.shape, generator) if candidates is None else candidates
+    order = order.to(scores.device)
     first, second = gather_candidates(scores, order[0]), gather_candidates(scores, order[1])
     chosen, rejected = torch.where(first >= second, order, order.flip(0))
     valid = _is_clear(torch.maximum(first, second), torch.minimum(first, second), threshold)
@@ -124,6 +136,10 @@ def resample_index(
         return selection.rejected
     if mode != "random":
         raise ValueError(f"`resample` must be 'random', 'chosen' or 'rejected', got {mode!r}.")
-    device = generator.device if generator is not None else selection.chosen.device
-    index = torch.randint(num_candidates, selection.chosen.shape, generator=generator, device=device)
-    return index.to(selection.chosen.device)
+    return random_index(num_candidates, len(selection.chosen), generator).to(selection.chosen.device)
+
+
+def random_index(num_candidates: int, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The paper's resampler: uniform candidates `(batch_size,)` int64. It needs no scores, so they may come later."""
+    device = None if generator is None else generator.device
+    return torch.randint(num_candidates, (batch_size,), generator=generator, device=device)

@@ -165,6 +165,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
     def __init__(self, pipeline):
         self.sd_pipeline = pipeline
         self.use_lora = True
+        self.scoring_vae = None
         self._frozen_copy = None
 
     # --- the trained network -----------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         }
 
     def to(self, device) -> "SPOPipeline":
-        for module in (self.denoiser, self._frozen_copy, *self.frozen_modules().values()):
+        for module in (self.denoiser, self._frozen_copy, self.scoring_vae, *self.frozen_modules().values()):
             if module is not None:
                 module.to(device)
         return self
@@ -276,6 +277,35 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
 
     def decode_latents(self, latents) -> torch.Tensor:
         raise NotImplementedError
+
+    def decode_for_scoring(self, latents, image_size: int | None = None) -> torch.Tensor:
+        """
+        Images of x_0 predictions for the reward model, in [-1, 1]: by `scoring_vae` if there is one, and, where
+        `image_size` is given, at that size (pixels of the short side).
+        """
+        raise NotImplementedError
+
+    def optimize(self, channels_last: bool = False, compile_kwargs: dict | None = None) -> None:
+        """
+        Make the networks faster without changing what they compute.
+
+        Args:
+            channels_last (`bool`, *optional*, defaults to `False`): store convolutions in channels-last order.
+            compile_kwargs (`dict`, *optional*): compile them with these arguments of `torch.compile`; in place, so that
+                rollouts, training and evaluation share the compiled code.
+        """
+        networks = [self.denoiser, self._frozen_copy, self.scoring_vae or self._decoding_network()]
+        for module in networks:
+            if module is not None and channels_last:
+                module.to(memory_format=torch.channels_last)
+        if compile_kwargs is not None:
+            for module in (*networks[:2], getattr(networks[2], "decoder", networks[2])):
+                if module is not None:
+                    module.compile(**compile_kwargs)
+
+    def _decoding_network(self) -> torch.nn.Module | None:
+        """The network that turns latents into images."""
+        return getattr(self.sd_pipeline, "vae", None)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Shape of one latent, without the batch dimension."""
@@ -371,6 +401,42 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
             f"Could not load a diffusers pipeline from {str(path)!r}: it is neither an existing folder nor a Hub id "
             f"that can be reached ({str(error).splitlines()[0]})."
         ) from error
+
+
+def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: SPOPipeline) -> torch.nn.Module | None:
+    """
+    A small decoder that stands in for the pipeline's VAE when candidates are scored.
+
+    Args:
+        vae (`AutoencoderTiny` or other diffusers autoencoder, path or Hub id, *optional*): `None` is none.
+        pipeline ([`SPOPipeline`]): whose latents it decodes.
+
+    Raises:
+        TypeError: if it does not decode.
+        ValueError: if it cannot be loaded, or takes other latents than the pipeline's.
+    """
+    if vae is None:
+        return None
+    if isinstance(vae, (str, Path)):
+        from diffusers import AutoencoderTiny
+
+        try:
+            vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=pipeline.dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({str(error).splitlines()[0]})."
+            ) from error
+    if not isinstance(vae, torch.nn.Module) or not hasattr(vae, "decode") or not hasattr(vae, "config"):
+        raise TypeError(
+            "`scoring_vae` must be a diffusers autoencoder such as `AutoencoderTiny`, or the path or Hub id of one, got "
+            f"`{type(vae).__name__}`."
+        )
+    channels, expected = vae.config.latent_channels, pipeline.latent_shape()[0]
+    if channels != expected:
+        raise ValueError(
+            f"`scoring_vae` decodes latents with {channels} channels, but the pipeline's have {expected}."
+        )
+    return vae.requires_grad_(False).eval()
 
 
 def wrap_pipeline(pipeline: Any, **from_pretrained_kwargs) -> SPOPipeline:

@@ -25,9 +25,10 @@ import copy
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, logging
+from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -107,6 +108,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         super().__init__(pipeline)
         self.use_lora = use_lora
         self.scheduler = stochastic_ddim_scheduler(pipeline.scheduler)
+        self._stochastic: dict[tuple[int, float], list[bool]] = {}
         in_channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
         if in_channels != latent_channels:
             raise ValueError(
@@ -178,9 +180,13 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         return self.scheduler.timesteps.tolist()
 
     def step_is_stochastic(self, step: int, eta: float) -> bool:
-        timestep = self.scheduler.timesteps[step]
-        origin = torch.zeros(1)
-        return float(ddim_step_stats(self.scheduler, origin, timestep, origin, eta).std_dev_t) > 0
+        key = (self.scheduler.num_inference_steps, eta)
+        if key not in self._stochastic:  # asked for at every step, and reading a number may wait for the device
+            timesteps = self.scheduler.timesteps.to(self.scheduler.alphas_cumprod.device)
+            origin = torch.zeros(len(timesteps), device=timesteps.device)
+            std = ddim_step_stats(self.scheduler, origin, timesteps, origin, eta).std_dev_t
+            self._stochastic[key] = (std > 0).tolist()
+        return self._stochastic[key][step]
 
     def predict(self, latents, timesteps, prompt_embeds, guidance_scale: float, denoiser=None) -> torch.Tensor:
         r"""
@@ -199,7 +205,9 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         """
         denoiser = self.denoiser if denoiser is None else denoiser
         latents = latents.to(self.dtype)
-        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
+        if not torch.is_tensor(timesteps):  # filled on the device: copying a number there would wait for it
+            timesteps = torch.full((len(latents),), timesteps, device=latents.device)
+        timesteps = timesteps.to(latents.device).expand(len(latents))
         prompt_embeds = prompt_embeds.to(self.dtype)
         conditioning = self._conditioning(prompt_embeds, negative=False)
         if guidance_scale <= 1:
@@ -257,6 +265,23 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         with self._vae_precision():
             return self.vae.decode(latents, return_dict=False)[0].float()
 
+    @torch.no_grad()
+    def decode_for_scoring(self, latents: torch.Tensor, image_size: int | None = None) -> torch.Tensor:
+        """
+        See [`SPOPipeline.decode_for_scoring`]. Latents are resized (bilinear, antialiased) to the size that decodes to
+        `image_size` pixels; a prediction is smooth, so this loses little.
+        """
+        factor, short = self.sd_pipeline.vae_scale_factor, min(latents.shape[-2:])
+        if image_size is not None and image_size < short * factor:
+            scale = image_size / (short * factor)
+            size = [max(1, round(side * scale)) for side in latents.shape[-2:]]
+            latents = F.interpolate(latents.float(), size, mode="bilinear", antialias=True, align_corners=False)
+        if self.scoring_vae is None:
+            return self.decode_latents(latents)
+        vae = self.scoring_vae
+        with self._vae_precision():
+            return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
+
     def _vae_precision(self):
         """The VAE runs in the dtype of its weights, also inside a trainer's autocast: SDXL's overflows in float16."""
         return torch.autocast(self.device.type, enabled=False)
@@ -304,7 +329,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         layers = get_peft_model_state_dict(self.denoiser, state_dict=state_dict)
         self.sd_pipeline.save_lora_weights(
             save_directory,
-            unet_lora_layers=convert_state_dict_to_diffusers(layers),
+            unet_lora_layers={name: value.contiguous() for name, value in layers.items()},
             unet_lora_adapter_metadata=self.denoiser.peft_config["default"].to_dict(),
             safe_serialization=True,
         )

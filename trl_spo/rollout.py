@@ -22,7 +22,9 @@ Differences from the public implementation:
   variant), and a group that the last step cuts short is shorter, not skipped;
 - the random continuation is drawn from the same generator as the noise, so a seed repeats a rollout;
 - the denoiser, the decoder and the reward model see chunks of bounded size whatever K and the batch are;
-- prompts are encoded once for the reward model, not once per image.
+- prompts are encoded once for the reward model, not once per image;
+- the random continuation does not depend on scores, so the candidates of all steps can be scored together at the end,
+  and the host then waits for the device once per rollout.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,15 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from .pair_selection import PairSelection, gather_candidates, resample_index, select_pairs, select_random_pairs
+from .pair_selection import (
+    PairSelection,
+    draw_two_candidates,
+    gather_candidates,
+    random_index,
+    resample_index,
+    select_pairs,
+    select_random_pairs,
+)
 from .pipeline_base import PromptEmbeds, SPOPipeline
 from .step_distribution import sample_candidates
 
@@ -38,7 +48,7 @@ from .step_distribution import sample_candidates
 @dataclass
 class BranchRecord:
     """
-    What happened at one branching step. B prompts, K candidates.
+    What happened at one branching step. B prompts, K candidates. Scores and indices are on the CPU.
 
     Attributes:
         step (`int`): index of the (first) step of the branch in the schedule.
@@ -118,8 +128,13 @@ class StepPairs:
             prompts=[self.prompts[i] for i in rows.tolist()],
         )
 
-    def to(self, device) -> "StepPairs":
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+    def to(self, device, non_blocking: bool = False) -> "StepPairs":
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "StepPairs":
+        """In page-locked memory, from where copies to a GPU do not stop the host."""
+        return replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
 
     @classmethod
     def cat(cls, parts: list["StepPairs"]) -> "StepPairs":
@@ -131,54 +146,101 @@ class StepPairs:
 
 
 class _Scorer:
-    """Decodes latents in chunks and asks the reward model; encodes the prompts of the rollout once."""
+    """Decodes latents and asks the reward model, both in chunks; encodes the prompts of the rollout once."""
 
-    def __init__(self, pipeline: SPOPipeline, reward, prompts: list[str], batch_size: int | None):
+    def __init__(
+        self,
+        pipeline: SPOPipeline,
+        reward,
+        prompts: list[str],
+        decode_batch_size: int | None = None,
+        batch_size: int | None = None,
+        image_size: int | None = None,
+    ):
         self.pipeline = pipeline
         self.reward = reward
         self.prompts = prompts
-        self.batch_size = batch_size
+        self.decode_batch_size = decode_batch_size
+        self.batch_size = batch_size or decode_batch_size
+        self.image_size = image_size
+        self.scores_latents = getattr(reward, "scores", "images") == "latents"
         self.text_features = reward.encode_prompts(prompts) if hasattr(reward, "encode_prompts") else None
 
-    def __call__(self, latents: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Scores of `latents (K, B, ...)` (x_0 predictions) at `timestep` -> `(K, B)` float32."""
-        num_candidates, batch_size = latents.shape[:2]
-        rows = torch.arange(batch_size, device=latents.device).repeat(num_candidates)
-        latents = latents.flatten(0, 1)
-        size = self.batch_size or len(latents)
-        scores = [
-            self._score(latents[start : start + size], rows[start : start + size], timestep)
-            for start in range(0, len(latents), size)
-        ]
-        return torch.cat(scores).view(num_candidates, batch_size)
+    def __call__(self, candidates: list[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+        """
+        Scores of x_0 predictions, given as latents `(K, B, ...)` with the timestep they were predicted at. What is
+        scored together may come from different steps.
 
-    def _score(self, latents: torch.Tensor, rows: torch.Tensor, timestep: int) -> torch.Tensor:
-        timesteps = torch.full((len(latents),), timestep, dtype=torch.long, device=latents.device)
-        scores_latents = getattr(self.reward, "scores", "images") == "latents"
-        images = latents if scores_latents else self.pipeline.decode_latents(latents)
+        Returns:
+            list of `torch.Tensor` of shape `(K, B)`, float32, on the CPU.
+        """
+        latents = torch.cat([latents.flatten(0, 1) for latents, _ in candidates])
+        rows = [row for latents, _ in candidates for _ in range(latents.shape[0]) for row in range(latents.shape[1])]
+        steps = [step for latents, step in candidates for _ in range(latents.shape[0] * latents.shape[1])]
+        rows, timesteps = torch.tensor(rows), torch.tensor(steps)
+        on_device = [index.to(latents.device, non_blocking=True) for index in (rows, timesteps)]
+        size = self.batch_size or len(latents)
+        scores = torch.cat(
+            [
+                self._score(latents[c], *(index[c] for index in on_device), rows[c])
+                for c in (slice(start, start + size) for start in range(0, len(latents), size))
+            ]
+        ).cpu()  # the one time that the host waits for the device
+        self._check(scores, rows, timesteps)
+        shapes = [latents.shape[:2] for latents, _ in candidates]
+        parts = scores.split([num_candidates * batch_size for num_candidates, batch_size in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _score(self, latents: torch.Tensor, rows: torch.Tensor, timesteps: torch.Tensor, cpu_rows) -> torch.Tensor:
+        images = latents if self.scores_latents else self._decode(latents)
         if self.text_features is not None:
             scores = self.reward.score(images, timesteps=timesteps, text_features=self.text_features[rows])
         else:
-            images = images if scores_latents else (images / 2 + 0.5).clamp(0, 1)
-            scores = self.reward(images, [self.prompts[i] for i in rows.tolist()], timesteps)
-        return self._check(scores, rows, timestep).to(latents.device)
-
-    def _check(self, scores, rows: torch.Tensor, timestep: int) -> torch.Tensor:
+            images = images if self.scores_latents else (images / 2 + 0.5).clamp(0, 1)
+            scores = self.reward(images, [self.prompts[i] for i in cpu_rows.tolist()], timesteps)
         scores = torch.as_tensor(scores).detach()
         if scores.shape != rows.shape:
             raise ValueError(
                 f"The reward must return one score per image, shape ({len(rows)},), got {tuple(scores.shape)}."
             )
+        return scores.float()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        size = self.decode_batch_size or len(latents)
+        chunks = [latents[start : start + size] for start in range(0, len(latents), size)]
+        return torch.cat([self.pipeline.decode_for_scoring(chunk, self.image_size) for chunk in chunks])
+
+    def _check(self, scores: torch.Tensor, rows: torch.Tensor, timesteps: torch.Tensor):
         if not bool(torch.isfinite(scores).all()):
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             raise ValueError(
-                f"The reward returned {scores[bad].item()} at timestep {timestep} for the prompt "
+                f"The reward returned {scores[bad].item()} at timestep {int(timesteps[bad])} for the prompt "
                 f"{self.prompts[int(rows[bad])]!r}. Scores must be finite: check the reward model and its dtype."
             )
-        return scores.float()
 
 
-def _check_arguments(num_candidates, num_inference_steps, branch_start_step, branch_end_step, num_inner_steps, eta):
+@dataclass
+class _Branch:
+    """A branch that was drawn and waits for its scores."""
+
+    step: int
+    timesteps: list[int]
+    scored_timestep: int
+    chain: list[torch.Tensor]  # latents (K, B, ...) before each transition and after the last
+    predicted: torch.Tensor  # (K, B, ...)
+    two: torch.Tensor | None  # the two candidates of `pair="random"`
+    index: torch.Tensor | None = None  # the candidate that went on
+    scores: torch.Tensor | None = None
+
+    def select(self, pair: str, threshold: float) -> PairSelection:
+        if pair == "best_worst":
+            return select_pairs(self.scores, threshold)
+        return select_random_pairs(self.scores, threshold, candidates=self.two)
+
+
+def _check_arguments(
+    num_candidates, num_inference_steps, branch_start_step, branch_end_step, num_branches, num_inner_steps, eta
+):
     if num_candidates < 2:
         raise ValueError(f"`num_candidates` must be at least 2 to form a pair, got {num_candidates}.")
     if not 0 < eta <= 1:
@@ -192,6 +254,21 @@ def _check_arguments(num_candidates, num_inference_steps, branch_start_step, bra
         )
     if num_inner_steps < 1:
         raise ValueError(f"`num_inner_steps` must be at least 1, got {num_inner_steps}.")
+    if num_branches is not None and num_branches < 1:
+        raise ValueError(f"`num_branches` must be at least 1, or None for all, got {num_branches}.")
+
+
+def _branch_lengths(pipeline, start: int, end: int, num_inner_steps: int, eta: float) -> dict[int, int]:
+    """First step of each branch -> its steps: fewer than j where branching ends or a deterministic step follows."""
+    lengths, step = {}, start
+    while step < end:
+        length = 0
+        while length < num_inner_steps and step + length < end and pipeline.step_is_stochastic(step + length, eta):
+            length += 1
+        if length:
+            lengths[step] = length
+        step += max(length, 1)
+    return lengths
 
 
 def _conditioning(pipeline, prompt_embeds, negative_prompt_embeds, prompts) -> tuple[PromptEmbeds, list[str]]:
@@ -228,6 +305,10 @@ def stepwise_rollout(
     width: int | None = None,
     rollout_micro_batch_size: int | None = None,
     vae_decode_batch_size: int | None = None,
+    reward_batch_size: int | None = None,
+    num_branches: int | None = None,
+    scoring_image_size: int | None = None,
+    defer_scoring: bool = False,
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
 ) -> StepPairs:
@@ -266,7 +347,15 @@ def stepwise_rollout(
         pair (`str`, *optional*, defaults to `"best_worst"`): "best_worst", or "random" for two random candidates.
         height, width (`int`, *optional*): image size in pixels; default of the model.
         rollout_micro_batch_size (`int`, *optional*): most latents in one denoiser call (guidance doubles them).
-        vae_decode_batch_size (`int`, *optional*): most images in one decoder and reward call.
+        vae_decode_batch_size (`int`, *optional*): most images in one decoder call.
+        reward_batch_size (`int`, *optional*): most images in one reward call; `vae_decode_batch_size` by default.
+        num_branches (`int`, *optional*): branch only at this many random places of those that may branch, and stop
+            after the last of them. `None` branches at all.
+        scoring_image_size (`int`, *optional*): decode for scoring at this size (pixels of the short side) instead of
+            full size. Changes scores.
+        defer_scoring (`bool`, *optional*, defaults to `False`): score the candidates of all steps together after the
+            rollout, in full batches, instead of step by step. The same scores, and the host waits for the device once;
+            it needs `resample="random"` and is ignored otherwise. [`SPOTrainer`] does so.
         generator (`torch.Generator`, *optional*): source of all randomness of the rollout.
         return_trajectory (`bool`, *optional*, defaults to `False`): keep latents and x_0 predictions per branch.
 
@@ -277,13 +366,24 @@ def stepwise_rollout(
         ValueError: for settings that cannot give pairs, and for a reward that returns a wrong shape or NaN.
     """
     end = num_inference_steps if branch_end_step is None else branch_end_step
-    _check_arguments(num_candidates, num_inference_steps, branch_start_step, end, num_inner_steps, eta)
+    _check_arguments(num_candidates, num_inference_steps, branch_start_step, end, num_branches, num_inner_steps, eta)
     if pair not in ("best_worst", "random"):
         raise ValueError(f"`pair` must be 'best_worst' or 'random', got {pair!r}.")
+    if resample not in ("random", "chosen", "rejected"):
+        raise ValueError(f"`resample` must be 'random', 'chosen' or 'rejected', got {resample!r}.")
     embeds, prompts = _conditioning(pipeline, prompt_embeds, negative_prompt_embeds, prompts)
-    scorer = _Scorer(pipeline, reward, prompts, vae_decode_batch_size)
+    scorer = _Scorer(pipeline, reward, prompts, vae_decode_batch_size, reward_batch_size, scoring_image_size)
     timesteps = pipeline.set_timesteps(num_inference_steps)
     branch_embeds = embeds.repeat(num_candidates)
+    deferred = defer_scoring and resample == "random"
+
+    lengths = _branch_lengths(pipeline, branch_start_step, end, num_inner_steps, eta)
+    last = num_inference_steps if branch_end_step is None else end
+    if num_branches is not None and num_branches < len(lengths):
+        drawn = torch.randperm(len(lengths), generator=generator, device=generator and generator.device)
+        kept = sorted(list(lengths)[i] for i in drawn[:num_branches].tolist())
+        lengths = {step: lengths[step] for step in kept}
+        last = max(step + length for step, length in lengths.items())
 
     def predict(latents, step):
         rows = embeds if len(latents) == len(embeds) else branch_embeds
@@ -300,22 +400,15 @@ def stepwise_rollout(
 
     latents = pipeline.prepare_latents(len(embeds), generator, height, width)
     model_output = predict(latents, 0)
-    parts, branches, final_scores, step = [], [], None, 0
-    last = num_inference_steps if branch_end_step is None else end
+    branches, step = [], 0
     while step < last:
-        # Steps of this branch: fewer than asked for where branching ends or a deterministic step follows.
-        length = 0
-        while length < num_inner_steps and branch_start_step <= step + length < end:
-            if not pipeline.step_is_stochastic(step + length, eta):
-                break
-            length += 1
-        if length == 0:
+        if step not in lengths:
             latents = advance(latents, model_output, step)[0]
             step += 1
             model_output = predict(latents, step) if step < last else None
             continue
 
-        chain = [latents.expand(num_candidates, *latents.shape)]
+        chain, length = [latents.expand(num_candidates, *latents.shape)], lengths[step]
         for inner in range(length):
             if inner == 0:
                 candidates = advance(latents, model_output, step, num_candidates)
@@ -332,38 +425,57 @@ def stepwise_rollout(
             predicted, outputs = predicted.view(candidates.shape), outputs.view(candidates.shape)
         else:
             predicted, outputs, scored_timestep = candidates, None, 0
-        scores = scorer(predicted, scored_timestep)
-        if pair == "best_worst":
-            selection = select_pairs(scores, preference_threshold)
+        two = draw_two_candidates(num_candidates, len(embeds), generator) if pair == "random" else None
+        branch = _Branch(step - length, timesteps[step - length : step], scored_timestep, chain, predicted, two)
+        if deferred:
+            branch.index = random_index(num_candidates, len(embeds), generator)
         else:
-            selection = select_random_pairs(scores, preference_threshold, generator)
-        index = resample_index(selection, num_candidates, resample, generator)
-
-        branch_timesteps = timesteps[step - length : step]
-        parts += _collect_pairs(chain, scores, selection, branch_timesteps, prompts)
-        kept = (latents, candidates, predicted) if return_trajectory else (None, None, None)
-        branches.append(
-            BranchRecord(step - length, branch_timesteps[0], scored_timestep, scores, selection, index, *kept)
-        )
+            branch.scores = scorer([(predicted, scored_timestep)])[0]
+            selection = branch.select(pair, preference_threshold)
+            branch.index = resample_index(selection, num_candidates, resample, generator)
+        branches.append(branch)
+        index = branch.index.to(latents.device, non_blocking=True)
         latents = gather_candidates(candidates, index)
         model_output = None if outputs is None else gather_candidates(outputs, index)
-        final_scores = gather_candidates(scores, index) if outputs is None else None
 
+    waiting = branches if deferred else []
+    to_score = [(branch.predicted, branch.scored_timestep) for branch in waiting]
+    finished, final_scores = last == num_inference_steps, None
+    if finished and branches[-1].scored_timestep != 0:  # the last step was not a branch: its images have no score yet
+        to_score.append((latents[None], 0))
+    scores = scorer(to_score) if to_score else []
+    for branch, values in zip(waiting, scores, strict=False):
+        branch.scores = values
+    if finished:
+        extra = len(scores) > len(waiting)
+        final_scores = scores[-1][0] if extra else gather_candidates(branches[-1].scores, branches[-1].index.cpu())
+
+    parts, records = [], []
+    for branch in branches:
+        selection = branch.select(pair, preference_threshold)
+        parts += _collect_pairs(branch, selection, prompts)
+        kept = (branch.chain[0][0], branch.chain[-1], branch.predicted) if return_trajectory else (None, None, None)
+        timestep, index = branch.timesteps[0], branch.index.cpu()
+        records.append(
+            BranchRecord(branch.step, timestep, branch.scored_timestep, branch.scores, selection, index, *kept)
+        )
     pairs = StepPairs.cat(parts)
-    pairs.branches = branches
-    if last == num_inference_steps:
-        pairs.final_latents = latents
-        pairs.final_scores = scorer(latents[None], 0)[0] if final_scores is None else final_scores
+    pairs.branches = records
+    if finished:
+        pairs.final_latents, pairs.final_scores = latents, final_scores
     return pairs
 
 
-def _collect_pairs(
-    chain, scores, selection: PairSelection, timesteps: list[int], prompts: list[str]
-) -> list[StepPairs]:
-    """The valid pairs of one branch, one [`StepPairs`] per transition. `chain`: latents `(K, B, ...)` per state."""
+def _collect_pairs(branch: _Branch, selection: PairSelection, prompts: list[str]) -> list[StepPairs]:
+    """The valid pairs of one branch, one [`StepPairs`] per transition. `selection` is on the CPU."""
+    device = branch.chain[0].device
     rows = selection.valid.nonzero(as_tuple=True)[0]
-    chosen, rejected = selection.chosen[rows], selection.rejected[rows]
     names = [prompts[i] for i in rows.tolist()]
+    chosen_scores = branch.scores[selection.chosen[rows], rows].to(device, non_blocking=True)
+    rejected_scores = branch.scores[selection.rejected[rows], rows].to(device, non_blocking=True)
+    chosen, rejected, rows = (
+        index.to(device, non_blocking=True) for index in (selection.chosen[rows], selection.rejected[rows], rows)
+    )
     return [
         StepPairs(
             latents=before[chosen, rows],
@@ -373,9 +485,11 @@ def _collect_pairs(
             shared=torch.full_like(rows, inner == 0, dtype=torch.bool),
             timesteps=torch.full_like(rows, timestep),
             prompt_index=rows,
-            chosen_scores=scores[chosen, rows],
-            rejected_scores=scores[rejected, rows],
+            chosen_scores=chosen_scores,
+            rejected_scores=rejected_scores,
             prompts=names,
         )
-        for inner, (before, after, timestep) in enumerate(zip(chain, chain[1:], timesteps, strict=False))
+        for inner, (before, after, timestep) in enumerate(
+            zip(branch.chain, branch.chain[1:], branch.timesteps, strict=False)
+        )
     ]

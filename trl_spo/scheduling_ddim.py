@@ -22,6 +22,8 @@ computes them. Differences from that method:
 - `timestep` may differ from sample to sample, because a training batch mixes timesteps;
 - the arithmetic is float32 whatever the dtype of the latents is: a log-probability divides by sigma_t^2.
 
+- nothing is copied from the device to the host: the schedule is read where the timesteps are.
+
 The scheduler is only read. `final_alpha_cumprod` is used at the last step exactly as diffusers does; DDPO's and the
 public SPO code's own step clamp the previous timestep first and so never reach it.
 """
@@ -41,9 +43,15 @@ def _check_timestep(timestep: int | torch.Tensor, sample: torch.Tensor) -> torch
 
 
 def _like(sample: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Schedule values (0-d, or one per sample) on the device of `sample` and shaped to broadcast against it."""
-    values = values.to(sample.device)
-    return values.reshape(-1, *(1,) * (sample.ndim - 1)) if values.ndim else values
+    """Schedule values shaped to broadcast against `sample`; a 0-d one does so from any device."""
+    if values.ndim == 0:
+        return values
+    return values.to(sample.device, non_blocking=True).reshape(-1, *(1,) * (sample.ndim - 1))
+
+
+def _schedule(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """A tensor of the scheduler on the device of the timesteps. Moving a table there does not stop the device."""
+    return values.to(timestep.device, non_blocking=timestep.device.type != "cpu")
 
 
 def ddim_predict(
@@ -56,8 +64,8 @@ def ddim_predict(
     """
     dtype = torch.promote_types(torch.float32, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    timestep = _check_timestep(timestep, sample).to(scheduler.alphas_cumprod.device)
-    alpha_prod_t = _like(sample, scheduler.alphas_cumprod[timestep])
+    timestep = _check_timestep(timestep, sample)
+    alpha_prod_t = _like(sample, _schedule(scheduler.alphas_cumprod, timestep)[timestep])
     beta_prod_t = 1 - alpha_prod_t
 
     config = scheduler.config
@@ -110,11 +118,14 @@ def ddim_step_stats(
     """
     if scheduler.num_inference_steps is None:
         raise ValueError("The scheduler has no inference steps yet: call `scheduler.set_timesteps(n)` first.")
-    timestep = _check_timestep(timestep, sample).to(scheduler.alphas_cumprod.device)
+    timestep = _check_timestep(timestep, sample)
     prev_timestep = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_prod_t = _like(sample, scheduler.alphas_cumprod[timestep])
+    alphas_cumprod = _schedule(scheduler.alphas_cumprod, timestep)
+    alpha_prod_t = _like(sample, alphas_cumprod[timestep])
     alpha_prod_t_prev = torch.where(
-        prev_timestep >= 0, scheduler.alphas_cumprod[prev_timestep.clamp(min=0)], scheduler.final_alpha_cumprod
+        prev_timestep >= 0,
+        alphas_cumprod[prev_timestep.clamp(min=0)],
+        _schedule(scheduler.final_alpha_cumprod, timestep),
     )
     alpha_prod_t_prev = _like(sample, alpha_prod_t_prev)
 

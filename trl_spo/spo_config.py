@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 
+_DTYPES = (None, "float32", "float16", "bfloat16")
+
+
 def _field(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -61,10 +64,34 @@ class SPOConfig(TrainingArguments):
             Image size in pixels. Default to the model's own.
         per_device_rollout_batch_size (`int`, *optional*, defaults to `10`):
             Prompts per rollout and device (SDXL: 2).
+        num_branches (`int`, *optional*):
+            Branch only at this many random places per rollout, of those that may branch, and stop after the last. Fewer
+            pairs per prompt, so more prompts per update. `None` branches at all.
+
+        > Parameters that control speed and memory of the rollout
+
         rollout_micro_batch_size (`int`, *optional*):
-            Most latents in one denoiser call of the rollout (guidance doubles them). `None`: K times the prompts.
+            Most latents in one denoiser call of the rollout (guidance doubles them).
         vae_decode_batch_size (`int`, *optional*):
-            Most images in one call of decoder and reward model. `None`: K times the prompts.
+            Most images in one call of the decoder.
+        reward_batch_size (`int`, *optional*):
+            Most images in one call of the reward model.
+        memory_budget (`float`, *optional*):
+            GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
+            `None` are then computed from the networks; without a budget they depend on the image size alone. Either
+            way memory does not grow with K or the number of prompts.
+        defer_scoring (`bool`, *optional*, defaults to `True`):
+            Score the candidates of all steps together after the rollout, in full batches. The same scores; with
+            `resample` other than `"random"` the next step needs them and they are scored step by step.
+        channels_last (`bool`, *optional*, defaults to `True`):
+            Store convolution weights in channels-last order, which current hardware computes faster.
+        scoring_vae (`str`, *optional*):
+            Path or Hub id of an `AutoencoderTiny` that decodes for scoring, such as `madebyollin/taesd`. Approximate.
+        scoring_image_size (`int`, *optional*):
+            Decode for scoring at this size (pixels of the short side), such as the 224 of the reward model, instead of
+            full size. Approximate.
+        reward_dtype (`str`, *optional*):
+            Cast the reward model to this dtype, such as `"bfloat16"`. Approximate.
 
         > Parameters that control the pair selection
 
@@ -82,6 +109,10 @@ class SPOConfig(TrainingArguments):
         kl_coef (`float`, *optional*, defaults to `0.0`):
             Weight of the exact per-step KL divergence to the reference, added to the loss. Winner and loser share x_t,
             so nothing else limits how far the step mean drifts. `0.0` is the paper's loss.
+        timestep_weighting (`str`, *optional*, defaults to `"none"`):
+            `"none"` is the paper's loss, in which the step before the last weighs many times as much as any other: a
+            log-ratio is proportional to c / sigma, the change of the step mean by the prediction over the noise.
+            `"even"` scales log-ratios by the inverse, so that all steps weigh the same (as much as their median did).
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether the log-probabilities of the loss use the guidance of the rollout.
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -121,6 +152,8 @@ class SPOConfig(TrainingArguments):
     > - `per_device_train_batch_size`: Defaults to `10` (pairs) instead of `8`; the paper has 40 on 4 devices.
     > - `logging_steps`: Defaults to `10` instead of `500`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `logging_nan_inf_filter`: Defaults to `False` instead of `True`: the filter waits for the device at every step,
+    >   and would hide a loss that is NaN.
     >
     > `max_grad_norm` is 1.0, as the paper states. Its public code never clips, because the iterator over parameters is
     > already used up; set 0 to reproduce that.
@@ -137,6 +170,7 @@ class SPOConfig(TrainingArguments):
         "interpreted as ratio of total training steps.",
     )
     remove_unused_columns: bool = _field(False, "Keep `False`: prompts are read by name.")
+    logging_nan_inf_filter: bool = _field(False, "Leave losses that are NaN or infinite out of the logged mean.")
 
     # Parameters that control the rollout
     num_inference_steps: int = _field(20, "Number of denoising steps.")
@@ -151,8 +185,18 @@ class SPOConfig(TrainingArguments):
     height: int | None = _field(None, "Image height in pixels.")
     width: int | None = _field(None, "Image width in pixels.")
     per_device_rollout_batch_size: int = _field(10, "Prompts per rollout and device.")
+    num_branches: int | None = _field(None, "Random places to branch at per rollout; all by default.")
+
+    # Parameters that control speed and memory of the rollout
     rollout_micro_batch_size: int | None = _field(None, "Most latents in one denoiser call of the rollout.")
-    vae_decode_batch_size: int | None = _field(None, "Most images in one call of decoder and reward model.")
+    vae_decode_batch_size: int | None = _field(None, "Most images in one call of the decoder.")
+    reward_batch_size: int | None = _field(None, "Most images in one call of the reward model.")
+    memory_budget: float | None = _field(None, "GiB that activations of rollout and scoring may take.")
+    defer_scoring: bool = _field(True, "Score the candidates of all steps together after the rollout.")
+    channels_last: bool = _field(True, "Store convolution weights in channels-last order.")
+    scoring_vae: str | None = _field(None, "Path or Hub id of an AutoencoderTiny that decodes for scoring.")
+    scoring_image_size: int | None = _field(None, "Decode for scoring at this size instead of full size.")
+    reward_dtype: str | None = _field(None, "Cast the reward model to this dtype, such as 'bfloat16'.")
 
     # Parameters that control the pair selection
     preference_threshold: float = _field(0.3, "A pair counts if p_win - p_lose exceeds it.")
@@ -162,6 +206,7 @@ class SPOConfig(TrainingArguments):
     beta: float = _field(10.0, "Strength of the preference, per mean log-probability.")
     epsilon: float = _field(0.1, "Clipping range of the probability ratios.")
     kl_coef: float = _field(0.0, "Weight of the exact per-step KL divergence to the reference.")
+    timestep_weighting: str = _field("none", "'none' as in the paper, or 'even' weight of all timesteps.")
     train_cfg: bool = _field(True, "Whether the loss uses the guidance of the rollout.")
     disable_dropout: bool = _field(True, "Switch dropout off in the model and its adapter.")
 
@@ -205,8 +250,23 @@ class SPOConfig(TrainingArguments):
             "log_images_steps": (self.log_images_steps >= 0, "0 or more"),
             "resample": (self.resample in ("random", "chosen", "rejected"), "'random', 'chosen' or 'rejected'"),
             "pair": (self.pair in ("best_worst", "random"), "'best_worst' or 'random'"),
-            "rollout_micro_batch_size": ((self.rollout_micro_batch_size or 1) >= 1, "at least 1"),
-            "vae_decode_batch_size": ((self.vae_decode_batch_size or 1) >= 1, "at least 1"),
+            "rollout_micro_batch_size": (
+                self.rollout_micro_batch_size is None or self.rollout_micro_batch_size >= 1,
+                "at least 1",
+            ),
+            "vae_decode_batch_size": (
+                self.vae_decode_batch_size is None or self.vae_decode_batch_size >= 1,
+                "at least 1",
+            ),
+            "reward_batch_size": (self.reward_batch_size is None or self.reward_batch_size >= 1, "at least 1"),
+            "num_branches": (self.num_branches is None or self.num_branches >= 1, "at least 1, or None for all"),
+            "memory_budget": (self.memory_budget is None or self.memory_budget > 0, "a positive number of GiB"),
+            "scoring_image_size": (
+                self.scoring_image_size is None or self.scoring_image_size >= 1,
+                "at least 1 pixel",
+            ),
+            "reward_dtype": (self.reward_dtype in _DTYPES, f"one of {_DTYPES}"),
+            "timestep_weighting": (self.timestep_weighting in ("none", "even"), "'none' or 'even'"),
         }
         for name, (holds, expected) in rules.items():
             if not holds:

@@ -19,17 +19,19 @@ training) is the Trainer's.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import math
+import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, set_seed
@@ -39,11 +41,12 @@ from transformers.utils import logging
 
 from .evaluation import generate_images, score_images
 from .losses import spo_loss
+from .memory import rollout_chunk_sizes
 from .modeling_step_reward import StepAwareRewardModel
-from .pipeline_base import PromptEmbeds, wrap_pipeline
+from .pipeline_base import PromptEmbeds, load_scoring_vae, wrap_pipeline
 from .rollout import StepPairs, stepwise_rollout
 from .spo_config import SPOConfig
-from .step_distribution import gaussian_kl, gaussian_log_prob
+from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_preference_data import EncodingCache
 from .visualization import ImageLoggingCallback
 
@@ -53,12 +56,13 @@ logger = logging.get_logger(__name__)
 PAIRS_NAME = "spo_pairs.safetensors"
 STATE_NAME = "spo_state.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"
+CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
 TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
 
 
-def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dataset") -> list[str]:
+def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dataset") -> Sequence[str]:
     """
-    Prompts of a list, or of the `prompt` or `caption` column of a dataset.
+    Prompts of a list, or of the `prompt` or `caption` column of a dataset, which is checked and then read lazily.
 
     Raises:
         TypeError: if it is neither.
@@ -72,14 +76,15 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
                 f"`{name}` needs a column {' or '.join(map(repr, candidates))} with the prompts; it has "
                 f"{dataset.column_names}. Rename the column or set `dataset_prompt_column`."
             )
-        dataset = dataset[found[0]]
+        prompts = PromptColumn(dataset, found[0])
     elif isinstance(dataset, str) or not isinstance(dataset, (list, tuple)):
         raise TypeError(
             f"`{name}` must be a list of prompts or a `datasets.Dataset` with a 'prompt' or 'caption' column, got "
             f"`{type(dataset).__name__}`."
         )
-    prompts = list(dataset)
-    if not prompts:
+    else:
+        prompts = list(dataset)
+    if not len(prompts):
         raise ValueError(f"`{name}` has no prompts.")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
@@ -87,6 +92,24 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
         if not prompt.strip():
             raise ValueError(f"`{name}` has an empty prompt at position {i}. Remove it: it names nothing to prefer.")
     return prompts
+
+
+class PromptColumn(Sequence):
+    """The prompts of a `datasets.Dataset`, read when they are needed: nothing of the dataset stays in memory."""
+
+    def __init__(self, dataset: Dataset, column: str):
+        self.dataset = dataset.select_columns([column])
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | slice):
+        return self.dataset[index][self.column]
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.dataset.iter(batch_size=1000):
+            yield from batch[self.column]
 
 
 class PairLoader:
@@ -100,9 +123,10 @@ class PairLoader:
     and the position in the prompts, so the position is all the random state there is.
     """
 
-    def __init__(self, trainer: "SPOTrainer", prompts: list[str]):
+    def __init__(self, trainer: "SPOTrainer", prompts: Sequence[str]):
         self.trainer = trainer
         self.prompts = prompts
+        self._order: tuple[int, torch.Tensor] | None = None  # of the epoch it was drawn for
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
@@ -183,6 +207,7 @@ class PairLoader:
         step, self.pool = self.pool[:total], self.pool[total:]
         self.num_pairs_seen += total
         own = step[args.process_index * (total // world) : (args.process_index + 1) * (total // world)]
+        own = own.pin_memory() if args.device.type == "cuda" else own
         rows = torch.tensor_split(torch.arange(len(own)), accumulation)
         return [{"pairs": own[index], "num_pairs": len(own), "num_micro_batches": accumulation} for index in rows]
 
@@ -190,11 +215,12 @@ class PairLoader:
         """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
         args, start = self.trainer.args, self.num_prompts_seen
         epoch, position = divmod(start, len(self.prompts))
-        generator = torch.Generator().manual_seed(args.seed + epoch)
-        order = torch.randperm(len(self.prompts), generator=generator).tolist()
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(args.seed + epoch)
+            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator))
         size = args.per_device_rollout_batch_size * args.world_size
         size = int(min(size, len(self.prompts) - position, self.total_prompts - start))
-        indices = order[position : position + size]
+        indices = self._order[1][position : position + size].tolist()
         own = indices[args.process_index :: args.world_size]
         parts = []
         if (
@@ -211,8 +237,12 @@ class PairLoader:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
     def _prompts_hash(self) -> str:
-        return hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for i, prompt in enumerate(self.prompts):
+            digest.update(("\0" * (i > 0) + prompt).encode())
+        return digest.hexdigest()
 
     def save(self, directory: str | Path, metrics: dict[str, list[float]]):
         """Write the position in the prompts, the pairs that were not trained on yet, and metrics not yet logged."""
@@ -221,7 +251,7 @@ class PairLoader:
         save_file({name: value.clone() for name, value in tensors.items()}, directory / PAIRS_NAME)
         state = {
             "num_prompts": len(self.prompts),
-            "prompts_hash": self._prompts_hash(),
+            "prompts_hash": self._prompts_hash,
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
             "pool_prompts": [] if self.pool is None else self.pool.prompts,
@@ -242,7 +272,7 @@ class PairLoader:
                 "from an earlier one."
             )
         state = json.loads((directory / STATE_NAME).read_text())
-        if state["num_prompts"] != len(self.prompts) or state["prompts_hash"] != self._prompts_hash():
+        if state["num_prompts"] != len(self.prompts) or state["prompts_hash"] != self._prompts_hash:
             raise ValueError(
                 f"The checkpoint was written with {state['num_prompts']} other prompts than the {len(self.prompts)} of "
                 "this run. Resume with the same `train_dataset`."
@@ -306,6 +336,9 @@ class SPOTrainer(Trainer):
             `eval_{name}_mean` and `eval_{name}_std`.
         peft_config (`peft.PeftConfig`, *optional*):
             The adapter. Defaults to LoRA with rank 4 on the attention projections.
+        scoring_vae (`AutoencoderTiny`, path or Hub id, *optional*):
+            A small decoder for scoring, of the same latent space as the pipeline's VAE; instead of
+            `config.scoring_vae`. Images that are evaluated or kept still come from the pipeline's VAE.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -348,6 +381,7 @@ class SPOTrainer(Trainer):
         eval_dataset: Dataset | list[str] | None = None,
         metrics: dict[str, Callable] | None = None,
         peft_config: Any | None = None,
+        scoring_vae: torch.nn.Module | str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
@@ -386,12 +420,17 @@ class SPOTrainer(Trainer):
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
+        self.pipeline.scoring_vae = load_scoring_vae(scoring_vae or config.scoring_vae, self.pipeline)
         self.reward_model = reward_model
         if isinstance(reward_model, torch.nn.Module):
-            reward_model.requires_grad_(False).eval().to(config.device)
+            dtype = None if config.reward_dtype is None else getattr(torch, config.reward_dtype)
+            reward_model.requires_grad_(False).eval().to(config.device, dtype)
+        elif config.reward_dtype is not None:
+            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
+        self.pipeline.optimize(config.channels_last, self._compile_kwargs(config))
         if config.disable_dropout:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -413,6 +452,12 @@ class SPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if config.torch_compile:  # the networks compile themselves; a second time around them would only cost
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            if isinstance(reward_model, StepAwareRewardModel):
+                reward_model.compile_layers(**self._compile_kwargs(config))
+        self._chunk_sizes: dict[tuple, dict[str, int]] = {}
+        self._step_weights: torch.Tensor | None = None
         self.pair_loader = PairLoader(self, prompts)
         self.add_callback(_EpochCallback(self))
         if config.log_images_steps > 0:
@@ -424,9 +469,17 @@ class SPOTrainer(Trainer):
                 f"possible number of steps ({len(self.pair_loader)} per epoch). Set `max_steps` to make it exact."
             )
 
+    @staticmethod
+    def _compile_kwargs(config: SPOConfig) -> dict | None:
+        """Batches of a rollout, of scoring and of training differ in size: compile for any, not for each."""
+        if not config.torch_compile:
+            return None
+        return {"backend": config.torch_compile_backend, "mode": config.torch_compile_mode, "dynamic": True}
+
     def _check_strategies(self, config: SPOConfig, metrics: dict[str, Callable]):
         """What can be trained and measured at all."""
-        if config.fsdp or (config.deepspeed and is_deepspeed_zero3_enabled()):
+        launched_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # by `accelerate launch`
+        if config.fsdp or launched_sharded or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "SPO rolls out and scores with the whole denoiser between optimizer steps, so its parameters cannot be "
                 "sharded: use plain data parallel training or DeepSpeed ZeRO-1 or 2 instead of FSDP or ZeRO-3."
@@ -475,10 +528,11 @@ class SPOTrainer(Trainer):
         generator = torch.Generator(args.device)
         generator.manual_seed(((args.seed * 1_000_003 + seed) * 4096 + args.process_index) % 2**63)
         self.model.eval()
+        embeds = self._encode(prompts)
         with self.accelerator.autocast():
             pairs = stepwise_rollout(
                 self.pipeline,
-                self._encode(prompts),
+                embeds,
                 self.reward_model,
                 prompts=prompts,
                 num_candidates=args.num_candidates,
@@ -493,14 +547,55 @@ class SPOTrainer(Trainer):
                 pair=args.pair,
                 height=args.height,
                 width=args.width,
-                rollout_micro_batch_size=args.rollout_micro_batch_size,
-                vae_decode_batch_size=args.vae_decode_batch_size,
+                **self.chunk_sizes(embeds),
+                num_branches=args.num_branches,
+                scoring_image_size=args.scoring_image_size,
+                defer_scoring=args.defer_scoring,
                 generator=generator,
                 return_trajectory=return_trajectory,
             )
         self._record_rollout(pairs)
         self._add("time/rollout", time.perf_counter() - start, 1)
         return pairs
+
+    def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
+        """
+        How many samples denoiser, decoder and reward model get at once, by the name of the config field: what the
+        config says; otherwise what fits `memory_budget`; otherwise about as many pixels as keep the device busy, so
+        that memory does not grow with the pool of candidates.
+        """
+        args = self.args
+        sizes = {name: getattr(args, name) for name in CHUNK_SIZES}
+        if all(sizes.values()):
+            return sizes
+        if not self._chunk_sizes:
+            self._chunk_sizes = self._choose_chunk_sizes(embeds)
+        return {name: size or self._chunk_sizes[name] for name, size in sizes.items()}
+
+    def _choose_chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
+        args = self.args
+        latent_shape = _, *latent_size = self.pipeline.latent_shape(args.height, args.width)
+        if args.memory_budget is not None:
+            with self.accelerator.autocast():
+                denoiser, scoring = rollout_chunk_sizes(
+                    self.pipeline,
+                    self.reward_model,
+                    embeds,
+                    latent_shape,
+                    args.guidance_scale,
+                    args.memory_budget,
+                    largest=args.num_candidates * args.per_device_rollout_batch_size,
+                    image_size=args.scoring_image_size,
+                )
+            return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
+        latent_pixels, factor = math.prod(latent_size), getattr(self.pipeline.sd_pipeline, "vae_scale_factor", 8)
+        # A CPU is fastest when what it works on stays in its caches, a GPU when it has much to do at once.
+        denoiser, decoder = (2**15, 2**16) if args.device.type == "cpu" else (2**17, 2**21)
+        return {
+            "rollout_micro_batch_size": max(1, denoiser // latent_pixels),
+            "vae_decode_batch_size": max(1, decoder // (latent_pixels * factor**2)),
+            "reward_batch_size": 16 if args.device.type == "cpu" else 32,
+        }
 
     def _record_rollout(self, pairs: StepPairs):
         for branch in pairs.branches:
@@ -525,15 +620,20 @@ class SPOTrainer(Trainer):
         """
         args = self.args
         self.pipeline.set_timesteps(args.num_inference_steps)  # a callback may have sampled with other steps
-        pairs: StepPairs = inputs["pairs"].to(args.device)
-        apart = (~pairs.shared).nonzero(as_tuple=True)[0]
-        latents = torch.cat([pairs.latents, pairs.rejected_latents[apart]])
-        timesteps = torch.cat([pairs.timesteps, pairs.timesteps[apart]])
-        chosen_row = torch.arange(len(pairs), device=latents.device)
+        pairs: StepPairs = inputs["pairs"]
+        chosen_row = torch.arange(len(pairs))
+        apart = chosen_row[~pairs.shared.cpu()]  # found where the pairs wait, on the CPU: nothing waits for the device
         rejected_row = chosen_row.clone()
-        rejected_row[apart] = torch.arange(len(pairs), len(latents), device=latents.device)
-        embeds = self._encode(pairs.prompts)
-        embeds = PromptEmbeds.cat([embeds, embeds[apart]])
+        rejected_row[apart] = torch.arange(len(pairs), len(pairs) + len(apart))
+        pairs = pairs.to(args.device, non_blocking=True)
+        chosen_row, rejected_row, apart = (
+            index.to(args.device, non_blocking=True) for index in (chosen_row, rejected_row, apart)
+        )
+        latents, timesteps, embeds = pairs.latents, pairs.timesteps, self._encode(pairs.prompts)
+        if len(apart):
+            latents = torch.cat([latents, pairs.rejected_latents[apart]])
+            timesteps = torch.cat([timesteps, timesteps[apart]])
+            embeds = PromptEmbeds.cat([embeds, embeds[apart]])
         guidance_scale = args.guidance_scale if args.train_cfg else 1.0
 
         def distribution(denoiser):
@@ -547,7 +647,7 @@ class SPOTrainer(Trainer):
 
         def log_probs(mean):
             return [
-                gaussian_log_prob(prev_latents, mean[row], std[row])
+                stochastic_log_prob(prev_latents, mean[row], std[row])  # only stochastic steps branch
                 for prev_latents, row in (
                     (pairs.chosen_prev_latents, chosen_row),
                     (pairs.rejected_prev_latents, rejected_row),
@@ -556,9 +656,11 @@ class SPOTrainer(Trainer):
 
         chosen_logps, rejected_logps = log_probs(mean)
         ref_chosen_logps, ref_rejected_logps = log_probs(ref_mean)
-        output = spo_loss(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=args.beta, epsilon=args.epsilon
-        )
+        logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+        if args.timestep_weighting == "even":
+            weights = self.timestep_weights(pairs.timesteps)
+            logps = tuple(weights * values for values in logps)
+        output = spo_loss(*logps, beta=args.beta, epsilon=args.epsilon)
         kl = gaussian_kl(mean, ref_mean, std)
         kl = (kl[chosen_row] + kl[rejected_row]) / 2
         # A mean over the pairs of the whole optimizer step, however they fall into micro-batches.
@@ -568,6 +670,35 @@ class SPOTrainer(Trainer):
         self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
         self._record_loss(output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl)
         return (loss, output) if return_outputs else loss
+
+    def timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        r"""
+        Factors that make all branching steps weigh the same in the loss (`timestep_weighting="even"`).
+
+        A change d of the prediction changes the log-ratio of a candidate with noise z by (c / sigma) z d to first
+        order, where c = d mean / d prediction. The weight of a step is the median of c / sigma over the branching
+        steps, divided by its own.
+
+        Args:
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): timesteps of branching steps.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, float32.
+        """
+        if self._step_weights is None:
+            args, schedule = self.args, self.pipeline.set_timesteps(self.args.num_inference_steps)
+            end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
+            steps = [i for i in range(args.branch_start_step, end) if self.pipeline.step_is_stochastic(i, args.eta)]
+            branching = torch.tensor([schedule[i] for i in steps])
+            origin = torch.zeros(len(steps), 1, 1, 1)
+            at_zero = self.pipeline.step_distribution(origin, branching, origin, args.eta)
+            at_one = self.pipeline.step_distribution(torch.ones_like(origin), branching, origin, args.eta)
+            change = (at_one.prev_sample_mean - at_zero.prev_sample_mean).abs()
+            sensitivity = (change / at_zero.std_dev_t).flatten()
+            weights = torch.zeros(max(schedule) + 1)
+            weights[branching] = sensitivity.median() / sensitivity
+            self._step_weights = weights.to(args.device)
+        return self._step_weights[timesteps]
 
     def training_step(self, *args, **kwargs):
         start = time.perf_counter()
@@ -599,14 +730,20 @@ class SPOTrainer(Trainer):
 
     def _add(self, name: str, values: torch.Tensor | float, weight: float | None = None):
         """Add values to the running mean of a metric; with an explicit weight of 1, to a running sum."""
-        if torch.is_tensor(values):
-            values, weight = values.detach().double().sum().item(), values.numel()
+        if torch.is_tensor(values):  # summed where they are; they are read when they are logged
+            dtype = torch.float32 if values.device.type == "mps" else torch.float64
+            values, weight = values.detach().to(dtype).sum(), values.numel()
         entry = self._metrics[name]
-        entry[0] += values
+        entry[0] = entry[0] + values
         entry[1] += weight
 
     def _gather_metrics(self) -> dict[str, list[float]]:
         """Running sums and weights of all processes. Every process must call it."""
+        on_device = {name: total for name, (total, _) in self._metrics.items() if torch.is_tensor(total)}
+        for device in {total.device for total in on_device.values()}:  # one copy for all metrics
+            names = [name for name, total in on_device.items() if total.device == device]
+            for name, total in zip(names, torch.stack([on_device[n] for n in names]).tolist(), strict=True):
+                self._metrics[name][0] = total
         parts = gather_object([dict(self._metrics)]) if self.args.world_size > 1 else [dict(self._metrics)]
         totals = defaultdict(lambda: [0.0, 0.0])
         for part in parts:

@@ -91,6 +91,11 @@ def gaussian_log_prob(prev_sample: torch.Tensor, mean: torch.Tensor, std: torch.
             "A step with sigma = 0 has no density, so its log-probability does not exist. Use `eta` > 0 and leave out "
             "deterministic steps (the last one, if the scheduler has `set_alpha_to_one=True`)."
         )
+    return stochastic_log_prob(prev_sample, mean, std)
+
+
+def stochastic_log_prob(prev_sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """[`gaussian_log_prob`] for steps that are known to be stochastic: the check would wait for the device."""
     dtype = torch.promote_types(torch.float32, mean.dtype)
     prev_sample, mean, std = prev_sample.detach().to(dtype), mean.to(dtype), std.to(dtype)
     log_prob = -((prev_sample - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)

@@ -1,0 +1,351 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+How much memory a torch function would take at its peak, without running it, and the chunk sizes that fit a budget.
+
+The function runs on fake tensors (`torch._subclasses.FakeTensorMode`): they have shapes, dtypes, devices and autograd
+history, but no memory and no arithmetic. A dispatch mode sees every operator below autograd, adds the bytes of each
+storage that an operator creates and subtracts them when the storage dies. Views and in-place operators share a storage
+that is already known, so they add nothing; tensors that autograd saves stay alive by themselves.
+
+What it cannot see is memory that a kernel takes inside itself (workspaces of convolutions, copies into a blocked
+layout) and what an allocator loses to rounding and fragments. Leave some of the device's memory out of the budget.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from .modeling_step_reward import StepAwareRewardModel
+from .pipeline_base import PromptEmbeds, SPOPipeline
+
+
+logger = logging.get_logger(__name__)
+
+GIB = 2**30
+FALLBACK_CHUNK = 8  # most samples per call of a model that cannot be estimated
+
+_DEVICE = torch.ops.prim.device.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_ANSWERS = {  # what checks of values, such as `bool(x.isfinite().all())`, are taken to find: that nothing is wrong
+    torch.ops.aten.all.default: True,
+    torch.ops.aten.all.dim: True,
+    torch.ops.aten.any.default: False,
+    torch.ops.aten.any.dim: False,
+}
+
+
+class _PeakMemory(TorchDispatchMode):
+    """
+    Keeps the sum of the bytes of living storages, and its maximum. Works on top of a `FakeTensorMode`, which has to be
+    entered first; real tensors are replaced by fake ones before an operator sees them.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode):
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.current = self.peak = 0
+        self._living: dict[int, weakref.ref] = {}  # id of a storage -> a reference that tells when it dies
+        self._real: dict[int, torch.Tensor] = {}  # tensors that were there before, such as parameters
+        self._fakes: dict[int, FakeTensor] = {}  # and their stand-ins
+
+    def external(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fake stand-in of a tensor that was there before; it costs nothing."""
+        if isinstance(tensor, FakeTensor):
+            self._know(tensor, nbytes=0)
+            return tensor
+        fake = self._fakes.get(id(tensor))
+        if fake is None:
+            fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
+            self._know(fake, nbytes=0)
+            self._real[id(tensor)], self._fakes[id(tensor)] = tensor, fake
+        return fake
+
+    def _know(self, tensor: torch.Tensor, nbytes: int | None = None):
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._living:
+            return
+        nbytes = storage.nbytes() if nbytes is None else nbytes
+
+        def forget(_):
+            self._living.pop(key, None)
+            self.current -= nbytes
+
+        self._living[key] = weakref.ref(storage, forget)
+        self.current += nbytes
+        self.peak = max(self.peak, self.current)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE:  # half of all calls
+            return args[0].fake_device
+        if func is _ITEM and hasattr(args[0], "_spo_answer"):
+            return args[0]._spo_answer
+        args = [self._stand_in(value) for value in args]
+        kwargs = {name: self._stand_in(value) for name, value in kwargs.items()} if kwargs else {}
+        result = func(*args, **kwargs)  # on to the fake mode, which is below this one
+        if isinstance(result, torch.Tensor):
+            self._know(result)
+            if func in _ANSWERS:
+                result._spo_answer = _ANSWERS[func]
+        elif isinstance(result, (tuple, list)):
+            for value in result:
+                if isinstance(value, torch.Tensor):
+                    self._know(value)
+        return result
+
+    def _stand_in(self, value):
+        """Real tensors, also in lists, become fake ones; anything else stays."""
+        if isinstance(value, torch.Tensor):
+            # A fake tensor that no operator made in here is a parameter of a model that was built with fake tensors.
+            known = isinstance(value, FakeTensor) and id(value.untyped_storage()) in self._living
+            return value if known else self.external(value)
+        if isinstance(value, (list, tuple)):
+            return [self._stand_in(item) for item in value]
+        return value
+
+    @contextlib.contextmanager
+    def watch(self):
+        """Everything inside runs on fake tensors and is counted; nothing fake stays behind."""
+        torch.clear_autocast_cache()  # casts of real parameters would hide those that the function makes
+        try:
+            with self.fake_mode, self:
+                yield self
+        finally:
+            torch.clear_autocast_cache()
+            for tensor in self._real.values():
+                if tensor.is_leaf and isinstance(tensor.grad, FakeTensor):
+                    tensor.grad = None
+            self._real.clear()
+            self._fakes.clear()
+
+
+def peak_activation_bytes(function: Callable, *args, fake_mode: FakeTensorMode | None = None) -> int:
+    r"""
+    Peak bytes of the living tensors that `function(*args)` creates, predicted without running it: no arithmetic is done
+    and no memory is taken, on any device.
+
+    Counted are outputs, intermediate results, what autograd saves for a backward pass inside `function`, casts of
+    autocast, and gradients. Not counted are tensors that exist before: `args`, parameters, gradients already there.
+    Parameters, gradients and random generators keep their values. The context (autocast, `no_grad`) is that of the
+    caller.
+
+    A Python decision on values cannot be followed. Checks of the form `bool(x.all())` and `bool(x.any())` are taken to
+    be True and False, as they are in code that raises an error otherwise.
+
+    Args:
+        function (`Callable`): anything made of torch operators; it may use modules with real parameters.
+        args: its arguments; tensors in them, also nested in lists and dictionaries, may be real or fake.
+        fake_mode (`FakeTensorMode`, *optional*): the mode a model was built under, if its parameters are fake and
+            `args` do not tell.
+
+    Returns:
+        `int`: bytes.
+
+    Raises:
+        RuntimeError: from torch, where `function` needs values (its `DataDependentOutputException`), or an operator has
+            no shape function.
+    """
+    fake_mode = fake_mode or detect_fake_mode(args) or FakeTensorMode(allow_non_fake_inputs=True)
+    memory = _PeakMemory(fake_mode)
+    with memory.watch():
+        args = tree_map_only(torch.Tensor, memory.external, args)
+        result = function(*args)
+        del result
+    return memory.peak
+
+
+def module_bytes(*modules: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers of modules, shared ones once."""
+    storages = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def samples_within(bytes_of_batch: Callable[[int], int], budget_bytes: float, largest: int) -> int:
+    r"""
+    The largest batch size whose memory fits a budget.
+
+    Memory is a maximum over moments, each with a fixed part and a part per sample. Such a function lies between the
+    line from the origin and the line from one sample, both to the largest batch. Where the two lines give the same
+    answer, these two evaluations are enough (one, if the largest batch fits); otherwise it is searched between them.
+
+    Args:
+        bytes_of_batch (`Callable[[int], int]`): peak bytes of a batch of n samples.
+        budget_bytes (`float`): what may be used.
+        largest (`int`): upper end of the answer, at least 1.
+
+    Returns:
+        `int`: in `[1, largest]`. It is 1 if not even one sample fits: less than one sample cannot be run.
+    """
+    if largest < 1:
+        raise ValueError(f"`largest` must be at least 1, got {largest}.")
+    most = bytes_of_batch(largest)
+    if most <= budget_bytes or largest == 1:
+        return largest
+    one = bytes_of_batch(1)
+    if one >= budget_bytes:
+        return 1
+    from_origin = budget_bytes * largest / most
+    from_one = 1 + (budget_bytes - one) * (largest - 1) / (most - one)
+    low, high = sorted(max(1, min(int(estimate), largest - 1)) for estimate in (from_origin, from_one))
+    # Usually `low`, which fits, is the answer. The upper end is tried first, since memory is nearly a line.
+    middle = high
+    while low < high:
+        if bytes_of_batch(middle) <= budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+        middle = (low + high + 1) // 2
+    return low
+
+
+def _fake_mode_of(*modules) -> FakeTensorMode:
+    parameters = [next(module.parameters(), None) for module in modules if isinstance(module, torch.nn.Module)]
+    fakes = [parameter.fake_mode for parameter in parameters if isinstance(parameter, FakeTensor)]
+    return fakes[0] if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def denoiser_bytes(
+    pipeline: SPOPipeline,
+    embeds: PromptEmbeds,
+    latent_shape: tuple[int, ...],
+    guidance_scale: float,
+    num_samples: int,
+    device: torch.device | None = None,
+    fake_mode: FakeTensorMode | None = None,
+) -> int:
+    """Peak activation bytes of one `pipeline.predict` of a rollout. Arguments as in [`rollout_chunk_sizes`]."""
+    device = pipeline.device if device is None else device
+    fake_mode = fake_mode or _fake_mode_of(pipeline.denoiser)
+    with fake_mode:
+        latents = torch.empty(num_samples, *latent_shape, dtype=pipeline.dtype, device=device)
+        rows = embeds[:1].to(device).repeat(num_samples)
+
+    @torch.no_grad()
+    def predict(latents):
+        return pipeline.predict(latents, 0, rows, guidance_scale)
+
+    return peak_activation_bytes(predict, latents, fake_mode=fake_mode)
+
+
+def scoring_bytes(
+    pipeline: SPOPipeline,
+    reward_model: Any,
+    latent_shape: tuple[int, ...],
+    num_samples: int,
+    device: torch.device | None = None,
+    fake_mode: FakeTensorMode | None = None,
+    image_size: int | None = None,
+) -> int:
+    """
+    Peak activation bytes of decoding and scoring `num_samples` x_0 predictions. Arguments as in
+    [`rollout_chunk_sizes`]; `reward_model` may be `None` for the decoder alone.
+    """
+    device = pipeline.device if device is None else device
+    fake_mode = fake_mode or _fake_mode_of(*pipeline.frozen_modules().values(), reward_model)
+    takes_features = hasattr(reward_model, "encode_prompts")
+    scores_latents = getattr(reward_model, "scores", "images") == "latents"
+    if isinstance(reward_model, StepAwareRewardModel):
+        width, dtype = reward_model.config.clip_config.projection_dim, reward_model.dtype
+        with fake_mode:
+            text_features = torch.empty(num_samples, width, dtype=dtype, device=device)
+    elif takes_features:
+        with _PeakMemory(fake_mode).watch(), torch.no_grad():
+            text_features = reward_model.encode_prompts([""]).repeat(num_samples, 1)
+    with fake_mode:
+        latents = torch.empty(num_samples, *latent_shape, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def score(latents):
+        images = latents if scores_latents else pipeline.decode_for_scoring(latents, image_size)
+        if takes_features:
+            timesteps = torch.full((num_samples,), 0, dtype=torch.long, device=device)
+            return reward_model.score(images, timesteps=timesteps, text_features=text_features)
+        return images if scores_latents else (images / 2 + 0.5).clamp(0, 1)
+
+    return peak_activation_bytes(score, latents, fake_mode=fake_mode)
+
+
+def rollout_chunk_sizes(
+    pipeline: SPOPipeline,
+    reward_model: Any,
+    embeds: PromptEmbeds,
+    latent_shape: tuple[int, ...],
+    guidance_scale: float,
+    budget_gib: float,
+    largest: int,
+    device: torch.device | str | None = None,
+    image_size: int | None = None,
+) -> tuple[int, int]:
+    r"""
+    How many samples one denoiser call and one decode-and-score call of a rollout can take. Nothing is run; a model of
+    the size of Stable Diffusion 1.5 takes about a second of one CPU core. Call it under the autocast of the rollout.
+
+    Args:
+        pipeline ([`SPOPipeline`]): with its adapter, if it has one.
+        reward_model: as [`stepwise_rollout`] takes it. Of a callable that is no [`StepAwareRewardModel`] the memory
+            is not known, so the decoder alone counts; one that scores latents itself (`scores == "latents"`) and tells
+            nothing about its memory gets `largest`.
+        embeds ([`PromptEmbeds`]): from `pipeline.encode_prompt`; of which only the shape of one row counts.
+        latent_shape (`tuple[int, ...]`): of one latent, from `pipeline.latent_shape(height, width)`.
+        guidance_scale (`float`): above 1 the denoiser sees every latent twice.
+        budget_gib (`float`): GiB that the activations of one call may take: what is left of the device beside all
+            weights, gradients and optimizer states, less a reserve for workspaces and fragments.
+        largest (`int`): upper end of both answers, such as prompts times candidates.
+        device (`torch.device` or `str`, *optional*): where the rollout runs; by default where the pipeline is.
+        image_size (`int`, *optional*): of the images that are decoded for scoring (`scoring_image_size`).
+
+    Returns:
+        `tuple[int, int]`: samples per denoiser call (`rollout_micro_batch_size`) and per decode-and-score call
+        (`vae_decode_batch_size`), each in `[1, largest]`. Where a model cannot be estimated, because it decides on
+        values or uses operators without shape functions, a warning is logged and the answer is at most 8.
+    """
+    if not budget_gib > 0:
+        raise ValueError(f"`budget_gib` must be above 0, got {budget_gib}. Weights alone may fill the device.")
+    device = pipeline.device if device is None else torch.device(device)
+    # One mode for all calls: it remembers the stand-ins of parameters and what it knows of operators.
+    fake_mode = _fake_mode_of(pipeline.denoiser, *pipeline.frozen_modules().values(), reward_model)
+    phases = {
+        "denoiser": lambda n: denoiser_bytes(
+            pipeline, embeds, latent_shape, guidance_scale, n, device=device, fake_mode=fake_mode
+        ),
+        "decoder and reward": lambda n: scoring_bytes(
+            pipeline, reward_model, latent_shape, n, device=device, fake_mode=fake_mode, image_size=image_size
+        ),
+    }
+    sizes = []
+    for name, bytes_of_batch in phases.items():
+        try:
+            sizes.append(samples_within(bytes_of_batch, budget_gib * GIB, largest))
+        except Exception as error:  # an estimate must never end a training run
+            sizes.append(min(largest, FALLBACK_CHUNK))
+            logger.warning(
+                f"The memory of the {name} cannot be estimated ({type(error).__name__}: "
+                f"{(str(error).splitlines() or [''])[0]}), so it gets at most {FALLBACK_CHUNK} samples at a time. Set "
+                "`rollout_micro_batch_size` and `vae_decode_batch_size` yourself if that is too many or too few."
+            )
+    return tuple(sizes)
