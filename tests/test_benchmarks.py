@@ -1,0 +1,214 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Why this file exists: a number of the benchmark is quoted as a property of the method. The counts are therefore checked
+against what SPO asks for on paper, ratios against their definition, and a run with wrong options must end before the
+models are built. Everything runs as users run it, through the command line.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PHASES = {
+    "unet_rollout",
+    "vae_decode",
+    "reward",
+    "reward_text",
+    "policy_forward",
+    "policy_backward",
+    "reference_forward",
+    "other",
+}
+KEYS = {
+    "preset",
+    "device",
+    "dtype",
+    "threads",
+    "num_prompts",
+    "num_pairs",
+    "pairs_per_second",
+    "seconds",
+    "peak_memory_mib",
+    "peak_memory_above_models_mib",
+    "evals_per_prompt",
+    "evals_per_pair",
+    "versions",
+    "options",
+    "repeats",
+}
+OTHER_PROGRAM = """
+import json, sys
+assert sys.argv[-2] == "--json"
+result = {"pairs_per_second": 1.0, "seconds": {"other": 2.0, "total": 2.0}, "num_pairs": 2}
+result |= {"peak_memory_mib": 4096.0, "peak_memory_above_models_mib": 0.0, "name": "other", "repeats": []}
+json.dump(result, open(sys.argv[-1], "w"))
+"""
+
+
+def run(program, *arguments):
+    command = [sys.executable, str(BENCHMARKS / program), *map(str, arguments)]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """One run for all tests: the default options, K = 2 with accumulation in bfloat16 and without guidance, and a foreign program."""
+    folder = tmp_path_factory.mktemp("throughput")
+    program = folder / "other.py"
+    program.write_text(OTHER_PROGRAM)
+    process = run(
+        *("throughput.py", "--preset", "tiny", "--repeats", 1, "--threads", 1, "--json", folder / "result.json"),
+        *("--against", "two: num_candidates=2,gradient_accumulation_steps=4,guidance_scale=1.0,bf16=true"),
+        *("--against_command", f"other: {sys.executable} {program}"),
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads((folder / "result.json").read_text()), process.stdout, folder
+
+
+def test_keys_and_counts(result):
+    """
+    K = 4, 20 steps, branches from step 4 (the fifth). One prompt: 5 plain predictions, then 4 candidates at each of the
+    steps 5 to 19, all guided, 2 (5 + 4 * 15) = 130; 16 branches score 4 images each. One pair: one x_t, guided.
+    """
+    report, _, _ = result
+    assert set(report) == KEYS | {"arms", "ratios"}
+    base, two, other = report["arms"]
+    assert set(base) == set(two) == KEYS | {"label"}
+    assert {key: report[key] for key in KEYS} == {key: base[key] for key in KEYS}
+    assert (base["preset"], base["device"], base["dtype"], base["threads"]) == ("tiny", "cpu", "float32", 1)
+    assert (base["num_prompts"], base["num_pairs"]) == (2, 2 * 16)
+    assert base["evals_per_prompt"] == {"unet": 130, "vae_decode": 64, "reward_vision": 64, "reward_text": 1}
+    assert base["evals_per_pair"] == {"policy_forward": 2, "policy_backward": 2, "reference_forward": 2}
+    assert two["num_pairs"] == base["num_pairs"]  # also in half precision, where random weights make equal scores
+    assert two["options"] == {
+        "num_candidates": 2,
+        "gradient_accumulation_steps": 4,
+        "guidance_scale": 1.0,
+        "bf16": True,
+    }
+    assert two["evals_per_prompt"] == {"unet": 5 + 2 * 15, "vae_decode": 32, "reward_vision": 32, "reward_text": 1}
+    assert two["evals_per_pair"] == {"policy_forward": 1, "policy_backward": 1, "reference_forward": 1}
+
+
+def test_time_and_memory_add_up(result):
+    report, _, _ = result
+    for arm in report["arms"][:2]:
+        seconds = arm["seconds"]
+        assert set(seconds) == PHASES | {"total"}
+        assert all(value > 0 for value in seconds.values())
+        assert sum(seconds[phase] for phase in PHASES) == pytest.approx(seconds["total"])
+        assert arm["pairs_per_second"] == pytest.approx(arm["num_pairs"] / seconds["total"], rel=0.01)
+        assert 0 < arm["peak_memory_above_models_mib"] < arm["peak_memory_mib"]
+        assert [set(repeat) for repeat in arm["repeats"]] == [
+            KEYS - {"preset", "device", "dtype", "threads", "versions", "options", "repeats"}
+        ]
+
+
+def test_ratios_and_table(result):
+    report, output, _ = result
+    base, two, other = report["arms"]
+    ratios = report["ratios"]
+    assert set(ratios) == {"two", "other"}
+    speed = two["pairs_per_second"] / base["pairs_per_second"]
+    assert ratios["two"]["pairs_per_second"] == {"median": speed, "min": speed, "max": speed, "values": [speed]}
+    assert ratios["other"]["pairs_per_second"]["median"] == pytest.approx(1 / base["pairs_per_second"])
+    assert ratios["other"]["peak_memory_mib"]["median"] == pytest.approx(4096 / base["peak_memory_mib"])
+    assert "peak_memory_above_models_mib" not in ratios["other"]  # it has none, so there is no ratio
+    rows = [line.split("|")[1].strip() for line in output.strip().splitlines()[-3:]]
+    assert rows == ["base", "two", "other"]
+
+
+def test_plot(result):
+    import matplotlib.image
+
+    _, _, folder = result
+    process = run("plot_throughput.py", folder / "result.json", "--output", folder / "images" / "throughput.png")
+    assert process.returncode == 0, process.stderr
+    image = matplotlib.image.imread(folder / "images" / "throughput.png")
+    colours = {tuple(round(255 * value) for value in pixel[:3]) for row in image for pixel in row}
+    assert {(0x33, 0x22, 0x88), (0xDD, 0xAA, 0x33), (0xBB, 0xBB, 0xBB)} <= colours  # UNet, policy, other
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    """The module itself, for what needs no run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import throughput
+
+        return throughput
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "num_candidate=2"], "no field 'num_candidate'. Did you mean num_candidates?"),
+        (["--set", "num_candidates=two"], "`num_candidates=two` cannot be used"),
+        (
+            ["--set", "num_candidates=1"],
+            "base: `num_candidates=1` cannot be used: `num_candidates` must be at least 2",
+        ),
+        (["--set", "num_candidates"], "must look like `name=value`"),
+        (["--set", "max_steps=3"], "`max_steps` belongs to the benchmark"),
+        (
+            ["--against", "third: gradient_accumulation_steps=3"],
+            "third: `gradient_accumulation_steps=3` does not divide",
+        ),
+        (["--against", "eta=0.5", "--against", "eta=0.5"], "needs a label of its own"),
+        (["--repeats", "0"], "must be at least 1"),
+    ],
+)
+def test_wrong_options_end_before_any_work(throughput, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+    with pytest.raises(SystemExit) as error:
+        throughput.main()
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_failing_command_is_named(throughput, tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('out of paint')"]
+    with pytest.raises(SystemExit, match="(?s)painter: .* ended with status 1:.*out of paint"):
+        throughput.run_process("painter", command, None, tmp_path / "result.json")
+
+
+def test_medians_and_paired_ratios(throughput):
+    """Speeds 1, 2, 4 against 2, 2, 2: pairs of runs give 2, 1 and 0.5, whatever the medians are."""
+    base, other = (
+        [{**dict.fromkeys(throughput.MEASURES, value), "seconds": {"other": value}} for value in values]
+        for values in ((1.0, 2.0, 4.0), (2.0, 2.0, 2.0))
+    )
+    ratio = throughput.compare(base, other)["pairs_per_second"]
+    assert ratio == {"median": 1.0, "min": 0.5, "max": 2.0, "values": [2.0, 1.0, 0.5]}
+    assert throughput.summarize(base)["seconds"] == {"other": 2.0}
+
+
+def test_options_are_read_in_the_types_of_the_config(throughput):
+    options = throughput.parse_options(
+        ["eta=0.5", "train_cfg=false", "rollout_micro_batch_size=none", "resample=chosen"]
+    )
+    assert options == {"eta": 0.5, "train_cfg": False, "rollout_micro_batch_size": None, "resample": "chosen"}
+    config = throughput.build_config("tiny", "cpu", {"gradient_accumulation_steps": 4}, "unused")
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
