@@ -14,15 +14,29 @@
 
 """
 Evaluation with a stated protocol: one fixed seed per prompt, one sampler, and statistics that say how sure they are.
+
+[`evaluate_pipeline`] does it all: samples under an [`EvaluationProtocol`], scores with any metrics, compares with a
+base model on the same prompts and seeds, and writes numbers, table and pictures. The unit of every statistic is the
+*prompt*: several images of one prompt are averaged first, since they are no independent evidence about other prompts.
 """
 
+import dataclasses
+import importlib.metadata
+import json
 import math
+import os
+import platform
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from PIL import Image
 from tqdm.auto import tqdm
 
-from .pipeline_base import SPOPipeline
+from .pipeline_base import SPOPipeline, wrap_pipeline
 
 
 def generate_images(
@@ -165,3 +179,521 @@ def comparison_table(comparison: dict) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# --- a stated protocol -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationProtocol:
+    """
+    Everything a number depends on beside model, prompts and metric.
+
+    Attributes:
+        name (`str`): what to call it in reports.
+        scheduler (`str`, *optional*, defaults to `"DDIM"`): diffusers' name of the sampler without "Scheduler"; must be
+            the one the [`SPOPipeline`] samples with.
+        num_inference_steps (`int`, *optional*, defaults to `20`): sampling steps, at least 1.
+        guidance_scale (`float`, *optional*, defaults to `5.0`): classifier-free guidance; up to 1 is none.
+        eta (`float`, *optional*, defaults to `0.0`): noise of each step, from 0 (deterministic) to 1.
+        negative_prompt (`str`, *optional*, defaults to `""`): of every prompt.
+        height, width (`int`, *optional*): pixels; the model's own size by default.
+        seed (`int`, *optional*, defaults to `0`): image number i is drawn from seed `seed + i`.
+    """
+
+    name: str
+    scheduler: str = "DDIM"
+    num_inference_steps: int = 20
+    guidance_scale: float = 5.0
+    eta: float = 0.0
+    negative_prompt: str = ""
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"`eta` must lie in [0, 1], got {self.eta}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
+
+    def sampler(self) -> dict[str, Any]:
+        """The arguments of [`generate_images`] that this protocol fixes."""
+        names = ("num_inference_steps", "guidance_scale", "eta", "negative_prompt", "height", "width")
+        return {name: getattr(self, name) for name in names}
+
+    def in_words(self) -> str:
+        """One sentence for reports."""
+        size = "the model's own size"
+        if self.height or self.width:
+            size = f"{self.height or 'default'} x {self.width or 'default'} pixels (height x width)"
+        negative = f"negative prompt {self.negative_prompt!r}" if self.negative_prompt else "empty negative prompt"
+        return (
+            f"Protocol `{self.name}`: {self.scheduler}, {self.num_inference_steps} steps, guidance scale "
+            f"{self.guidance_scale:g}, eta {self.eta:g}, {negative}, {size}, image i from seed {self.seed} + i."
+        )
+
+
+PROTOCOLS = {
+    # Steps and guidance of the paper's tables. It does not state eta, and no evaluation code is public; wherever the
+    # public code makes finished images (its validation, its inference scripts) it leaves diffusers' default of 0.
+    "spo-paper": EvaluationProtocol("spo-paper"),
+    # The sampler of the rollouts, which `generate_images` and the trainers' evaluation use by default.
+    "spo-rollout": EvaluationProtocol("spo-rollout", eta=1.0),
+}
+"""Protocols by name. For another, make an [`EvaluationProtocol`] and give it a name of its own."""
+
+
+# --- statistics over prompts -----------------------------------------------------------------------------------------
+
+
+def prompt_means(values: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """
+    Mean value of each distinct prompt, in order of first appearance: `(N,)` values of N images -> `(P,)`, float64.
+    """
+    if len(values) != len(prompts):
+        raise ValueError(f"There must be one value per prompt, got {len(values)} values for {len(prompts)} prompts.")
+    position = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    index = torch.tensor([position[prompt] for prompt in prompts], dtype=torch.long)
+    sums = torch.zeros(len(position), dtype=torch.float64).index_add_(0, index, torch.as_tensor(values).double())
+    return sums / torch.bincount(index, minlength=len(position))
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """
+    Quantile of Student's t distribution with an integer number of degrees of freedom. From the finite trigonometric
+    series of its distribution function (Abramowitz and Stegun, 26.7.3 and 26.7.4) by bisection.
+    """
+    if not 0 < probability < 1 or degrees < 1:
+        raise ValueError(f"Need 0 < probability < 1 and degrees >= 1, got {probability} and {degrees}.")
+
+    def two_sided(theta: float) -> float:  # P(|T| < sqrt(degrees) tan(theta))
+        sin, cos = math.sin(theta), math.cos(theta)
+        odd = degrees % 2
+        term, total = (cos, cos) if odd else (1.0, 1.0)
+        if degrees == 1:
+            total = 0.0
+        for k in range(2 + odd, degrees - 1, 2):  # factors 2/3, 4/5, ... or 1/2, 3/4, ...
+            term *= cos * cos * (k - 1) / k
+            total += term
+        return 2 / math.pi * (theta + sin * total) if odd else sin * total
+
+    target = abs(2 * probability - 1)
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle) < target else (low, middle)
+    return math.copysign(math.sqrt(degrees) * math.tan(low), probability - 0.5)
+
+
+def mean_interval(values: torch.Tensor, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Student's t confidence interval for the mean of independent values `(N,)`; `nan` for fewer than two.
+    """
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    summary = mean_and_se(values)
+    reach = student_t_quantile((1 + confidence) / 2, len(values) - 1) * summary["se"]
+    return summary["mean"] - reach, summary["mean"] + reach
+
+
+def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """
+    Wilson's score interval for a share (of prompts won) among `count` independent prompts. Unlike share ± 1.96 SE it
+    stays inside [0, 1] and does not shrink to a point when every prompt is won. Where prompts may count fractions
+    (draws, several images each) it errs on the wide side: no variable in [0, 1] varies more than yes and no.
+    """
+    if not 0 <= share <= 1 or count < 1:
+        raise ValueError(f"Need a share in [0, 1] and at least one prompt, got {share} and {count}.")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def paired_statistics(
+    scores: torch.Tensor, prompts: list[str], base_scores: torch.Tensor | None = None, confidence: float = 0.95
+) -> dict[str, float]:
+    """
+    What one metric says about a model, and about a base model on the same prompts and seeds.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N,)`): of the model's images.
+        prompts (`list[str]`): their prompts. Several images of one prompt count as one observation, their mean.
+        base_scores (`torch.Tensor` of shape `(N,)`, *optional*): of the base model's images, in the same order.
+        confidence (`float`, *optional*, defaults to `0.95`): of the intervals.
+
+    Returns:
+        `dict[str, float]`: `num_images`, `num_prompts`, `mean`, `se` (standard error over prompts), and with a base
+        `base_mean`, `base_se`, `difference` with `difference_se`, `difference_low`, `difference_high` (paired, t
+        interval) and `win_rate` with `win_rate_low`, `win_rate_high` (a draw counts one half; Wilson interval).
+    """
+    means = prompt_means(scores, prompts)
+    result = {"num_images": len(prompts), "num_prompts": len(means), **mean_and_se(means)}
+    if base_scores is not None:
+        base = mean_and_se(prompt_means(base_scores, prompts))
+        result |= {"base_mean": base["mean"], "base_se": base["se"]}
+        differences = prompt_means(scores.double() - base_scores.double(), prompts)
+        difference, (low, high) = mean_and_se(differences), mean_interval(differences, confidence)
+        result |= {"difference": difference["mean"], "difference_se": difference["se"]}
+        result |= {"difference_low": low, "difference_high": high}
+        wins = (scores > base_scores).double() + 0.5 * (scores == base_scores).double()
+        share = prompt_means(wins, prompts).mean().item()
+        low, high = wilson_interval(share, len(means), confidence)
+        result |= {"win_rate": share, "win_rate_low": low, "win_rate_high": high}
+    return result
+
+
+# --- the whole evaluation --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class EvaluationResult:
+    """
+    What [`evaluate_pipeline`] found.
+
+    Attributes:
+        protocol ([`EvaluationProtocol`]): how the images were sampled.
+        prompts (`list[str]`), seeds (`list[int]`): of the N images.
+        scores (`dict[str, torch.Tensor]`): per metric, `(N,)` scores.
+        base_scores (`dict[str, torch.Tensor]`, *optional*): of the base model's images.
+        statistics (`dict[str, dict[str, float]]`): per metric, what [`paired_statistics`] returns.
+        metric_descriptions (`dict[str, str]`): per metric, what it is.
+        versions (`dict[str, str]`): of the packages that made the numbers.
+        images, base_images (`torch.Tensor` of shape `(K, 3, H, W)`, *optional*): the first K images, for pictures.
+    """
+
+    protocol: EvaluationProtocol
+    prompts: list[str]
+    seeds: list[int]
+    scores: dict[str, torch.Tensor]
+    base_scores: dict[str, torch.Tensor] | None
+    statistics: dict[str, dict[str, float]]
+    metric_descriptions: dict[str, str]
+    versions: dict[str, str]
+    images: torch.Tensor
+    base_images: torch.Tensor | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, ready for JSON; an undefined number (a standard error of one prompt) is `None`."""
+        rows = []
+        for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
+            row = {"prompt": prompt, "seed": seed, "scores": {name: v[i].item() for name, v in self.scores.items()}}
+            if self.base_scores is not None:
+                row["base_scores"] = {name: values[i].item() for name, values in self.base_scores.items()}
+            rows.append(row)
+        return {
+            "protocol": dataclasses.asdict(self.protocol),
+            "metrics": self.metric_descriptions,
+            "statistics": {
+                name: {key: None if math.isnan(value) else value for key, value in values.items()}
+                for name, values in self.statistics.items()
+            },
+            "versions": self.versions,
+            "images": rows,
+        }
+
+    def table(self) -> str:
+        """The statistics as a Markdown table."""
+        head = ["metric", "mean"]
+        if self.base_scores is not None:
+            head += ["base", "paired difference (95% CI)", "win rate (95% CI)"]
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for name, s in self.statistics.items():
+            cells = [name, f"{s['mean']:.4f} ± {s['se']:.4f}"]
+            if self.base_scores is not None:
+                cells.append(f"{s['base_mean']:.4f} ± {s['base_se']:.4f}")
+                cells.append(f"{s['difference']:+.4f} ({s['difference_low']:+.4f} to {s['difference_high']:+.4f})")
+                cells.append(f"{s['win_rate']:.1%} ({s['win_rate_low']:.1%} to {s['win_rate_high']:.1%})")
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def report(self) -> str:
+        """Protocol, table and what its columns mean, in Markdown."""
+        first = next(iter(self.statistics.values()))
+        text = [
+            "# Evaluation",
+            self.protocol.in_words(),
+            f"{first['num_images']} images of {first['num_prompts']} prompts. Higher is better.",
+            self.table(),
+            "± is the standard error over prompts.",
+        ]
+        if self.base_scores is not None:
+            text[-1] += (
+                " The base model had the same prompts and seeds; the difference is paired, with Student's t interval "
+                "over prompts. Win rate: share of images above the base model's, draws one half, Wilson's interval."
+            )
+        text.append("\n".join(f"- `{name}`: {what}" for name, what in self.metric_descriptions.items()))
+        text.append("Made with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".")
+        return "\n\n".join(text) + "\n"
+
+    def save(self, output_dir: str | Path, sheet: Callable | None = None) -> None:
+        """
+        Write `metrics.json`, `metrics.md` and `contact_sheet.png`.
+
+        Args:
+            output_dir (`str` or `Path`): made if it does not exist.
+            sheet (callable, *optional*): draws the contact sheet where there is a base model, with the arguments of
+                `visualization.before_after_sheet`. Without it, or without a base: a plain grid, base model above.
+        """
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        (folder / "metrics.md").write_text(self.report())
+        shown = len(self.images)
+        if shown and sheet is not None and self.base_images is not None:
+            scores = {name: values[:shown] for name, values in self.scores.items()}
+            base_scores = {name: values[:shown] for name, values in self.base_scores.items()}
+            arguments = (self.base_images, self.images, self.prompts[:shown], base_scores, scores)
+            p = self.protocol  # a heading has no room for `in_words`
+            title = (
+                f"{p.name}: {p.scheduler}, {p.num_inference_steps} steps, guidance {p.guidance_scale:g}, eta {p.eta:g}"
+            )
+            sheet(*arguments, title=title).save(folder / "contact_sheet.png")
+        elif shown:
+            _plain_sheet(self.images, self.base_images).save(folder / "contact_sheet.png")
+
+
+def _plain_sheet(
+    images: torch.Tensor, base_images: torch.Tensor | None, columns: int = 8, gap: int = 4
+) -> Image.Image:
+    """A grid of images in reading order; with a base model, its row is above each row."""
+    rows = []
+    for start in range(0, len(images), columns):
+        rows += [] if base_images is None else [base_images[start : start + columns]]
+        rows.append(images[start : start + columns])
+    height = max(row.shape[-2] for row in rows) + gap
+    width = max(row.shape[-1] for row in rows) + gap
+    sheet = Image.new("RGB", (min(columns, len(images)) * width + gap, len(rows) * height + gap), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            array = image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(array), (gap + x * width, gap + y * height))
+    return sheet
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("trl-spo", "torch", "diffusers", "transformers", "accelerate", "peft", "pillow"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+            versions[name] = "not installed"
+    return versions
+
+
+def _apply_metric(name: str, metric: Callable, images: torch.Tensor, prompts: list[str], whose: str) -> torch.Tensor:
+    """`(n,)` finite scores, or an error that names the metric and the prompt."""
+    if hasattr(metric, "score"):  # a step-aware reward model, at timestep 0
+        scores = score_images(images, prompts, metric)
+    else:
+        scores = torch.as_tensor(metric(images, prompts)).detach().float().cpu()
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"Metric {name!r} must return one score per image, shape ({len(prompts)},), got {tuple(scores.shape)}."
+        )
+    for prompt, score in zip(prompts, scores.tolist(), strict=True):
+        if not math.isfinite(score):
+            raise ValueError(
+                f"Metric {name!r} is {score} on the {whose}'s image of the prompt {prompt!r}. A mean without it would "
+                "say something else; look at that image, or try float32 (`dtype=torch.float32`)."
+            )
+    return scores
+
+
+def _describe_metric(metric: Any) -> str:
+    described = getattr(metric, "description", "") or getattr(metric, "__name__", "")
+    return described if isinstance(described, str) and described else type(metric).__name__
+
+
+def _check_sampler(pipeline: SPOPipeline, protocol: EvaluationProtocol) -> None:
+    sampler = type(pipeline.scheduler).__name__
+    if sampler != f"{protocol.scheduler}Scheduler":
+        raise ValueError(
+            f"Protocol {protocol.name!r} asks for {protocol.scheduler}, but this pipeline samples with {sampler}. Give "
+            f"a protocol with scheduler={sampler.removesuffix('Scheduler')!r} and a name of its own."
+        )
+
+
+def evaluate_pipeline(
+    pipeline: Any,
+    prompts: list[str],
+    metrics: dict[str, Callable] | list[str],
+    protocol: EvaluationProtocol | str = "spo-paper",
+    base: Any | None = None,
+    output_dir: str | Path | None = None,
+    batch_size: int = 8,
+    *,
+    seeds: Iterable[int] | None = None,
+    num_sheet_images: int = 16,
+    sheet: Callable | None = None,
+    progress: str | None = None,
+) -> EvaluationResult:
+    r"""
+    Sample, score, compare, report.
+
+    Under `accelerate launch` each process takes its share of the prompts (with its own copy of pipeline and metrics on
+    its own device), every process returns the whole result, and the main process alone writes. An image depends on its
+    prompt and seed only, so batch size and number of processes change nothing beyond rounding.
+
+    Args:
+        pipeline: an [`SPOPipeline`], or whatever [`wrap_pipeline`] accepts.
+        prompts (`list[str]`): one per image; repeat a prompt for several images of it. Statistics are over distinct
+            prompts.
+        metrics (`dict[str, Callable]` or `list[str]`): by name, callables `(images (n, 3, H, W) in [0, 1], prompts) ->
+            (n,)` such as those of `trl_spo.metrics`, or step-aware reward models, which judge at timestep 0. A list of
+            names loads them with `metrics.load_metric`.
+        protocol ([`EvaluationProtocol`] or `str`, *optional*, defaults to `"spo-paper"`): or the name of one in
+            `PROTOCOLS`.
+        base (*optional*): what to compare with on the same prompts and seeds: another pipeline, or its images, a
+            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
+        output_dir (`str` or `Path`, *optional*): where to write `metrics.json`, `metrics.md` and `contact_sheet.png`.
+        batch_size (`int`, *optional*, defaults to `8`): images sampled together.
+        seeds (iterable of `int`, *optional*): N seeds; `protocol.seed + i` by default.
+        num_sheet_images (`int`, *optional*, defaults to `16`): the first images are kept for the contact sheet.
+        sheet (callable, *optional*): draws it, see [`EvaluationResult.save`].
+        progress (`str`, *optional*): show a progress bar with this title on the main process.
+
+    Returns:
+        [`EvaluationResult`].
+
+    Raises:
+        ValueError: before sampling, if arguments do not fit together; later, if a metric returns something else than
+            one finite number per image, with the names of metric and prompt.
+
+    Example:
+
+    ```python
+    >>> from trl_spo.evaluation import evaluate_pipeline
+    >>> from trl_spo.visualization import before_after_sheet
+
+    >>> tuned, base = load("my-model"), load("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    >>> result = evaluate_pipeline(
+    ...     tuned, prompts, ["pickscore", "hps_v2.1"], base=base, output_dir="evaluation", sheet=before_after_sheet
+    ... )
+    >>> print(result.table())
+    ```
+    """
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise ValueError(
+                f"There is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}, or make an `EvaluationProtocol`."
+            )
+        protocol = PROTOCOLS[protocol]
+    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("`prompts` must be a list of at least one string.")
+    prompts = list(prompts)
+    seeds = [protocol.seed + i for i in range(len(prompts))] if seeds is None else [int(seed) for seed in seeds]
+    if len(seeds) != len(prompts):
+        raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if isinstance(metrics, str) or not len(metrics):
+        raise ValueError(
+            "`metrics` must be a dictionary from names to callables, or a list of names; it may not be empty."
+        )
+    if torch.is_tensor(base) and (base.ndim != 4 or base.shape[:2] != (len(prompts), 3)):
+        raise ValueError(
+            f"Images of the base model must have shape ({len(prompts)}, 3, height, width), one per prompt, got "
+            f"{tuple(base.shape)}."
+        )
+    pipeline = wrap_pipeline(pipeline)
+    _check_sampler(pipeline, protocol)
+    if base is not None and not torch.is_tensor(base):
+        base = wrap_pipeline(base)
+        _check_sampler(base, protocol)
+    if not isinstance(metrics, dict):
+        from .metrics import load_metric
+
+        metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
+
+    rank, num_ranks = _rank_and_world_size(pipeline.device)
+    own = list(range(rank, len(prompts), num_ranks))
+    records, failure = [], None
+    bar = tqdm(total=len(own), desc=progress, unit="image", disable=progress is None or rank != 0)
+    try:
+        for start in range(0, len(own), batch_size):
+            rows = own[start : start + batch_size]
+            records += _evaluate_batch(pipeline, base, prompts, seeds, rows, metrics, protocol, num_sheet_images)
+            bar.update(len(rows))
+    except Exception as error:  # reported below, so that the other ranks do not wait for this one
+        failure = error
+    bar.close()
+    if num_ranks > 1:
+        failures = _gather([f"rank {rank}: {failure}"] if failure is not None else [], num_ranks)
+        if failure is None and failures:
+            raise RuntimeError("The evaluation failed elsewhere: " + "; ".join(failures))
+        if failure is None:
+            records = _gather(records, num_ranks)
+    if failure is not None:
+        raise failure
+
+    records.sort(key=lambda record: record["row"])
+    result = _result(records, prompts, seeds, metrics, protocol, base is not None)
+    if output_dir is not None and rank == 0:
+        result.save(output_dir, sheet)
+    return result
+
+
+def _rank_and_world_size(device: torch.device) -> tuple[int, int]:
+    """Of this process. Joins the process group that a launcher asked for, if nothing else has yet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Not left to accelerate's own judgement: on a machine without accelerator it takes each rank for a lone process.
+        PartialState(cpu=device.type == "cpu")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _gather(items: list, num_ranks: int) -> list:
+    """The items of all ranks, on every rank."""
+    parts = [None] * num_ranks
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def _evaluate_batch(pipeline, base, prompts, seeds, rows, metrics, protocol, num_sheet_images) -> list[dict]:
+    """One record per row: its scores, and its images if they belong on the sheet. Small enough to be gathered."""
+    texts, batch_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
+
+    def sample(model):
+        return generate_images(model, texts, seeds=batch_seeds, batch_size=len(texts), **protocol.sampler())
+
+    sides = {"model": sample(pipeline)}
+    if base is not None:
+        sides["base model"] = base[rows].float().cpu() if torch.is_tensor(base) else sample(base)
+    records = [{"row": row, "scores": {}, "images": {}} for row in rows]
+    for side, images in sides.items():
+        scores = {name: _apply_metric(name, metric, images, texts, side) for name, metric in metrics.items()}
+        for i, record in enumerate(records):
+            record["scores"][side] = {name: values[i].item() for name, values in scores.items()}
+            if record["row"] < num_sheet_images:
+                record["images"][side] = images[i].mul(255).round().byte().cpu()
+    return records
+
+
+def _result(records, prompts, seeds, metrics, protocol, has_base: bool) -> EvaluationResult:
+    def scores_of(side: str) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([record["scores"][side][name] for record in records]) for name in metrics}
+
+    def images_of(side: str) -> torch.Tensor:
+        images = [record["images"][side] for record in records if side in record["images"]]
+        return torch.stack(images).float() / 255 if images else torch.empty(0, 3, 0, 0)
+
+    scores, base_scores = scores_of("model"), scores_of("base model") if has_base else None
+    return EvaluationResult(
+        protocol=protocol,
+        prompts=prompts,
+        seeds=seeds,
+        scores=scores,
+        base_scores=base_scores,
+        statistics={
+            name: paired_statistics(scores[name], prompts, base_scores[name] if has_base else None) for name in metrics
+        },
+        metric_descriptions={name: _describe_metric(metric) for name, metric in metrics.items()},
+        versions=_versions(),
+        images=images_of("model"),
+        base_images=images_of("base model") if has_base else None,
+    )
