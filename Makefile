@@ -1,4 +1,4 @@
-.PHONY: demo test test-ddpo quality style clean
+.PHONY: demo test test-ddpo upstream quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,6 +32,10 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
+
+upstream: $(STAMP)  ## copy the project into a checkout of TRL, see upstream/README.md
+	@test -n "$(TRL)" || { echo "usage: make upstream TRL=path/to/trl" >&2; exit 2; }
+	$(BIN)/python upstream/port_to_trl.py $(TRL)
 
 quality: $(STAMP)  ## what CI asks of the style
 	$(BIN)/ruff check .

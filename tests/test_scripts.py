@@ -14,35 +14,44 @@
 
 """
 Necessity: an example that nobody runs ages. Each script runs as its user would start it, at toy size, and what it wrote
-is loaded and sampled from by plain diffusers.
+is loaded and sampled from by plain diffusers. The runs follow one another as a user's do: the reward model that
+`step_reward.py` leaves scores the rollouts of `spo.py`, whose LoRA `evaluate.py` measures.
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file
 
 from trl_spo import StepAwareRewardModel
+from trl_spo.scripts.arguments import load_prompts, resume_from
 
 from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "scripts"
-COMMON = ["--report_to", "none", "--use_cpu", "true", "--logging_steps", "1", "--save_strategy", "no"]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = EXAMPLES / "scripts"
+CONFIGS = EXAMPLES / "accelerate_configs"
+LAUNCHERS = sorted(path for path in SCRIPTS.glob("*.py") if path.stem != "script_arguments")
+TRAINING = ["--report_to", "none", "--use_cpu", "true", "--logging_steps", 1, "--save_strategy", "no"]
 
 
-def run(script: str, *arguments, code: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parents[1])}
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments), *COMMON]
+def run(*command) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, *map(str, command)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == code, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
@@ -52,32 +61,14 @@ def image_bytes(color) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_sdxl_pipeline])
-def test_spo(tmp_path, maker):
-    maker(tmp_path).save_pretrained(tmp_path / "pipe")
-    folder = tiny_clip(tmp_path)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    arguments = ["--model_name_or_path", tmp_path / "pipe", "--clip_name_or_path", folder]
-    arguments += ["--processor_name_or_path", folder, "--dataset_name", tmp_path / "prompts.txt"]
-    arguments += ["--output_dir", tmp_path / "out", "--num_inference_steps", 4, "--branch_start_step", 1]
-    arguments += ["--preference_threshold", 0.0, "--max_steps", 2, "--per_device_train_batch_size", 4]
-    arguments += ["--lora_r", 2, "--lora_alpha", 4, "--learning_rate", 0.05, "--per_device_rollout_batch_size", 2]
-    run("spo.py", *arguments)
-    fresh = maker(tmp_path)
-
-    def sample():
-        generator = torch.Generator().manual_seed(0)
-        return fresh(PROMPTS[:1], generator=generator, num_inference_steps=3, output_type="np").images
-
-    base = sample()
-    fresh.load_lora_weights(tmp_path / "out")
-    assert fresh.unet.peft_config["default_0"].lora_alpha == 4
-    assert np.abs(sample() - base).max() > 1e-3
-
-
-def test_step_reward_from_a_parquet_file(tmp_path):
-    tiny_sd_pipeline(tmp_path).save_pretrained(tmp_path / "pipe")
-    folder = tiny_clip(tmp_path)
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A folder with what the scripts are given: pipelines, a CLIP, prompts and preference pairs."""
+    folder = tmp_path_factory.mktemp("toy")
+    tiny_sd_pipeline(folder).save_pretrained(folder / "sd")
+    tiny_sdxl_pipeline(folder).save_pretrained(folder / "sdxl")
+    tiny_clip(folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     rows = {
         "caption": PROMPTS,
         "jpg_0": [image_bytes("red")] * 6,
@@ -85,17 +76,172 @@ def test_step_reward_from_a_parquet_file(tmp_path):
         "label_0": [1.0] * 6,
         "label_1": [0.0] * 6,
     }
-    Dataset.from_dict(rows).to_parquet(tmp_path / "pairs.parquet")
-    arguments = ["--model_name_or_path", tmp_path / "pipe", "--clip_name_or_path", folder, "--resolution", 16]
-    arguments += ["--processor_name_or_path", folder, "--dataset_name", tmp_path / "pairs.parquet", "--max_steps", 3]
-    arguments += ["--output_dir", tmp_path / "out", "--per_device_train_batch_size", 3, "--learning_rate", 0.01]
-    run("step_reward.py", *arguments, "--gradient_accumulation_steps", 1, "--warmup_steps", 0)
-    trained = StepAwareRewardModel.from_pretrained(tmp_path / "out")
-    start = StepAwareRewardModel.from_clip(folder, processor=folder)
-    image = torch.rand(1, 3, 16, 16)
-    assert not torch.equal(trained.score(image, PROMPTS[:1], 501), start.score(image, PROMPTS[:1], 501))
+    Dataset.from_dict(rows).to_parquet(folder / "pairs.parquet")
+    return folder
 
 
-def test_missing_prompts_are_one_sentence(tmp_path):
-    output = run("spo.py", "--output_dir", tmp_path, code=1)
-    assert output.strip().splitlines()[-1].startswith("SPO needs prompts: name a dataset")
+def clip_arguments(toy: Path) -> list:
+    return ["--clip_name_or_path", toy / "clip", "--processor_name_or_path", toy / "clip"]
+
+
+def step_reward_arguments(toy: Path) -> list:
+    arguments = ["--model_name_or_path", toy / "sd", *clip_arguments(toy), "--dataset_name", toy / "pairs.parquet"]
+    arguments += ["--resolution", 16, "--max_steps", 2, "--learning_rate", 0.01, "--warmup_steps", 0]
+    arguments += ["--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 1]
+    return arguments + TRAINING
+
+
+def spo_arguments(toy: Path) -> list:
+    arguments = ["--dataset_name", toy / "prompts.txt", "--num_inference_steps", 4, "--branch_start_step", 1]
+    arguments += ["--preference_threshold", 0.0, "--max_steps", 2, "--per_device_train_batch_size", 4]
+    arguments += ["--lora_r", 2, "--lora_alpha", 4, "--learning_rate", 0.05, "--per_device_rollout_batch_size", 2]
+    return arguments + TRAINING
+
+
+@pytest.fixture(scope="module")
+def reward_model(toy) -> Path:
+    run(SCRIPTS / "step_reward.py", *step_reward_arguments(toy), "--output_dir", toy / "reward")
+    return toy / "reward"
+
+
+@pytest.fixture(scope="module")
+def lora(toy, reward_model) -> Path:
+    arguments = ["--model_name_or_path", toy / "sd", "--reward_model_name_or_path", reward_model]
+    run(SCRIPTS / "spo.py", *arguments, *spo_arguments(toy), "--output_dir", toy / "lora")
+    return toy / "lora"
+
+
+def check_lora(pipeline, folder: Path):
+    """Plain diffusers loads it, with its alpha, and its images are not those of the base model."""
+
+    def sample():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(PROMPTS[:1], generator=generator, num_inference_steps=3, output_type="np").images
+
+    base = sample()
+    pipeline.load_lora_weights(folder)
+    assert pipeline.unet.peft_config["default_0"].lora_alpha == 4
+    assert np.abs(sample() - base).max() > 1e-3
+
+
+class TestTraining:
+    def test_spo(self, toy, lora, tmp_path):
+        check_lora(tiny_sd_pipeline(tmp_path), lora)
+
+    def test_spo_sdxl_starts_from_its_preset(self, toy, reward_model, tmp_path):
+        """Two candidates and four inner steps come from the file; what is of no use at toy size is overridden."""
+        arguments = ["--model_name_or_path", toy / "sdxl", "--vae_name_or_path", toy / "sdxl" / "vae"]
+        arguments += ["--model_init_kwargs", '{"torch_dtype": "float32"}', "--fp16", "false"]
+        arguments += ["--reward_model_name_or_path", reward_model, "--gradient_accumulation_steps", 1]
+        run(SCRIPTS / "spo_sdxl.py", *arguments, *spo_arguments(toy), "--output_dir", tmp_path)
+        check_lora(tiny_sdxl_pipeline(tmp_path / "fresh"), tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert "| `num_candidates` | 2 |" in card and "| `num_inner_steps` | 4 |" in card
+
+    def test_step_reward_from_a_parquet_file(self, toy, reward_model):
+        trained = StepAwareRewardModel.from_pretrained(reward_model)
+        start = StepAwareRewardModel.from_clip(toy / "clip", processor=toy / "clip")
+        image = torch.rand(1, 3, 16, 16)
+        assert not torch.equal(trained.score(image, PROMPTS[:1], 501), start.score(image, PROMPTS[:1], 501))
+
+    def test_two_processes_started_by_the_console_command(self, toy, reward_model, tmp_path):
+        """
+        The same run, split over two processes by the config file: three pairs each make one epoch of a step, where one
+        process needs two steps for it.
+        """
+        command = ["-m", "trl_spo.scripts.cli", "step-reward", "--accelerate_config", "cpu_2proc"]
+        output = run(*command, *step_reward_arguments(toy), "--output_dir", tmp_path / "two")
+        assert "'epoch': '2'" in output.replace("'epoch': 2.0", "'epoch': '2'")
+        one, two = (load_file(folder / "model.safetensors") for folder in (reward_model, tmp_path / "two"))
+        assert one.keys() == two.keys()
+        assert not all(torch.equal(one[name], two[name]) for name in one)
+
+    def test_the_seed_fixes_a_fresh_reward_model(self, toy, reward_model, tmp_path):
+        """Regression: its timestep embedding was drawn before any seed was set, so no two runs were equal."""
+        from trl_spo.scripts import step_reward
+
+        torch.manual_seed(12345)
+        arguments = [str(argument) for argument in step_reward_arguments(toy)]
+        step_reward.main(*step_reward.make_parser().parse_args_and_config([*arguments, "--output_dir", str(tmp_path)]))
+        first, again = (load_file(folder / "model.safetensors") for folder in (reward_model, tmp_path))
+        for name in first:
+            torch.testing.assert_close(first[name], again[name], atol=1e-5, rtol=1e-4)
+
+
+class TestEvaluate:
+    def test_lora_against_its_base(self, toy, reward_model, lora, tmp_path):
+        options = {"clip_score": {"model": str(toy / "clip"), "processor": str(toy / "clip")}}
+        arguments = ["--model_name_or_path", toy / "sd", "--lora", lora, "--base", "--prompts", toy / "prompts.txt"]
+        arguments += ["--metrics", "clip_score", "step_reward", "--metric_options", json.dumps(options)]
+        arguments += ["--reward_model_name_or_path", reward_model, "--num_inference_steps", 3, "--num_prompts", 5]
+        output = run(SCRIPTS / "evaluate.py", *arguments, "--output_dir", tmp_path)
+        table = [line for line in output.splitlines() if line.startswith("|")]
+        assert [row.split("|")[1].strip() for row in table[2:]] == ["clip_score", "step_reward"]
+        assert "spo-paper with num_inference_steps=3" in output
+        assert "\n".join(table) in (tmp_path / "metrics.md").read_text()
+        assert Image.open(tmp_path / "contact_sheet.png").size[0] > 16
+        report = json.loads((tmp_path / "metrics.json").read_text())
+        assert [row["prompt"] for row in report["images"]] == PROMPTS[:5]
+        # One base image by plain diffusers, scored by hand; `eta=0` is the protocol's.
+        plain = tiny_sd_pipeline(tmp_path / "plain")
+        generator = torch.Generator().manual_seed(2)
+        settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 0.0, "output_type": "pt"}
+        image = plain(PROMPTS[2], generator=generator, **settings).images
+        model = StepAwareRewardModel.from_pretrained(reward_model)
+        expected = model.score(image * 2 - 1, PROMPTS[2:3], torch.tensor([0])).item()
+        assert report["images"][2]["base_scores"]["step_reward"] == pytest.approx(expected, abs=1e-3)
+        assert report["images"][2]["scores"]["step_reward"] != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_headers_are_read_by_tools(path):
+    """PEP 723: a block of comments that holds TOML, with what the script needs; and the docstring says how to start it."""
+    text = path.read_text()
+    head = text.split("# /// script\n")[1].split("# ///\n")[0]
+    assert (
+        "trl-spo"
+        in tomllib.loads("".join(line.removeprefix("# ") for line in head.splitlines(keepends=True)))["dependencies"]
+    )
+    assert f"examples/scripts/{path.name}" in text.split('"""')[1]
+
+
+class TestAccelerateConfigs:
+    @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+    def test_accelerate_reads_it(self, path):
+        config = load_config_from_file(str(path))
+        assert config.mixed_precision == "no"  # it is the script's to say
+        assert (config.num_processes == 1) == (path.stem == "single_gpu")
+
+    def test_those_named_in_the_scripts_exist(self):
+        assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+            "cpu_2proc",
+            "deepspeed_zero2",
+            "multi_gpu",
+            "single_gpu",
+        }
+        assert load_config_from_file(str(CONFIGS / "deepspeed_zero2.yaml")).deepspeed_config["zero_stage"] == 2
+
+
+class TestPrompts:
+    def test_files(self, tmp_path):
+        (tmp_path / "list.json").write_text(json.dumps(PROMPTS))
+        (tmp_path / "lines.txt").write_text("a red cat\n\n  \na blue dog\n")
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "a red cat"}\n{"prompt": "a blue dog"}\n')
+        (tmp_path / "table.csv").write_text("caption,number\na red cat,1\na blue dog,2\n")
+        assert load_prompts(str(tmp_path / "list.json")) == PROMPTS
+        assert load_prompts(str(tmp_path / "lines.txt")) == ["a red cat", "a blue dog"]
+        assert list(load_prompts(str(tmp_path / "rows.jsonl"))["prompt"]) == ["a red cat", "a blue dog"]
+        assert list(load_prompts(str(tmp_path / "table.csv"))["caption"]) == ["a red cat", "a blue dog"]
+
+    def test_a_missing_file_is_not_looked_for_on_the_hub(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="There is no file .*prompts.txt"):
+            load_prompts(str(tmp_path / "prompts.txt"))
+
+
+def test_words_for_the_last_checkpoint():
+    class Config:
+        resume_from_checkpoint = None
+
+    for given, expected in ((None, None), ("true", True), ("last", True), ("false", None), ("run/checkpoint-2",) * 2):
+        Config.resume_from_checkpoint = given
+        assert resume_from(Config) == expected

@@ -1,5 +1,8 @@
 # /// script
-# dependencies = ["trl-spo"]
+# dependencies = [
+#     "trl-spo",
+#     "tensorboard",
+# ]
 # ///
 # Copyright 2026 The trl_spo authors.
 #
@@ -18,40 +21,24 @@
 """
 Train the step-aware reward model of SPO on preference images.
 
-```shell
-accelerate launch examples/scripts/step_reward.py --config examples/configs/step_reward_sd15.yaml
-accelerate launch examples/scripts/step_reward.py --config examples/configs/step_reward_sdxl.yaml
+```bash
+python examples/scripts/step_reward.py \
+    --config examples/configs/step_reward_sd15.yaml \
+    --output_dir step-reward-sd15
+
+# several devices: devices x batch x accumulation must stay 64 to be the published run
+accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml --num_processes 4 \
+    examples/scripts/step_reward.py --config examples/configs/step_reward_sdxl.yaml --gradient_accumulation_steps 4
 ```
 
-`--dataset_name` is a Hub id, a parquet file or a folder of them, in Pick-a-Pic's or TRL's preference format.
+`--dataset_name` is a Hub id, a parquet file or a folder of them, in Pick-a-Pic's or TRL's preference format. The result
+is a folder for `StepAwareRewardModel.from_pretrained`, and for `--reward_model_name_or_path` of the other scripts.
+`trl-spo step-reward` is the same program.
 """
 
-from script_arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments
-from trl import TrlParser
-
-from trl_spo import StepRewardConfig, StepRewardTrainer
-from trl_spo.step_preference_data import load_preference_dataset
-
-
-def main(
-    model_args: DiffusionModelArguments,
-    reward_args: RewardModelArguments,
-    data_args: EvaluationDataArguments,
-    config: StepRewardConfig,
-):
-    evaluation = None
-    if data_args.eval_dataset_name is not None:
-        evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
-    trainer = StepRewardTrainer(config, model_args.load_pipeline(), reward_args.load(), eval_dataset=evaluation)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+from trl_spo.scripts.step_reward import main, make_parser
 
 
 if __name__ == "__main__":
-    main(
-        *TrlParser(
-            (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, StepRewardConfig)
-        ).parse_args_and_config()
-    )
+    model_args, reward_args, data_args, config = make_parser().parse_args_and_config()
+    main(model_args, reward_args, data_args, config)

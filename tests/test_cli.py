@@ -1,0 +1,227 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Necessity: the console command is the first thing a user tries. It must answer at once, say what is wrong in one sentence,
+and run the code of the scripts, in this process or through `accelerate launch` (`test_scripts.py` runs that one).
+"""
+
+import configparser
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers, numpy_to_pil
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+
+import trl_spo
+from trl_spo.scripts import cli
+from trl_spo.scripts.evaluate import make_parser as evaluate_parser
+from trl_spo.scripts.evaluate import make_protocol
+from trl_spo.scripts.spo import make_parser as spo_parser
+
+from .testing_utils import PROMPTS, tiny_sd_pipeline
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A pipeline on disk, and beside it a LoRA that shows."""
+    folder = tmp_path_factory.mktemp("model")
+    pipeline = tiny_sd_pipeline(folder)
+    pipeline.save_pretrained(folder / "pipe")
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    type(pipeline).save_lora_weights(folder / "lora", unet_lora_layers=layers)
+    return folder
+
+
+def test_entry_point():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    name, target = config["options.entry_points"]["console_scripts"].strip().split(" = ")
+    module, function = target.split(":")
+    assert name == "trl-spo"
+    assert getattr(importlib.import_module(module), function) is cli.main
+    packages = {package.strip() for package in config["options"]["packages"].split(",")}
+    assert packages == {"trl_spo", "trl_spo.scripts"}
+    assert config["options.package_data"]["trl_spo"] == "accelerate_configs/*.yaml"
+
+
+class TestHelp:
+    def test_answers_at_once(self):
+        code = (
+            "import sys; from trl_spo.scripts.cli import main; assert main(['--help']) == 0; "
+            "print([name for name in ('torch', 'diffusers', 'trl') if name in sys.modules], file=sys.stderr)"
+        )
+        if importlib.metadata.version("transformers").startswith("4."):
+            pytest.skip("transformers 4 imports torch by itself")
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert (result.returncode, result.stderr.strip()) == (0, "[]")
+        for word in (*cli.COMMANDS, "--accelerate_config", "multi_gpu"):
+            assert word in result.stdout
+
+    def test_nothing_is_help(self, capsys):
+        assert cli.main([]) == 0
+        assert capsys.readouterr().out.startswith("usage: trl-spo COMMAND")
+
+    def test_version(self, capsys):
+        assert cli.main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == trl_spo.__version__
+
+    @pytest.mark.parametrize("command", cli.COMMANDS)
+    def test_of_each_command(self, command, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: trl-spo {command} ") and "--model_name_or_path" in text
+
+    def test_unknown_commands(self, capsys):
+        assert cli.main(["train"]) == 2
+        assert "there is no command 'train'; it must be one of spo, step-reward," in capsys.readouterr().err
+
+
+class TestLaunchOptions:
+    def test_options_of_the_script_and_of_accelerate(self):
+        arguments = ["--num_processes", "2", "--learning_rate=1e-3", "--multi_gpu", "--lora_target_modules", "to_q"]
+        arguments += ["to_v", "--config", "x.yaml", "--mixed_precision=bf16", "--use_peft", "false"]
+        launch, script = cli.split_launch_arguments(spo_parser(), arguments)
+        assert launch == ["--num_processes", "2", "--multi_gpu", "--mixed_precision=bf16"]
+        assert script == [argument for argument in arguments if argument not in launch]
+
+    def test_misspelt_options_stay_with_the_script(self, capsys):
+        with pytest.raises(ValueError, match="learning_ratee"):
+            cli.main(["spo", "--learning_ratee", "1", "--output_dir", "unused", "--report_to", "none"])
+
+    def test_named_configs(self, tmp_path):
+        assert cli.resolve_accelerate_config("multi_gpu").is_file()
+        (tmp_path / "own.yaml").write_text("num_processes: 2\n")
+        assert cli.resolve_accelerate_config(str(tmp_path / "own.yaml")) == tmp_path / "own.yaml"
+        with pytest.raises(SystemExit, match="must be a file, or one of .*multi_gpu.*; got 'many_gpus'"):
+            cli.main(["spo", "--accelerate_config", "many_gpus"])
+        with pytest.raises(SystemExit, match="needs a value"):
+            cli.main(["step-reward", "--accelerate_config"])
+
+
+class TestSpo:
+    def test_the_command_line_goes_before_the_file(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("output_dir: a\nlearning_rate: 0.5\nnum_candidates: 8\n")
+        arguments = ["--config", str(tmp_path / "run.yaml"), "--learning_rate", "0.25", "--report_to", "none"]
+        *_, config = spo_parser().parse_args_and_config(arguments)
+        assert (config.output_dir, config.learning_rate, config.num_candidates) == ("a", 0.25, 8)
+
+    def test_missing_prompts_are_one_sentence(self, tmp_path):
+        with pytest.raises(SystemExit, match="SPO needs prompts: name a dataset"):
+            cli.main(["spo", "--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true"])
+
+
+class TestSample:
+    def sample(self, model, folder, *arguments) -> list[Path]:
+        arguments = ["--model_name_or_path", model / "pipe", "--num_inference_steps", 3, *arguments]
+        assert cli.main(["sample", *map(str, arguments), "--output_dir", str(folder), "--device", "cpu"]) == 0
+        return sorted(folder.glob("*.png"))
+
+    def test_images_are_those_of_plain_diffusers(self, model, tmp_path, capsys):
+        files = self.sample(
+            model, tmp_path, "--lora", model / "lora", "--prompt", *PROMPTS[:2], "--images_per_prompt", 2, "--seed", 5
+        )
+        assert [file.name for file in files] == [f"0000{i}_seed{5 + i}.png" for i in range(4)]
+        plain = tiny_sd_pipeline(tmp_path / "plain")
+        settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 1.0, "output_type": "np"}
+
+        def expected():
+            images = plain(PROMPTS[1], generator=torch.Generator().manual_seed(7), **settings).images
+            return np.asarray(numpy_to_pil(images)[0]).astype(int)
+
+        found = np.asarray(Image.open(files[2])).astype(int)
+        assert np.abs(found - expected()).max() > 3
+        plain.load_lora_weights(model / "lora")
+        assert np.abs(found - expected()).max() <= 1
+        record = json.loads((tmp_path / "samples.json").read_text())
+        assert record["sampler"] == {
+            "scheduler": "DDIMScheduler",
+            "num_inference_steps": 3,
+            "guidance_scale": 5.0,
+            "eta": 1.0,
+            "negative_prompt": "",
+        }
+        assert record["images"][2] == {"file": files[2].name, "prompt": PROMPTS[1], "seed": 7}
+        assert "4 images in" in capsys.readouterr().out
+
+    def test_scale_zero_is_the_base_model(self, model, tmp_path):
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+        arguments = ["--prompts", tmp_path / "prompts.txt", "--num_prompts", 2, "--height", 8, "--width", 24]
+        base = self.sample(model, tmp_path / "base", *arguments)
+        zero = self.sample(model, tmp_path / "zero", *arguments, "--lora", model / "lora", "--lora_scale", 0.0)
+        assert len(base) == len(zero) == 2
+        for one, other in zip(base, zero, strict=True):
+            assert Image.open(one).size == (24, 8)
+            assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+
+    def test_bad_input(self, model, tmp_path):
+        with pytest.raises(SystemExit, match="There are no prompts"):
+            self.sample(model, tmp_path)
+        with pytest.raises(SystemExit, match="no .safetensors file"):
+            self.sample(model, tmp_path, "--prompt", "a cat", "--lora", model)
+        with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+            self.sample(model, tmp_path, "--prompt", "a cat", "--batch_size", 0)
+
+
+class TestEvaluate:
+    """What needs no model; `test_scripts.py` runs an evaluation."""
+
+    def parse(self, *arguments):
+        return evaluate_parser().parse_args_and_config(list(arguments))
+
+    def test_changes_of_a_protocol_are_named(self):
+        _, sampler, _, _ = self.parse("--num_inference_steps", "20", "--guidance_scale", "7.5", "--seed", "3")
+        protocol = make_protocol("spo-paper", sampler)
+        assert (protocol.guidance_scale, protocol.seed, protocol.num_inference_steps) == (7.5, 3, 20)
+        assert protocol.name == "spo-paper with guidance_scale=7.5, seed=3"
+        _, sampler, _, _ = self.parse()
+        assert make_protocol("spo-rollout", sampler).name == "spo-rollout"
+        with pytest.raises(SystemExit, match="no protocol 'other'; there are spo-paper"):
+            make_protocol("other", sampler)
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--base"], "there is no --lora"),
+            (["--base", "--lora", "x", "--base_model_name_or_path", "y"], "name two things to compare with"),
+            ([], "There are no prompts"),
+        ],
+    )
+    def test_contradictions_are_found_before_anything_is_loaded(self, arguments, message):
+        with pytest.raises(SystemExit, match=message):
+            cli.main(["evaluate", "--model_name_or_path", "does/not-exist", *arguments])
+
+    def test_unknown_metrics(self, model, tmp_path):
+        (tmp_path / "prompts.txt").write_text("a cat\n")
+        arguments = ["--model_name_or_path", str(model / "pipe"), "--prompts", str(tmp_path / "prompts.txt")]
+        with pytest.raises(SystemExit, match="no metric 'beauty'; there are pickscore, .* and step_reward"):
+            cli.main(["evaluate", *arguments, "--metrics", "beauty"])
+        with pytest.raises(ValueError, match=r"`metric_options` names \['aesthetic'\]"):
+            self.parse("--metrics", "pickscore", "--metric_options", '{"aesthetic": {}}')

@@ -1,0 +1,302 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Arguments that the scripts read beside a config, for `trl.TrlParser`.
+
+TRL's own `ModelConfig` and `ScriptArguments` cannot stand here: `use_peft` and `dataset_name` are fields of our configs
+too, and a parser takes each name once. The names that remain are theirs.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_prompts(name: str, split: str = "train"):
+    """
+    Prompts from where users keep them.
+
+    Args:
+        name (`str`):
+            A `.txt` file with one prompt per line, a `.json` file that holds a list of strings, a `.csv`, `.json`,
+            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, or the folder or Hub id of a dataset.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a dataset; files have none.
+
+    Returns:
+        `list[str]` or `datasets.Dataset`: as `SPOTrainer(train_dataset=...)` takes it.
+
+    Raises:
+        FileNotFoundError: if the name ends like a file and there is none.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if path.suffix not in (".txt", *LOADERS):
+        return load_dataset(name, split=split)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {name!r}. Name a file of prompts, or a dataset by folder or Hub id."
+        )
+    if path.suffix == ".txt":
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".json":
+        try:
+            prompts = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:  # one object per line
+            prompts = None
+        if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
+            return prompts
+    return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+
+
+def resume_from(config):
+    """`config.resume_from_checkpoint` for `Trainer.train`: on the command line `true` and `last` are words."""
+    value = config.resume_from_checkpoint
+    return True if str(value).lower() in ("true", "last") else None if str(value).lower() == "false" else value
+
+
+@dataclass
+class PipelineArguments:
+    r"""
+    Which diffusion model.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"stable-diffusion-v1-5/stable-diffusion-v1-5"`):
+            Folder or Hub id of the diffusers pipeline.
+        vae_name_or_path (`str`, *optional*):
+            Folder or Hub id of another VAE for it. SDXL's own does not survive half precision.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which the pipeline is loaded. Adapters are float32 in any case.
+    """
+
+    model_name_or_path: str = field(
+        default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        metadata={"help": "Folder or Hub id of the diffusers pipeline."},
+    )
+    vae_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of another VAE for it."})
+    dtype: str = field(default="float32", metadata={"help": "Precision in which the pipeline is loaded."})
+
+    def load_pipeline(self, **kwargs):
+        """The pipeline that the arguments name; `kwargs` go to `from_pretrained` and come first."""
+        from ..pipeline_base import wrap_pipeline
+
+        if self.vae_name_or_path is not None:
+            kwargs.setdefault("vae", self.vae_name_or_path)
+        kwargs.setdefault("torch_dtype", self.dtype)
+        return wrap_pipeline(self.model_name_or_path, **kwargs)
+
+
+@dataclass
+class DiffusionModelArguments(PipelineArguments):
+    r"""
+    Which diffusion model, and which adapter on it.
+
+    Args:
+        model_name_or_path (`str`, *optional*, defaults to `"stable-diffusion-v1-5/stable-diffusion-v1-5"`):
+            Folder or Hub id of the diffusers pipeline.
+        vae_name_or_path (`str`, *optional*):
+            Folder or Hub id of another VAE for it. SDXL's own does not survive half precision.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Precision in which the pipeline is loaded. Adapters are float32 in any case.
+        lora_r (`int`, *optional*, defaults to `4`):
+            Rank of the adapter.
+        lora_alpha (`int`, *optional*, defaults to `4`):
+            The adapter is scaled by `lora_alpha / lora_r`.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["to_q", "to_k", "to_v", "to_out.0"]`):
+            Layers that get it.
+        lora_init (`str`, *optional*, defaults to `"gaussian"`):
+            `init_lora_weights` of the adapter.
+    """
+
+    lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=4, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get it."}
+    )
+    lora_init: str = field(default="gaussian", metadata={"help": "`init_lora_weights` of the adapter."})
+
+    def peft_config(self):
+        """The `peft.LoraConfig` for `SPOTrainer(peft_config=...)`."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            init_lora_weights=self.lora_init,
+            target_modules=list(self.lora_target_modules),
+        )
+
+
+@dataclass
+class EvaluationDataArguments:
+    r"""
+    What to evaluate on.
+
+    Args:
+        eval_dataset_name (`str`, *optional*):
+            In the form of `dataset_name`.
+        eval_split (`str`, *optional*, defaults to `"validation"`):
+            Its split, if it has splits.
+    """
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "In the form of `dataset_name`."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of the evaluation dataset."})
+
+
+@dataclass
+class RewardModelArguments:
+    r"""
+    Which reward model, in one of three forms.
+
+    Args:
+        reward_model_name_or_path (`str`, *optional*):
+            Folder or Hub id of a saved `StepAwareRewardModel`. Goes before the other forms.
+        reward_checkpoint (`str`, *optional*):
+            File in the format of the SPO authors, or the Hub id of a repository of such files.
+        reward_checkpoint_filename (`str`, *optional*):
+            Name of the file in that repository.
+        clip_name_or_path (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
+            Folder or Hub id of the CLIP that a fresh reward model starts from, and that tells a checkpoint's
+            architecture.
+        processor_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
+            Folder or Hub id of its tokenizer and image settings.
+    """
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a saved StepAwareRewardModel."}
+    )
+    reward_checkpoint: str | None = field(
+        default=None, metadata={"help": "File in the format of the SPO authors, or the Hub id of its repository."}
+    )
+    reward_checkpoint_filename: str | None = field(
+        default=None, metadata={"help": "Name of the file in that repository."}
+    )
+    clip_name_or_path: str = field(
+        default="yuvalkirstain/PickScore_v1", metadata={"help": "CLIP that a fresh reward model starts from."}
+    )
+    processor_name_or_path: str = field(
+        default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", metadata={"help": "Its tokenizer and image settings."}
+    )
+
+    def load(self):
+        """The [`StepAwareRewardModel`] that the arguments name."""
+        from ..modeling_step_reward import StepAwareRewardModel
+
+        if self.reward_model_name_or_path is not None:
+            return StepAwareRewardModel.from_pretrained(self.reward_model_name_or_path)
+        if self.reward_checkpoint is not None:
+            return StepAwareRewardModel.from_original_checkpoint(
+                self.reward_checkpoint,
+                clip=self.clip_name_or_path,
+                processor=self.processor_name_or_path,
+                filename=self.reward_checkpoint_filename,
+            )
+        return StepAwareRewardModel.from_clip(self.clip_name_or_path, processor=self.processor_name_or_path)
+
+
+@dataclass
+class SamplerArguments:
+    r"""
+    From which prompts, with which adapter, sampler and seeds images are made.
+
+    Args:
+        prompts (`str`, *optional*):
+            File, dataset folder or Hub id of prompts, as [`load_prompts`] takes it.
+        prompts_split (`str`, *optional*, defaults to `"train"`):
+            Split of a prompt dataset.
+        prompts_column (`str`, *optional*):
+            Its column. Defaults to `"prompt"` or `"caption"`, whichever exists.
+        num_prompts (`int`, *optional*):
+            Use the first of them only.
+        lora (`str`, *optional*):
+            Folder, file or Hub id of a LoRA that `load_lora_weights` of diffusers reads.
+        lora_scale (`float`, *optional*, defaults to `1.0`):
+            Weight of the LoRA; 0 is the base model.
+        num_inference_steps (`int`, *optional*):
+            Denoising steps. `None`: those of the protocol, or 20 where there is none.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance. `None`: that of the protocol, or 5.0.
+        eta (`float`, *optional*):
+            Noise of the DDIM steps. `None`: that of the protocol, or 1.0.
+        negative_prompt (`str`, *optional*):
+            Prompt of the unconditional half of the guidance. `None`: that of the protocol, or empty.
+        height (`int`, *optional*), width (`int`, *optional*):
+            Image size in pixels. Default to the model's own.
+        seed (`int`, *optional*):
+            Seed of the first image; image i has `seed + i`. `None`: that of the protocol, or 0.
+        batch_size (`int`, *optional*, defaults to `8`):
+            Images sampled together. It does not change them, beyond rounding.
+        device (`str`, *optional*):
+            Where to run. Defaults to a GPU if there is one.
+        output_dir (`str`, *optional*, defaults to `"outputs"`):
+            Where results go.
+    """
+
+    prompts: str | None = field(default=None, metadata={"help": "File, dataset folder or Hub id of prompts."})
+    prompts_split: str = field(default="train", metadata={"help": "Split of a prompt dataset."})
+    prompts_column: str | None = field(default=None, metadata={"help": "Its column with the prompts."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Use the first of them only."})
+    lora: str | None = field(default=None, metadata={"help": "Folder, file or Hub id of a LoRA."})
+    lora_scale: float = field(default=1.0, metadata={"help": "Weight of the LoRA; 0 is the base model."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
+    eta: float | None = field(default=None, metadata={"help": "Noise of the DDIM steps."})
+    negative_prompt: str | None = field(default=None, metadata={"help": "Prompt of the unconditional half."})
+    height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Image width in pixels."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the first image; image i has seed + i."})
+    batch_size: int = field(default=8, metadata={"help": "Images sampled together."})
+    device: str | None = field(default=None, metadata={"help": "Where to run; a GPU if there is one."})
+    output_dir: str = field(default="outputs", metadata={"help": "Where results go."})
+
+    def __post_init__(self):
+        for name in ("num_prompts", "num_inference_steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+    def overrides(self) -> dict:
+        """The settings of the sampler that were given, by name."""
+        names = ("num_inference_steps", "guidance_scale", "eta", "negative_prompt", "height", "width")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def read_prompts(self) -> list[str]:
+        """The prompts that the arguments name."""
+        from ..spo_trainer import read_prompts
+
+        if self.prompts is None:
+            raise SystemExit("There are no prompts: name a .txt file with one per line, or a dataset, with --prompts.")
+        prompts = read_prompts(load_prompts(self.prompts, self.prompts_split), self.prompts_column, "prompts")
+        return prompts[: self.num_prompts]
+
+    def target_device(self) -> str:
+        """The device that was named, or a GPU if there is one."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def place(self, pipeline):
+        """Moves an [`SPOPipeline`] to the device, with the LoRA in it."""
+        if self.lora is not None:
+            path = Path(self.lora)
+            if path.is_dir() and not any(path.glob("*.safetensors")):
+                raise SystemExit(f"{self.lora!r} has no .safetensors file, so there is no LoRA to load.")
+            pipeline.sd_pipeline.load_lora_weights(self.lora, adapter_name="spo")
+            pipeline.sd_pipeline.set_adapters("spo", self.lora_scale)
+        return pipeline.to(self.target_device())

@@ -1,0 +1,155 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The console command `trl-spo`: the scripts of this folder as subcommands.
+
+The training commands run in this process, or, with `--accelerate_config` or another option of `accelerate launch`, in
+processes that accelerate starts. What is heavy is imported once a command is known, so `trl-spo --help` answers at once.
+"""
+
+import importlib
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+
+COMMANDS = {  # name -> (module, runs on several devices, what it does)
+    "spo": ("spo", True, "train a LoRA of a diffusion model with SPO"),
+    "step-reward": ("step_reward", True, "train the step-aware reward model on preference images"),
+    "evaluate": (
+        "evaluate",
+        False,
+        "score images of a model, alone or against its base, with stated seeds and sampler",
+    ),
+    "sample": ("sample", False, "make images from prompts"),
+}
+
+
+def named_accelerate_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    folder = Path(str(resources.files(__package__.rpartition(".")[0]))) / "accelerate_configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def usage() -> str:
+    """The text of `trl-spo --help`."""
+    lines = ["usage: trl-spo COMMAND [--config FILE.yaml] [arguments]", "", "commands:"]
+    lines += [f"  {name:12} {text}" for name, (_, _, text) in COMMANDS.items()]
+    lines += [
+        "",
+        "`trl-spo COMMAND --help` lists the arguments of a command. Arguments come from the YAML file of --config and",
+        "from the command line, which goes first.",
+        "",
+        "spo and step-reward on several devices:",
+        "  --accelerate_config NAME|PATH   a file of `accelerate config`, or one of",
+        "                                  " + ", ".join(named_accelerate_configs()),
+        "  --num_processes N, ...          or any other option of `accelerate launch`",
+    ]
+    return "\n".join(lines)
+
+
+def resolve_accelerate_config(value: str) -> Path:
+    """
+    The file that `--accelerate_config` means.
+
+    Raises:
+        SystemExit: if it is neither a file nor the name of a configuration of the package.
+    """
+    known = named_accelerate_configs()
+    if Path(value).is_file():
+        return Path(value)
+    if value not in known:
+        raise SystemExit(
+            f"trl-spo: --accelerate_config must be a file, or one of {', '.join(known)}; got {value!r}. "
+            "`accelerate config` writes such a file."
+        )
+    return known[value]
+
+
+def split_launch_arguments(parser, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """
+    Tell the options of `accelerate launch` from those of a script, which go first where both have one.
+
+    Args:
+        parser (`argparse.ArgumentParser`): the script's parser.
+        arguments (`list[str]`): what stands after the command.
+
+    Returns:
+        `tuple[list[str], list[str]]`: options for `accelerate launch`, and options for the script.
+    """
+    from accelerate.commands.launch import launch_command_parser
+
+    own = set(parser._option_string_actions) | {"--config"}
+    launchers = (set(launch_command_parser()._option_string_actions) | {"--accelerate_config"}) - own
+    launch, script = [], []
+    target = script
+    for argument in arguments:
+        if argument.startswith("-"):  # what follows, up to the next option, is its value
+            target = launch if argument.partition("=")[0] in launchers else script
+        target.append(argument)
+    return launch, script
+
+
+def launch_with_accelerate(module: str, launch: list[str], arguments: list[str]) -> int:
+    """`accelerate launch LAUNCH -m MODULE ARGUMENTS`; returns its exit status."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch = [part for argument in launch for part in argument.split("=", 1)]
+    if "--accelerate_config" in launch:
+        index = launch.index("--accelerate_config")
+        if index + 1 == len(launch):
+            raise SystemExit("trl-spo: --accelerate_config needs a value, a file or a name.")
+        launch[index : index + 2] = ["--config_file", str(resolve_accelerate_config(launch[index + 1]))]
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "--module", module, *arguments]))
+    except subprocess.CalledProcessError as error:  # the script has said why
+        return error.returncode
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs `trl-spo`.
+
+    Args:
+        argv (`list[str]`, *optional*): the arguments; those of the process by default.
+
+    Returns:
+        `int`: exit status.
+    """
+    command, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        print(importlib.import_module(__package__.rpartition(".")[0]).__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"trl-spo: there is no command {command!r}; it must be one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    name, distributed, _ = COMMANDS[command]
+    script = importlib.import_module(f".{name}", __package__)
+    parser = script.make_parser(prog=f"trl-spo {command}")
+    if distributed:
+        launch, arguments = split_launch_arguments(parser, arguments)
+        if launch:
+            return launch_with_accelerate(script.__name__, launch, arguments)
+    script.main(*parser.parse_args_and_config(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

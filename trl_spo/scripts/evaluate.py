@@ -1,0 +1,166 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Score the images of a model, alone or against its base with the same prompts and seeds, under a stated protocol.
+
+```bash
+trl-spo evaluate --lora spo-sd15 --base --prompts validation.txt --metrics pickscore hps_v2.1 image_reward aesthetic
+trl-spo evaluate --lora spo-sd15 --base --prompts validation.txt --metrics step_reward \
+    --reward_model_name_or_path step-reward-sd15
+```
+
+Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_sheet.png` to `--output_dir`.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from trl import TrlParser
+
+from .arguments import PipelineArguments, RewardModelArguments, SamplerArguments
+
+
+STEP_REWARD = "step_reward"
+
+
+@dataclass
+class EvaluateArguments:
+    r"""
+    What to measure, against what, and how.
+
+    Args:
+        protocol (`str`, *optional*, defaults to `"spo-paper"`):
+            Name of a protocol in `trl_spo.evaluation.PROTOCOLS`. Options of the sampler that are given change it, and
+            the report says so.
+        metrics (`list[str]`, *optional*, defaults to `["pickscore", "hps_v2.1", "image_reward", "aesthetic"]`):
+            Names of `trl_spo.metrics.METRICS`, and `step_reward` for the reward model of the other arguments, which
+            judges finished images at timestep 0.
+        metric_options (`dict`, *optional*):
+            Per metric, arguments of its `from_pretrained`, such as folders instead of Hub ids. JSON on the command line.
+        base (`bool`, *optional*, defaults to `False`):
+            Compare with the same model without the LoRA.
+        base_model_name_or_path (`str`, *optional*):
+            Compare with this pipeline instead, as after full fine-tuning.
+        num_sheet_images (`int`, *optional*, defaults to `16`):
+            Images on the contact sheet.
+    """
+
+    protocol: str = field(default="spo-paper", metadata={"help": "Name of the protocol."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["pickscore", "hps_v2.1", "image_reward", "aesthetic"],
+        metadata={"help": "Metrics to compute; step_reward is the reward model."},
+    )
+    metric_options: dict | str | None = field(
+        default=None, metadata={"help": "Per metric, arguments of its from_pretrained, as JSON."}
+    )
+    base: bool = field(default=False, metadata={"help": "Compare with the same model without the LoRA."})
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Compare with this pipeline instead."})
+    num_sheet_images: int = field(default=16, metadata={"help": "Images on the contact sheet."})
+
+    def __post_init__(self):
+        if isinstance(self.metric_options, str):
+            self.metric_options = json.loads(self.metric_options)
+        unknown = set(self.metric_options or {}) - set(self.metrics)
+        if unknown:
+            raise ValueError(f"`metric_options` names {sorted(unknown)}, which `metrics` does not: {self.metrics}.")
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The parser whose results [`main`] takes."""
+    return TrlParser((PipelineArguments, SamplerArguments, RewardModelArguments, EvaluateArguments), prog=prog)
+
+
+def make_protocol(name: str, sampler_args: SamplerArguments):
+    """The named [`EvaluationProtocol`] with the sampler options that were given, which become part of its name."""
+    from ..evaluation import PROTOCOLS
+
+    if name not in PROTOCOLS:
+        raise SystemExit(f"There is no protocol {name!r}; there are {', '.join(PROTOCOLS)}.")
+    given = sampler_args.overrides()
+    if sampler_args.seed is not None:
+        given["seed"] = sampler_args.seed
+    changes = {key: value for key, value in given.items() if getattr(PROTOCOLS[name], key) != value}
+    if not changes:
+        return PROTOCOLS[name]
+    changed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    return dataclasses.replace(PROTOCOLS[name], name=f"{name} with {changed}", **changes)
+
+
+def load_metrics(arguments: EvaluateArguments, reward_args: RewardModelArguments, device) -> dict:
+    """The metrics by name, in the order given."""
+    from ..metrics import METRICS, load_metric
+
+    unknown = [name for name in arguments.metrics if name not in (*METRICS, STEP_REWARD)]
+    if unknown:
+        raise SystemExit(f"There is no metric {unknown[0]!r}; there are {', '.join(METRICS)} and {STEP_REWARD}.")
+    metrics = {}
+    for name in arguments.metrics:
+        if name == STEP_REWARD:
+            metrics[name] = reward_args.load().eval().to(device)
+        else:
+            metrics[name] = load_metric(name, device=device, **(arguments.metric_options or {}).get(name, {}))
+    return metrics
+
+
+def main(
+    model_args: PipelineArguments,
+    sampler_args: SamplerArguments,
+    reward_args: RewardModelArguments,
+    evaluate_args: EvaluateArguments,
+):
+    """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
+    from ..evaluation import evaluate_pipeline, generate_images
+    from ..pipeline_base import wrap_pipeline
+    from ..visualization import before_after_sheet
+
+    if evaluate_args.base and sampler_args.lora is None:
+        raise SystemExit(
+            "--base compares with the model without the LoRA, and there is no --lora. To compare two pipelines, name "
+            "the other one with --base_model_name_or_path."
+        )
+    if evaluate_args.base and evaluate_args.base_model_name_or_path is not None:
+        raise SystemExit("--base and --base_model_name_or_path name two things to compare with; give one of them.")
+    protocol = make_protocol(evaluate_args.protocol, sampler_args)
+    prompts = sampler_args.read_prompts()
+    pipeline = model_args.load_pipeline()
+    device = sampler_args.target_device()
+    metrics = load_metrics(evaluate_args, reward_args, device)
+    base = None
+    if evaluate_args.base:  # before the LoRA comes, so that one model in memory is enough
+        seeds = [protocol.seed + i for i in range(len(prompts))]
+        settings = {"seeds": seeds, "batch_size": sampler_args.batch_size, **protocol.sampler()}
+        base = generate_images(pipeline.to(device), prompts, progress="base model", **settings)
+    elif evaluate_args.base_model_name_or_path is not None:
+        base = wrap_pipeline(evaluate_args.base_model_name_or_path, torch_dtype=model_args.dtype).to(device)
+    result = evaluate_pipeline(
+        sampler_args.place(pipeline),
+        prompts,
+        metrics,
+        protocol=protocol,
+        base=base,
+        output_dir=sampler_args.output_dir,
+        batch_size=sampler_args.batch_size,
+        num_sheet_images=evaluate_args.num_sheet_images,
+        sheet=before_after_sheet,
+        progress="evaluation",
+    )
+    print(result.table())
+    print(f"{protocol.in_words()} Written to {sampler_args.output_dir}.")
+    return result
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

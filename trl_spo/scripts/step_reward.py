@@ -1,0 +1,60 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Train the step-aware reward model of SPO on preference images.
+
+```bash
+trl-spo step-reward --config examples/configs/step_reward_sd15.yaml
+accelerate launch -m trl_spo.scripts.step_reward --config examples/configs/step_reward_sd15.yaml
+```
+"""
+
+from trl import TrlParser
+
+from ..step_reward_config import StepRewardConfig
+from .arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments, resume_from
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The parser whose results [`main`] takes."""
+    types = (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, StepRewardConfig)
+    return TrlParser(types, prog=prog)
+
+
+def main(
+    model_args: DiffusionModelArguments,
+    reward_args: RewardModelArguments,
+    data_args: EvaluationDataArguments,
+    config: StepRewardConfig,
+):
+    """Loads what the arguments name, trains, and saves the reward model to `config.output_dir`."""
+    from transformers import set_seed
+
+    from ..step_preference_data import load_preference_dataset
+    from ..step_reward_trainer import StepRewardTrainer
+
+    set_seed(config.seed)  # a fresh reward model draws its timestep embedding
+    evaluation = None
+    if data_args.eval_dataset_name is not None:
+        evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
+    trainer = StepRewardTrainer(config, model_args.load_pipeline(), reward_args.load(), eval_dataset=evaluation)
+    trainer.train(resume_from_checkpoint=resume_from(config))
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
