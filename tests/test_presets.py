@@ -18,7 +18,6 @@ scripts parse it, hold the published numbers (written out below once more, from 
 configs do by default.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,10 @@ from trl import TrlParser
 
 from trl_spo import SPOConfig, StepRewardConfig
 from trl_spo.pipeline_stable_diffusion import default_lora_config
+from trl_spo.scripts.arguments import DiffusionModelArguments, RewardModelArguments
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES / "scripts"))
-
-from script_arguments import DiffusionModelArguments, RewardModelArguments  # noqa: E402
 
 
 SPO = {  # published for both models

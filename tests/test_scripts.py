@@ -43,7 +43,7 @@ from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipel
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = EXAMPLES / "scripts"
 CONFIGS = EXAMPLES / "accelerate_configs"
-LAUNCHERS = sorted(path for path in SCRIPTS.glob("*.py") if path.stem != "script_arguments")
+LAUNCHERS = sorted(SCRIPTS.glob("*.py"))
 TRAINING = ["--report_to", "none", "--use_cpu", "true", "--logging_steps", 1, "--save_strategy", "no"]
 
 

@@ -14,16 +14,25 @@
 
 """Necessity: a picture that frames the wrong candidate misleads more than no picture; pixels are checked where they mean."""
 
+import io
+import json
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
-from PIL import ImageColor
+from PIL import Image, ImageColor, ImageFont
 
-from trl_spo import stepwise_rollout, wrap_pipeline
+from trl_spo import SPOConfig, SPOTrainer, stepwise_rollout, wrap_pipeline
 from trl_spo.visualization import (
     LOSE,
     NEXT,
     WIN,
+    ImageLoggingCallback,
+    _fit_lines,
+    _font,
+    _printable,
     before_after_sheet,
     candidate_tree,
     plot_accuracy_by_timestep,
@@ -64,6 +73,58 @@ def test_sheet_has_before_left_of_after_and_marks_direction():
     assert not has(before_after_sheet(red, blue, PROMPTS[:2]), WIN).any()
 
 
+PROMPTS_THAT_HURT = [
+    "",
+    "word " * 200,
+    "x" * 500,
+    "一只红色的猫在蓝色背景上" * 10,
+    "кот 🐱 und ein Schloß, naïve — “quotes” \u202e\u0000\ud83d",
+    "two\nlines\tand a tab",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS_THAT_HURT, ids=["empty", "words", "word", "chinese", "mixed", "lines"])
+def test_texts_of_any_kind_stay_in_their_place(prompt):
+    font = _font(12, _printable(prompt))
+    lines = _fit_lines(_printable(prompt), font, 200, 2)
+    assert len(lines) <= 2 and all(font.getlength(line) <= 200 for line in lines)
+    assert len(prompt) < 30 or lines[-1].endswith("…") == (font.getlength(_printable(prompt)) > 400)
+    images = solid(1, 0, 0, count=2)
+    sheet = before_after_sheet(images, images, [prompt, "a red cat"], title=prompt or None, columns=2, size=64)
+    column = np.asarray(sheet)[45:, 12 + 2 * 64 + 8 : 12 + 2 * 64 + 22]
+    assert (column == 255).all(), "the prompt runs into its neighbour"
+
+
+def test_lines_break_between_words_and_lose_nothing_that_fits():
+    font = _font(12)
+    assert _fit_lines("a red cat", font, 500, 2) == ["a red cat"]
+    width = font.getlength("a red cat on")
+    assert _fit_lines("a red cat on a blue dog", font, width, 3) == ["a red cat on", "a blue dog"]
+    assert _fit_lines("a red cat on a blue dog", font, width, 1)[0].endswith("…")
+
+
+def test_a_font_is_found_for_what_dejavu_lacks_or_it_stays():
+    from matplotlib import font_manager
+
+    assert _font(12, "naïve Ж").getname()[0] == "DejaVu Sans"
+    has_chinese = [
+        entry for entry in font_manager.fontManager.ttflist
+        if "Last Resort" not in entry.name and ord("猫") in font_manager.get_font(entry.fname).get_charmap()
+    ]  # fmt: skip
+    assert (_font(12, "猫").getname()[0] == "DejaVu Sans") == (not has_chinese)
+    assert isinstance(_font(12, "\U000e0001"), ImageFont.FreeTypeFont)  # in no font
+
+
+def test_sheets_with_scores_of_one_side_and_errors():
+    red, blue = solid(1, 0, 0, count=2), solid(0, 0, 1, count=2)
+    sheet = before_after_sheet(red, blue, PROMPTS[:2], after_scores={"a long name of a metric": torch.ones(2)})
+    assert not has(sheet, WIN).any() and sheet.width == 12 + 2 * (2 * 128 + 24)
+    with pytest.raises(ValueError, match="'after': 1"):
+        before_after_sheet(red, blue[:1], PROMPTS[:2])
+    with pytest.raises(ValueError, match="scores of 'reward'"):
+        before_after_sheet(red, blue, PROMPTS[:2], {"reward": torch.ones(3)})
+
+
 def test_tree_frames_winner_loser_and_continuation(tmp_path):
     pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
     settings = {"num_inference_steps": 4, "branch_start_step": 1, "guidance_scale": 1.0}
@@ -81,6 +142,13 @@ def test_tree_frames_winner_loser_and_continuation(tmp_path):
             > pairs.branches[column].scores[pairs.branches[column].next_index[1], 1]
         ).sum()
         assert np.argwhere(blue[:, left])[:, 0].min() == 52 + int(rank) * 130
+    titled = candidate_tree(pipeline, pairs, prompt_row=1, title="a prompt " * 50)
+    assert (
+        titled.height == tree.height + 26
+        and titled.crop((0, 52, *titled.size)).tobytes() == tree.crop((0, 26, *tree.size)).tobytes()
+    )
+    with pytest.raises(IndexError, match=r"in \[0, 2\)"):
+        candidate_tree(pipeline, pairs, prompt_row=2)
     with pytest.raises(ValueError, match="return_trajectory=True"):
         candidate_tree(pipeline, stepwise_rollout(pipeline, PROMPTS[:1], brightness_reward, **settings))
 
@@ -94,8 +162,89 @@ def test_curves_draw_what_was_logged():
         plot_curves(history, ["never"])
 
 
+def test_all_curves_share_panels_by_prefix():
+    history = [
+        {"step": 1, "epoch": 0.1, "loss": 0.7, "rewards/chosen": 0.1, "rewards/rejected": -0.1, "note": "text"},
+        {"step": 2, "epoch": 0.2, "loss": 0.6, "rewards/chosen": 0.2, "eval_reward_mean": float("nan")},
+        {"step": 2, "train_runtime": 3.0, "train_loss": 0.5, "total_flos": 0.0},
+    ]
+    figure = plot_curves(history, title="all")
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "rewards", "eval_reward_mean"]
+    assert [line.get_label() for line in figure.axes[1].lines] == ["chosen", "rejected"]
+    assert Image.open(io.BytesIO(figure._repr_png_())).width == 1200  # what a notebook shows
+    with pytest.raises(ValueError, match="no metric"):
+        plot_curves([{"train_loss": 1.0}])
+
+
 def test_accuracy_curve_has_a_line_per_model():
     figure = plot_accuracy_by_timestep({"step-aware": {0: 0.9, 501: 0.8}, "plain": {501: 0.7, 0: 0.9}})
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert lines["plain"] == [[0, 0.9], [501, 0.7]]
     assert lines["chance"][0][1] == 0.5
+    evaluation = {"eval_accuracy": 0.7, "eval_accuracy/t_0": 0.2, "eval_accuracy/t_501": 0.6, "eval_loss": 0.7}
+    axes = plot_accuracy_by_timestep({"model": evaluation}).axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[0, 0.2], [501, 0.6]] and axes.get_ylim()[0] < 0.2
+    with pytest.raises(ValueError, match="no accuracy by timestep"):
+        plot_accuracy_by_timestep({"model": {"loss": 1.0}})
+
+
+def run_with_images(folder, report_to):
+    """Two steps of SPO with images at steps 0, 1 and, as training ends there, 2; returns the trainer."""
+    config = SPOConfig(
+        str(folder / "run"), max_steps=3, log_images_steps=2, num_eval_images=2, report_to=report_to, save_strategy="no",
+        num_inference_steps=3, branch_start_step=1, preference_threshold=0.0, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SPOTrainer(config, tiny_sd_pipeline(folder), brightness_reward, train_dataset=PROMPTS)
+    trainer.train()
+    return trainer
+
+
+def test_images_arrive_in_tensorboard_and_in_the_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "events")
+    try:
+        trainer = run_with_images(tmp_path, "tensorboard")
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    folder = tmp_path / "run" / "images"
+    assert sorted(path.name for path in folder.glob("step_*.png")) == [f"step_{i:06d}.png" for i in (0, 2, 3)]
+    record = json.loads((folder / "samples.json").read_text())
+    assert record == {"step": 3, "prompts": PROMPTS[:2], "images": ["sample_0.png", "sample_1.png"]}
+    expected = [to_pil(image) for image in trainer.generate(PROMPTS[:2])]
+    for name, picture in zip(record["images"], expected, strict=True):
+        assert Image.open(folder / name).tobytes() == picture.tobytes()
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("events.*")).parent), size_guidance={"images": 0})
+    events.Reload()
+    logged = {tag: events.Images(tag) for tag in events.Tags()["images"]}
+    assert len(logged) == 2
+    for i, images in enumerate(logged[tag] for tag in sorted(logged)):
+        assert [image.step for image in images] == [0, 2, 3]
+        picture = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)).convert("RGB"), dtype=int)
+        assert abs(picture - np.asarray(expected[i], dtype=int)).max() <= 1  # TensorBoard rounds down
+
+
+def test_images_arrive_in_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run_with_images(tmp_path, "wandb")
+    wandb.finish()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png"))
+    assert len(files) == 3 * 2
+
+
+def test_images_arrive_in_trackio(tmp_path, monkeypatch):
+    if "trackio" not in sys.modules:
+        monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    run_with_images(tmp_path, "trackio")
+    assert len(list((tmp_path / "trackio").rglob("media/**/*.png"))) == 3 * 2
+
+
+def test_trackers_are_imported_only_when_they_are_asked_for(tmp_path):
+    known = set(sys.modules)
+    trainer = run_with_images(tmp_path, "none")
+    assert any(isinstance(callback, ImageLoggingCallback) for callback in trainer.callback_handler.callbacks)
+    assert not {"wandb", "trackio"} & (set(sys.modules) - known)

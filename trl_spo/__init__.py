@@ -23,7 +23,11 @@ from transformers.utils import _LazyModule
 __version__ = "0.1.0"
 
 _import_structure = {
+    "callbacks": ["EMACallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
+    "evaluation": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
+    "export": ["export_kohya", "merge_lora"],
+    "metrics": ["load_metric"],
     "modeling_step_reward": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
     "pipeline_base": ["wrap_pipeline"],
@@ -40,8 +44,12 @@ _import_structure = {
 }
 
 if TYPE_CHECKING:
+    from .callbacks import EMACallback
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
+    from .evaluation import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
+    from .export import export_kohya, merge_lora
     from .losses import spo_loss, step_preference_loss
+    from .metrics import load_metric
     from .modeling_step_reward import StepAwareRewardModel, StepAwareRewardModelConfig
     from .pair_selection import PairSelection, select_pairs
     from .pipeline_base import wrap_pipeline

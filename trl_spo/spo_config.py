@@ -227,6 +227,15 @@ class SPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
+    def __getstate__(self) -> dict:
+        """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self):  # a copy in memory keeps it
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __post_init__(self):
         self._check_spo_arguments()
         super().__post_init__()

@@ -42,6 +42,7 @@ from transformers.utils import logging
 from .evaluation import generate_images, score_images
 from .losses import spo_loss
 from .memory import rollout_chunk_sizes
+from .model_card import describe_reward, read_samples, spo_model_card
 from .modeling_step_reward import StepAwareRewardModel
 from .pipeline_base import PromptEmbeds, load_scoring_vae, wrap_pipeline
 from .rollout import StepPairs, stepwise_rollout
@@ -933,56 +934,32 @@ class SPOTrainer(Trainer):
         logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         self.load_model(self.state.best_model_checkpoint)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The parent copies files of transformers models to `output_dir` and uploads that; our files are put there first."""
+        if self.args.hub_strategy != "end":
+            self._save(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
         if self.is_world_process_zero():
             self._write_model_card(Path(self.args.output_dir))
 
     def _write_model_card(self, output_dir: Path) -> None:
-        args = self.args
-        base = str(getattr(self.pipeline.sd_pipeline, "name_or_path", None) or "")
-        is_hub_id = base.count("/") == 1 and not Path(base).exists()
-        recipe = {
-            name: getattr(args, name)
-            for name in (
-                "learning_rate per_device_train_batch_size gradient_accumulation_steps world_size "
-                "per_device_rollout_batch_size num_candidates num_inner_steps branch_start_step branch_end_step "
-                "preference_threshold beta epsilon kl_coef resample pair seed"
-            ).split()
-        }
-        header = ["library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
-        header += [f"- {tag}" for tag in (*self._tag_names, *(["lora"] if self.pipeline.use_lora else []))]
-        header += [f"base_model: {base}"] if is_hub_id else []
-        load = (
-            'pipe.load_lora_weights("path/to/this/folder")'
-            if self.pipeline.use_lora
-            else f"pipe.{self.pipeline.denoiser_name} = "
-            f'{type(self.pipeline.denoiser).__name__}.from_pretrained("path/to/this/folder", '
-            f'subfolder="{self.pipeline.denoiser_name}")'
+        pipeline = self.pipeline
+        card = spo_model_card(
+            self.args,
+            name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
+            base_model=getattr(pipeline.sd_pipeline, "name_or_path", None),
+            scheduler=pipeline.scheduler,
+            denoiser_name=pipeline.denoiser_name,
+            denoiser_class=type(pipeline.denoiser).__name__,
+            use_lora=pipeline.use_lora,
+            reward_model=describe_reward(self.reward_model),
+            global_step=self.state.global_step,
+            num_pairs=self.pair_loader.num_pairs_seen,
+            log_history=self.state.log_history,
+            samples=read_samples(output_dir),
+            tags=self._tag_names,
         )
-        evaluations = [log for log in self.state.log_history if "eval_reward_mean" in log]
-        lines = ["---", *header, "---", "", f"# {output_dir.name}", ""]
-        lines += [
-            f"{'LoRA' if self.pipeline.use_lora else 'Denoiser'} trained with Step-aware Preference Optimization "
-            f"([paper](https://huggingface.co/papers/{self._paper['id']})) for {self.state.global_step} steps on "
-            f"{self.pair_loader.num_pairs_seen} pairs.",
-            "",
-            f"```python\n{load}\n```",
-            "",
-            "## Sampler",
-            "",
-            f"{type(self.pipeline.scheduler).__name__}, {args.num_inference_steps} steps, eta {args.eta}, guidance "
-            f"{args.guidance_scale}. Compare with the base model under the same sampler: guidance alone moves scores.",
-            "",
-            "## Recipe",
-            "",
-            "| setting | value |",
-            "|---|---|",
-            *(f"| `{name}` | {value} |" for name, value in recipe.items()),
-            "",
-        ]
-        if evaluations:
-            lines += ["## Evaluation", "", "| metric | last |", "|---|---|"]
-            lines += [f"| `{k}` | {v:.4f} |" for k, v in evaluations[-1].items() if k.endswith(("_mean", "_std"))]
-            lines += [""]
-        (output_dir / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        (output_dir / "README.md").write_text(card, encoding="utf-8")

@@ -207,6 +207,15 @@ class StepRewardConfig(TrainingArguments):
         metadata={"help": "Timesteps at which evaluation measures accuracy."},
     )
 
+    def __getstate__(self) -> dict:
+        """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self):  # a copy in memory keeps it
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.min_timestep <= self.max_timestep:

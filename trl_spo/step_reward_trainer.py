@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainerCallback
 
 from .losses import step_preference_loss
+from .model_card import step_reward_model_card
 from .modeling_step_reward import StepAwareRewardModel, StepRewardOutput
 from .pipeline_base import wrap_pipeline
 from .step_preference_data import (
@@ -382,6 +383,34 @@ class StepRewardTrainer(Trainer):
         if "loss" in logs:  # a logging step of the training loop, not its summary and not an evaluation
             logs.update(self._train_averages.pop())
         super().log(logs, *args, **kwargs)
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What the parent saves, and a model card."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self._write_model_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
+        if self.is_world_process_zero():
+            self._write_model_card(Path(self.args.output_dir))
+
+    def _write_model_card(self, output_dir: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        card = step_reward_model_card(
+            self.args,
+            name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
+            base_model=model.config.name_or_path,
+            pipeline=getattr(self.pipeline.sd_pipeline, "name_or_path", None),
+            num_train_timesteps=model.config.num_train_timesteps,
+            step_conditioning=model.config.step_conditioning,
+            global_step=self.state.global_step,
+            log_history=self.state.log_history,
+            tags=self._tag_names,
+        )
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
 
     # ---- evaluation ----
 

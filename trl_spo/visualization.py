@@ -17,17 +17,26 @@ Pictures: sheets of images before and after, the candidate tree of a rollout, cu
 `PIL.Image.Image` or a matplotlib figure, for a notebook or for `.save` / `.savefig`.
 """
 
+import functools
+import io
+import json
+import numbers
+import re
 from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from transformers import TrainerCallback
 
 from .rollout import StepPairs
 
 
+SAMPLES_NAME = "samples.json"
+LEGEND_WIDTH = 360  # of a candidate tree
 WIN, LOSE, NEXT, INK, PAPER, MUTED = "#1a9850", "#d73027", "#2166ac", "#222222", "#ffffff", "#777777"
 
 
@@ -41,26 +50,57 @@ def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
     return picture.resize((size, round(size * picture.height / picture.width)), resample)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
+DEJAVU = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+
+
+@functools.lru_cache(maxsize=64)
+def _characters(font: str) -> frozenset[int]:
+    try:
+        return frozenset(FT2Font(font).get_charmap())
+    except (OSError, RuntimeError):  # listed, but gone or not readable
+        return frozenset()
+
+
+@functools.lru_cache(maxsize=256)
+def _font_file(text: str) -> str:
+    """DejaVu Sans, or an installed font that has more of the text's characters: DejaVu has no Chinese, for example."""
+    needed = {ord(character) for character in text if not character.isspace()}
+    best, missing = DEJAVU, len(needed - _characters(DEJAVU))
+    for entry in font_manager.fontManager.ttflist if missing else ():
+        placeholder = "Last Resort" in entry.name  # matplotlib's: one box per script, for every character there is
+        if entry.style == "normal" and not placeholder and (count := len(needed - _characters(entry.fname))) < missing:
+            best, missing = entry.fname, count
+        if not missing:
+            break
+    return best
+
+
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_file(text), size)
+
+
+def _printable(text: str) -> str:
+    """One line without what no font can draw: control characters and halves of surrogate pairs."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() and not 0xD800 <= ord(c) < 0xE000 else "\ufffd" for c in text)
 
 
 def _fit_lines(text: str, font, width: int, max_lines: int) -> list[str]:
-    """Break text into at most `max_lines` lines of `width` pixels; an ellipsis marks what is cut."""
-    lines, words = [""], text.split()
-    for position, word in enumerate(words):
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        elif len(lines) < max_lines:
-            lines.append(word)
-        else:
-            lines[-1] += "…"
-            break
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            lines[-1] = lines[-1][:-2] + "…"
-        if position == len(words) - 1:
-            break
+    """
+    Break text into at most `max_lines` lines of `width` pixels, between words where there are any; an ellipsis marks
+    what is cut.
+    """
+    lines, rest = [], text.strip()
+    while rest and len(lines) < max_lines:
+        if font.getlength(rest) <= width:
+            return [*lines, rest]
+        last, end = len(lines) == max_lines - 1, len(rest)
+        while end > 1 and font.getlength(rest[:end] + ("…" if last else "")) > width:
+            end -= 1
+        space = -1 if last else rest.rfind(" ", 0, end + 1)
+        cut = space if space > 0 else end
+        lines.append(rest[:cut].rstrip() + ("…" if last else ""))
+        rest = rest[cut:].lstrip()
     return lines
 
 
@@ -85,18 +125,32 @@ def before_after_sheet(
         size (`int`, *optional*, defaults to `128`): pixels of one image's side.
         title (`str`, *optional*): heading; state the sampler in it.
 
+    Texts of any length and script are wrapped and cut to their place; a font of the system is used for characters
+    DejaVu Sans does not have.
+
     Returns:
         `PIL.Image.Image`.
+
+    Raises:
+        ValueError: if the numbers of images, prompts and scores differ.
     """
-    font, small, heading = _font(12), _font(11), _font(16)
-    metrics = list(before_scores or {})
+    before_scores, after_scores = before_scores or {}, after_scores or {}
+    lengths = {"before": len(before), "after": len(after), "prompts": len(prompts)}
+    lengths |= {f"scores of {name!r}": len(v) for part in (before_scores, after_scores) for name, v in part.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"A sheet needs as many images before and after, prompts and scores; got {lengths}.")
+    small = _font(11)
+    metrics = list(dict.fromkeys([*before_scores, *after_scores]))
+    columns = max(1, min(columns, len(prompts)))
     height = round(size * before.shape[-2] / before.shape[-1])
     cell_width, cell_height = 2 * size + 24, 18 + height + 34 + 15 * len(metrics) + 14
     rows, top = -(-len(prompts) // columns), 40 if title else 10
     sheet = Image.new("RGB", (columns * cell_width + 12, top + rows * cell_height + 8), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((12, 10), title, font=heading, fill=INK)
+        title = _printable(title)
+        heading = _font(16, title)
+        draw.text((12, 10), *_fit_lines(title, heading, sheet.width - 24, 1), font=heading, fill=INK)
     for i, prompt in enumerate(prompts):
         x, y = 12 + (i % columns) * cell_width, top + (i // columns) * cell_height
         for j, (name, images, scores) in enumerate(
@@ -106,17 +160,24 @@ def before_after_sheet(
             draw.text((left, y), name, font=small, fill=MUTED)
             sheet.paste(to_pil(images[i], size), (left, y + 16))
             for line, metric in enumerate(metrics):
-                text = f"{metric} {scores[metric][i].item():.2f}"
-                change = round(scores[metric][i].item(), 2) - round(before_scores[metric][i].item(), 2)
-                color = INK if change == 0 else WIN if change > 0 else LOSE
+                if metric not in scores:
+                    continue
+                value = round(scores[metric][i].item(), 2)
+                text = _fit_lines(f"{value:.2f} {metric}", small, size, 1)[0]
+                change = value - round(before_scores[metric][i].item(), 2) if metric in before_scores else 0
+                color = WIN if change > 0 else LOSE if change < 0 else INK
                 draw.text((left, y + 18 + height + 34 + 15 * line), text, font=small, fill=color)
+        prompt = _printable(prompt)
+        font = _font(12, prompt)
         for line, text in enumerate(_fit_lines(prompt, font, 2 * size, 2)):
             draw.text((x, y + 19 + height + 15 * line), text, font=font, fill=INK)
     return sheet
 
 
 @torch.no_grad()
-def candidate_tree(pipeline, pairs: StepPairs, prompt_row: int = 0, size: int = 96) -> Image.Image:
+def candidate_tree(
+    pipeline, pairs: StepPairs, prompt_row: int = 0, size: int = 96, title: str | None = None
+) -> Image.Image:
     """
     The branches of one prompt's rollout: a column per branching step, its K candidates as predicted clean images.
 
@@ -128,48 +189,79 @@ def candidate_tree(pipeline, pairs: StepPairs, prompt_row: int = 0, size: int = 
         pairs ([`StepPairs`]): of `stepwise_rollout(..., return_trajectory=True)`.
         prompt_row (`int`, *optional*, defaults to `0`): which prompt of the rollout.
         size (`int`, *optional*, defaults to `96`): pixels of one image's side.
+        title (`str`, *optional*): heading, such as the prompt.
+
+    Returns:
+        `PIL.Image.Image`.
 
     Raises:
         ValueError: if the rollout kept no trajectory.
+        IndexError: if there is no such prompt.
     """
     if not pairs.branches or pairs.branches[0].pred_original_samples is None:
         raise ValueError("The rollout kept no trajectory; call `stepwise_rollout(..., return_trajectory=True)`.")
+    num_candidates, num_prompts = pairs.branches[0].scores.shape
+    if not -num_prompts <= prompt_row < num_prompts:
+        raise IndexError(
+            f"`prompt_row` must be in [0, {num_prompts}), one of the rollout's prompts; got {prompt_row}."
+        )
     small, font = _font(11), _font(12)
-    num_candidates = len(pairs.branches[0].scores)
-    gap, cell = 14, size + 34
-    width = 12 + len(pairs.branches) * (size + gap + 12)
-    sheet = Image.new("RGB", (width, 58 + num_candidates * cell + 24), PAPER)
+    latents = pairs.branches[0].pred_original_samples
+    gap, cell = 14, round(size * latents.shape[-2] / latents.shape[-1]) + 34
+    width = max(12 + len(pairs.branches) * (size + gap + 12), LEGEND_WIDTH)
+    top = 26 if title else 0
+    sheet = Image.new("RGB", (width, top + 58 + num_candidates * cell + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
+    if title:
+        title = _printable(title)
+        heading = _font(14, title)
+        draw.text((12, 8), *_fit_lines(title, heading, width - 24, 1), font=heading, fill=INK)
     for column, branch in enumerate(pairs.branches):
         x = 12 + column * (size + gap + 12)
         images = pipeline.decode_latents(branch.pred_original_samples[:, prompt_row]) / 2 + 0.5
         order = branch.scores[:, prompt_row].argsort(descending=True)
         chosen, rejected, valid = (int(part[prompt_row]) for part in branch.selection)
-        draw.text((x, 10), f"t = {branch.timestep}", font=font, fill=INK)
-        draw.text((x, 28), "pair" if valid else "no pair", font=small, fill=INK if valid else MUTED)
+        draw.text((x, top + 10), f"t = {branch.timestep}", font=font, fill=INK)
+        draw.text((x, top + 28), "pair" if valid else "no pair", font=small, fill=INK if valid else MUTED)
         for row, k in enumerate(order.tolist()):
-            y = 52 + row * cell
+            y = top + 52 + row * cell
             frame = {chosen: WIN, rejected: LOSE}.get(k) if valid else MUTED if k in (chosen, rejected) else None
             if frame:
-                draw.rectangle((x - 4, y - 4, x + size + 3, y + size + 3), outline=frame, width=4)
+                draw.rectangle((x - 4, y - 4, x + size + 3, y + cell - 31), outline=frame, width=4)
             sheet.paste(to_pil(images[k], size), (x, y))
             if k == int(branch.next_index[prompt_row]):
-                draw.rectangle((x + size + 6, y, x + size + 11, y + size - 1), fill=NEXT)
-            draw.text((x, y + size + 6), f"{branch.scores[k, prompt_row]:.2f}", font=small, fill=INK)
-    legend = 58 + num_candidates * cell
+                draw.rectangle((x + size + 6, y, x + size + 11, y + cell - 35), fill=NEXT)
+            draw.text((x, y + cell - 28), f"{branch.scores[k, prompt_row]:.2f}", font=small, fill=INK)
+    legend = top + 58 + num_candidates * cell
     for x, color, text in ((12, WIN, "winner"), (112, LOSE, "loser"), (202, NEXT, "starts the next step")):
         draw.rectangle((x, legend + 2, x + 12, legend + 14), fill=color)
         draw.text((x + 18, legend), text, font=font, fill=INK)
     return sheet
 
 
-def plot_curves(log_history: list[dict], keys: list[str], title: str | None = None, x: str = "step") -> Figure:
+class NotebookFigure(Figure):
+    """A figure that a notebook shows without pyplot, and without `%matplotlib inline`."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+NOT_CURVES = {"epoch", "step", "total_flos"}
+
+
+def plot_curves(
+    log_history: list[dict], keys: list[str] | None = None, title: str | None = None, x: str = "step"
+) -> Figure:
     """
-    Curves of logged metrics, one panel each.
+    Curves of logged metrics.
 
     Args:
         log_history (list of `dict`): `trainer.state.log_history`.
-        keys (`list[str]`): metrics to draw; those that were never logged are left out.
+        keys (`list[str]`, *optional*): metrics to draw, one panel each; those that were never logged are left out. By
+            default all that were logged, with one panel for all that share what is before the slash
+            (`rewards/chosen`, `rewards/rejected`).
         title (`str`, *optional*): heading.
         x (`str`, *optional*, defaults to `"step"`): key of the horizontal axis.
 
@@ -179,23 +271,53 @@ def plot_curves(log_history: list[dict], keys: list[str], title: str | None = No
     Raises:
         ValueError: if none of the keys was logged.
     """
-    series = {key: [(log[x], log[key]) for log in log_history if key in log and x in log] for key in keys}
-    series = {key: points for key, points in series.items() if points}
+    if keys is None:
+        logged = dict.fromkeys(key for log in log_history if x in log for key in log)
+        wanted = [k for k in logged if k not in NOT_CURVES and k != x and not k.startswith("train_")]
+    else:
+        wanted = list(keys)
+    series = {key: [(log[x], log[key]) for log in log_history if key in log and x in log] for key in wanted}
+    series = {k: p for k, p in series.items() if p and all(isinstance(y, numbers.Real) for _, y in p)}
     if not series:
-        raise ValueError(f"None of {keys} is in the log history.")
-    columns = min(3, len(series))
-    rows = -(-len(series) // columns)
-    figure = Figure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
-    for index, (key, points) in enumerate(series.items()):
+        raise ValueError("There is no metric" if keys is None else f"None of {keys} is" + " in the log history.")
+    panels: dict[str, list[str]] = {}
+    for key in series:
+        panels.setdefault(key if keys is not None else key.partition("/")[0], []).append(key)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = NotebookFigure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
+    for index, (name, members) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.plot(*zip(*points, strict=True), color=NEXT, marker="." if len(points) < 40 else None)
-        axes.set_title(key, fontsize=10)
+        for number, key in enumerate(members):
+            points = series[key]
+            axes.plot(
+                *zip(*points, strict=True),
+                color=NEXT if len(members) == 1 else f"C{number % 10}",
+                linestyle="-" if number < 10 else "--",
+                marker="." if len(points) < 40 else None,
+                label=key.partition("/")[2] or key,
+            )
+        axes.set_title(members[0] if len(members) == 1 else name, fontsize=10)
         axes.set_xlabel(x, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
+        if len(members) > 1:
+            axes.legend(fontsize=6)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _by_timestep(values: dict) -> dict[int, float]:
+    """`{timestep: accuracy}` as it is, or picked from metrics such as `eval_accuracy/t_501`."""
+    picked = {}
+    for key, value in values.items():
+        match = re.fullmatch(r"(?:.*accuracy/t_)?(\d+)", str(key))
+        if match:
+            picked[int(match[1])] = value
+    if not picked:
+        raise ValueError(f"There is no accuracy by timestep, such as `eval_accuracy/t_501`, among {list(values)}.")
+    return picked
 
 
 def plot_accuracy_by_timestep(accuracy: dict[str, dict[int, float]], title: str | None = None) -> Figure:
@@ -203,18 +325,28 @@ def plot_accuracy_by_timestep(accuracy: dict[str, dict[int, float]], title: str 
     Accuracy of reward models over the timestep at which they judge.
 
     Args:
-        accuracy (`dict[str, dict[int, float]]`): per model, accuracy by timestep.
+        accuracy (`dict[str, dict[int, float]]`): per model, accuracy by timestep; what
+            [`StepRewardTrainer.evaluate`] returns will do, too.
         title (`str`, *optional*): heading.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if a model has no accuracy.
     """
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = NotebookFigure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
+    lowest = 0.5
     for name, values in accuracy.items():
+        values = _by_timestep(values)
         timesteps = sorted(values)
+        lowest = min(lowest, *values.values())
         axes.plot(timesteps, [values[t] for t in timesteps], marker="o", label=name)
     axes.axhline(0.5, color=MUTED, linestyle=":", label="chance")
     axes.set_xlabel("timestep (0: clean image)")
     axes.set_ylabel("accuracy")
-    axes.set_ylim(0.4, 1.0)
+    axes.set_ylim(max(0.0, min(0.4, lowest - 0.05)), 1.0)
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -225,44 +357,73 @@ def plot_accuracy_by_timestep(accuracy: dict[str, dict[int, float]], title: str 
 
 class ImageLoggingCallback(TrainerCallback):
     """
-    Samples the same prompts with the same seeds every `every` optimizer steps, saves a strip under
-    `output_dir/images`, and hands it to the trackers of the run (TensorBoard, Weights & Biases).
+    Samples the same prompts with the same seeds before the first step, every `every` optimizer steps and at the end.
+
+    Under `output_dir/images` it leaves a strip of all images per time (`step_000100.png`) and the latest images one by
+    one (`sample_0.png`, with their prompts in `samples.json`), which the model card shows. The trackers of the run get
+    them as well: TensorBoard, Weights & Biases and Trackio, those that `report_to` names.
 
     Args:
         trainer ([`SPOTrainer`]): whose pipeline is sampled with the settings of its config.
         prompts (`list[str]`): a few prompts.
-        every (`int`): optimizer steps between two strips.
+        every (`int`): optimizer steps between two times.
     """
 
     def __init__(self, trainer, prompts: list[str], every: int):
         self.trainer = trainer
         self.prompts = prompts
         self.every = every
+        self._last = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self._log(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0:
+        # The last step counts here, as trackers close their files when training ends.
+        if state.global_step % self.every == 0 or control.should_training_stop:
+            self._log(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._last != state.global_step:
             self._log(args, state)
 
     def _log(self, args, state):
         if not state.is_world_process_zero:
             return
+        self._last = state.global_step
         images = self.trainer.generate(self.prompts)
-        strip = Image.new("RGB", (132 * len(images) + 4, 136), PAPER)
-        for i, image in enumerate(images):
-            strip.paste(to_pil(image, 128).resize((128, 128)), (4 + 132 * i, 4))
-        folder = Path(args.output_dir) / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        strip.save(folder / f"step_{state.global_step:06d}.png")
+        pictures = [to_pil(image) for image in images]
+        self._save(Path(args.output_dir) / "images", images, pictures, state.global_step)
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
-                callback.tb_writer.add_images("samples", images, state.global_step)
+                for i, image in enumerate(images):
+                    callback.tb_writer.add_image(f"samples/{i}", image, state.global_step)
+        # Neither gets a step of its own: both would drop images of a step below their own count of log calls. The
+        # callbacks of transformers log the optimizer step beside every value, and so do we.
+        values = {"train/global_step": state.global_step}
         if "wandb" in args.report_to:
             import wandb
 
             if wandb.run is not None:
-                samples = [wandb.Image(to_pil(i), caption=p) for i, p in zip(images, self.prompts, strict=True)]
-                wandb.log({"samples": samples}, step=state.global_step)
+                samples = [wandb.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
+                wandb.log({"samples": samples, **values})
+        if "trackio" in args.report_to:
+            import trackio
+
+            if trackio.context_vars.current_run.get() is not None:
+                samples = [trackio.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
+                trackio.log({**{f"samples/{i}": sample for i, sample in enumerate(samples)}, **values})
+
+    def _save(self, folder: Path, images: torch.Tensor, pictures: list[Image.Image], step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        small = [to_pil(image, 128) for image in images]
+        strip = Image.new("RGB", (132 * len(small) + 4, small[0].height + 8), PAPER)
+        for i, picture in enumerate(small):
+            strip.paste(picture, (4 + 132 * i, 4))
+        strip.save(folder / f"step_{step:06d}.png")
+        names = [f"sample_{i}.png" for i in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(folder / name)
+        record = {"step": step, "prompts": list(self.prompts), "images": names}
+        (folder / SAMPLES_NAME).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,320 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Necessity: a LoRA that other programs load with the wrong strength or on the wrong layer gives wrong images without an
+error, so every export is judged by the images it gives, not by its keys alone.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
+from trl_spo.export import LORA_FILE, export_kohya, merge_lora, read_lora
+
+from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+# Every kind of layer a UNet has, with a rank and an alpha of its own for some of them.
+EVERYTHING = {
+    "target_modules": [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+    + ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"],
+    "rank_pattern": {"attn2.to_k": 3, "conv1": 1},
+    "alpha_pattern": {"attn2.to_k": 5, "mid_block.attentions.0.proj_in": 0.5},
+}
+
+
+def sdxl_unet(**kwargs) -> UNet2DConditionModel:
+    """SDXL's topology, tiny: three levels of two layers, attention in the inner two."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        block_out_channels=(4, 8, 8),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 1, 2),
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+        use_linear_projection=True,
+        **kwargs,
+    )
+
+
+def pipeline_of(base, folder):
+    if base != "sdxl":
+        return tiny_sd_pipeline(folder)
+    pipeline = tiny_sdxl_pipeline(folder)
+    pipeline.register_modules(unet=sdxl_unet())
+    return pipeline
+
+
+def image(pipeline) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor(
+        pipeline(PROMPTS[0], num_inference_steps=2, generator=generator, output_type="np", height=16, width=16).images
+    )
+
+
+def random_lora(base, folder, **config):
+    """A LoRA with effect, saved as the trainer saves it; returns its folder and the image it gives."""
+    pipeline = wrap_pipeline(pipeline_of(base, folder))
+    pipeline.add_lora(LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": ATTENTION, **config}))
+    generator = torch.Generator().manual_seed(1)
+    for name, value in pipeline.denoiser.named_parameters():
+        if ".lora_" in name:
+            value.data = 0.3 * torch.randn(value.shape, generator=generator)
+    pipeline.save_lora(folder / "lora")
+    return folder / "lora", image(pipeline.sd_pipeline)
+
+
+def test_what_the_trainer_saves_is_exported(tmp_path):
+    trainer = SPOTrainer(
+        SPOConfig(
+            str(tmp_path / "run"), num_inference_steps=3, branch_start_step=1, max_steps=2, report_to="none",
+            save_strategy="no", use_cpu=True, learning_rate=0.05, preference_threshold=0.0, disable_tqdm=True,
+        ),
+        tiny_sd_pipeline(tmp_path),
+        brightness_reward,
+        train_dataset=PROMPTS,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    pipeline = tiny_sd_pipeline(tmp_path)
+    base = image(pipeline)
+    pipeline.load_lora_weights(tmp_path / "run")
+    expected = image(pipeline)
+    pipeline.unload_lora_weights()
+    assert (expected - base).abs().max() > 0.01
+
+    file = export_kohya(tmp_path / "run", tmp_path / "exports" / "spo.safetensors")
+    assert {tensor.item() for key, tensor in load_file(file).items() if key.endswith(".alpha")} == {8.0}
+    pipeline.load_lora_weights(file)
+    torch.testing.assert_close(image(pipeline), expected, atol=1e-5, rtol=0)
+
+    merged = AutoPipelineForText2Image.from_pretrained(
+        merge_lora(trainer.pipeline, tmp_path / "run", tmp_path / "merged")
+    )
+    merged.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(image(merged), expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_on_more_than_attention_loads_in_plain_diffusers(tmp_path):
+    """Regression: saved in a mixture of diffusers' and peft's naming, of which diffusers reads what the first key is in."""
+    folder, expected = random_lora("sd15", tmp_path, **EVERYTHING)
+    pipeline = tiny_sd_pipeline(tmp_path)
+    pipeline.load_lora_weights(folder)
+    torch.testing.assert_close(image(pipeline), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl"])
+@pytest.mark.parametrize("config", [{"use_rslora": True}, EVERYTHING], ids=["rslora", "patterns"])
+def test_the_export_gives_the_same_images_in_diffusers(base, config, tmp_path):
+    folder, expected = random_lora(base, tmp_path, **config)
+    file = export_kohya(folder, tmp_path / "kohya.safetensors", base)
+    pipeline = pipeline_of(base, tmp_path)
+    assert (image(pipeline) - expected).abs().max() > 0.05
+    pipeline.load_lora_weights(file)
+    torch.testing.assert_close(image(pipeline), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", [{"use_rslora": True}, EVERYTHING], ids=["rslora", "patterns"])
+def test_the_export_follows_the_rule_its_readers_apply(config, tmp_path):
+    """W += alpha / rank * up @ down on the layer whose path, with underscores, is in the key: no diffusers involved."""
+    folder, expected = random_lora("sd15", tmp_path, **config)
+    tensors = load_file(export_kohya(folder, tmp_path / "kohya.safetensors"))
+    pipeline = tiny_sd_pipeline(tmp_path)
+    for name, module in pipeline.unet.named_modules():
+        key = "lora_unet_" + name.replace(".", "_")
+        if f"{key}.alpha" in tensors:
+            down, up = (tensors.pop(f"{key}.lora_{part}.weight") for part in ("down", "up"))
+            scale = tensors.pop(f"{key}.alpha") / len(down)
+            product = torch.einsum("or,r...->o...", up.flatten(1), down)
+            module.weight.data += scale * product.reshape(module.weight.shape)
+    assert not tensors
+    torch.testing.assert_close(image(pipeline), expected, atol=2e-5, rtol=0)
+
+
+def test_sdxl_layers_carry_the_names_of_the_original_unet(tmp_path):
+    """Names from the files sd-scripts writes; the numbering counts residual and sampling blocks through."""
+    folder, _ = random_lora("sdxl", tmp_path, **EVERYTHING)
+    names = {key.split(".")[0] for key in load_file(export_kohya(folder, tmp_path / "k.safetensors", "sdxl"))}
+    for name in (
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_q",  # down_blocks.1.attentions.0
+        "input_blocks_8_1_transformer_blocks_1_attn2_to_out_0",  # down_blocks.2.attentions.1
+        "input_blocks_3_0_op",
+        "middle_block_1_proj_in",
+        "middle_block_2_emb_layers_1",
+        "output_blocks_0_1_transformer_blocks_1_ff_net_0_proj",
+        "output_blocks_5_2_conv",
+        "output_blocks_8_0_skip_connection",
+        "input_blocks_1_0_in_layers_2",
+    ):
+        assert f"lora_unet_{name}" in names
+    assert not any("down_blocks" in name or "up_blocks" in name or "mid_block_" in name for name in names)
+    assert len(names) == len(read_lora(folder / LORA_FILE)[0])
+
+
+def test_alpha_is_why_diffusers_own_converter_is_not_used(tmp_path):
+    """It writes the rank for alpha: here 2 for 6. Should that change, this module can become shorter."""
+    folder, _ = random_lora("sd15", tmp_path)
+    layers, config = read_lora(folder / LORA_FILE)
+    peft = {
+        f"unet.{k}.lora_{part}.weight": v for k, pair in layers.items() for part, v in zip("AB", pair, strict=True)
+    }
+    theirs = {float(v) for k, v in convert_state_dict_to_kohya(peft).items() if k.endswith("alpha")}
+    ours = load_file(export_kohya(folder, tmp_path / "k.safetensors"))
+    assert theirs == {2.0} and config["lora_alpha"] == 6
+    assert {float(v) for k, v in ours.items() if k.endswith("alpha")} == {6.0}
+
+
+def test_header_and_files_without_configuration(tmp_path):
+    folder, _ = random_lora("sd15", tmp_path)
+    with safe_open(export_kohya(folder, tmp_path / "a.safetensors"), framework="pt") as handle:
+        header = handle.metadata()
+    assert header["ss_base_model_version"] == "sd_v1" and header["ss_network_module"] == "networks.lora"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "6")
+    save_file(load_file(folder / LORA_FILE), tmp_path / "bare.safetensors")
+    pipeline = tiny_sd_pipeline(tmp_path)
+    pipeline.load_lora_weights(tmp_path / "bare.safetensors")
+    expected = image(pipeline)
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(export_kohya(tmp_path / "bare.safetensors", tmp_path / "b.safetensors", "sd2"))
+    torch.testing.assert_close(image(pipeline), expected, atol=2e-5, rtol=0)
+
+
+def test_errors_of_the_export(tmp_path):
+    folder, _ = random_lora("sd15", tmp_path)
+    sdxl, _ = random_lora("sdxl", tmp_path / "xl")
+    output = tmp_path / "out.safetensors"
+    with pytest.raises(ValueError, match="'sd15', 'sd2', 'sdxl'; got 'flux'"):
+        export_kohya(folder, output, "flux")
+    with pytest.raises(FileNotFoundError, match=f"has no {LORA_FILE}"):
+        export_kohya(tmp_path, output)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        export_kohya(tmp_path / "nothing", output)
+    with pytest.raises(ValueError, match="end in .safetensors"):
+        export_kohya(folder, tmp_path / "out.ckpt")
+    with pytest.raises(ValueError, match="the LoRA itself"):
+        export_kohya(folder, folder / LORA_FILE)
+    with pytest.raises(ValueError, match="base='sdxl'"):
+        export_kohya(sdxl, output, "sd15")
+    four_levels = {k.replace("down_blocks.1", "down_blocks.3"): v for k, v in load_file(folder / LORA_FILE).items()}
+    save_file(four_levels, tmp_path / "sd.safetensors")
+    with pytest.raises(ValueError, match="base='sd15' or 'sd2'"):
+        export_kohya(tmp_path / "sd.safetensors", output, "sdxl")
+    kohya = export_kohya(folder, tmp_path / "kohya.safetensors")
+    with pytest.raises(ValueError, match="already is in kohya's format"):
+        export_kohya(kohya, output)
+    for name, tensors, message in (
+        ("model", {"conv.weight": torch.zeros(1)}, "no LoRA of a UNet"),
+        ("unet", {"unet.conv_in.weight": torch.zeros(1)}, "no LoRA of a UNet"),
+        ("text", {"text_encoder.q.lora_A.weight": torch.zeros(1)}, "text encoders"),
+        ("half", {"unet.a.to_q.lora_A.weight": torch.zeros(1, 1)}, "half of layer"),
+        ("empty", {}, "empty"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=message):
+            export_kohya(tmp_path / f"{name}.safetensors", output)
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        export_kohya(tmp_path / "text.safetensors", output)
+    assert not output.exists()
+
+
+def test_adapters_that_kohya_cannot_hold_are_refused(tmp_path):
+    for config, message in (({"use_dora": True}, "Use `merge_lora`"), ({"lora_bias": True}, "without `lora_bias`")):
+        folder, expected = random_lora("sd15", tmp_path, **config)
+        with pytest.raises(ValueError, match=message):
+            export_kohya(folder, tmp_path / "out.safetensors")
+        if "use_dora" in config:
+            merge_lora(tiny_sd_pipeline(tmp_path), folder, tmp_path / "merged")
+            merged = AutoPipelineForText2Image.from_pretrained(tmp_path / "merged")
+            merged.set_progress_bar_config(disable=True)
+            torch.testing.assert_close(image(merged), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("base", "kohya"), [("sd15", False), ("sdxl", True)], ids=["diffusers", "kohya"])
+def test_a_merged_pipeline_loads_without_peft_and_equals_base_and_lora(base, kohya, tmp_path):
+    folder, expected = random_lora(base, tmp_path, **EVERYTHING)
+    lora = export_kohya(folder, tmp_path / "k.safetensors", base) if kohya else folder
+    pipeline_of(base, tmp_path).save_pretrained(tmp_path / "base")
+    assert merge_lora(tmp_path / "base", lora, tmp_path / "merged") == tmp_path / "merged"
+    assert list((tmp_path / "merged" / "unet").glob("*.safetensors"))
+    code = (
+        "import sys, torch; sys.modules['peft'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        "from diffusers.utils import is_peft_available\n"
+        "assert not is_peft_available()\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(tmp_path / 'merged')!r})\n"
+        "out = pipe('a red cat', num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type='np',"
+        " height=16, width=16).images\n"
+        f"torch.save(torch.tensor(out), {str(tmp_path / 'image.pt')!r})\n"
+    )
+    assert PROMPTS[0] == "a red cat"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    torch.testing.assert_close(torch.load(tmp_path / "image.pt"), expected, atol=5e-5, rtol=0)
+
+
+def test_merge_leaves_the_pipeline_alone_and_scales(tmp_path):
+    folder, _ = random_lora("sd15", tmp_path)
+    pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+    pipeline.add_lora()
+    unet, before = pipeline.unet, state_of(pipeline.unet)
+    merge_lora(pipeline, folder, tmp_path / "merged", lora_scale=0.5)
+    assert pipeline.unet is unet and list(unet.peft_config) == ["default"]
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    plain = tiny_sd_pipeline(tmp_path).unet.state_dict()
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").state_dict()
+    layers, _ = read_lora(folder / LORA_FILE)
+    for layer, (down, up) in layers.items():  # scale 0.5 * alpha / rank = 0.5 * 6 / 2
+        torch.testing.assert_close(merged[f"{layer}.weight"], plain[f"{layer}.weight"] + 1.5 * up @ down)
+    assert all(torch.equal(merged[k], plain[k]) for k in plain if k.removesuffix(".weight") not in layers)
+    assert "float16" not in json.dumps(json.loads((tmp_path / "merged" / "model_index.json").read_text()))
+
+
+def test_errors_of_the_merge(tmp_path):
+    folder, _ = random_lora("sd15", tmp_path)
+    sdxl, _ = random_lora("sdxl", tmp_path / "xl")
+    pipeline = tiny_sd_pipeline(tmp_path)
+    pipeline.save_pretrained(tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="There is no LoRA"):
+        merge_lora(pipeline, tmp_path, tmp_path / "merged")
+    with pytest.raises(ValueError, match="does not fit this UNet"):
+        merge_lora(pipeline, sdxl, tmp_path / "merged")
+    with pytest.raises(ValueError, match="base model itself"):
+        merge_lora(tmp_path / "base", folder, tmp_path / "base")
+    with pytest.raises(ValueError, match="need a path"):
+        merge_lora(pipeline, folder, tmp_path / "merged", torch_dtype="float16")
+    with pytest.raises(ValueError, match="must have a UNet"):
+        merge_lora(object(), folder, tmp_path / "merged")
+    save_file({"conv.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no LoRA of a UNet"):
+        merge_lora(pipeline, tmp_path / "model.safetensors", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,215 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Necessity: what a push uploads is decided in transformers, partly from file names our models do not have, and a mistake
+shows only on a public page. A small server stands in for the Hub and keeps what real `huggingface_hub` clients send it.
+"""
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+
+SECRET = "hf_" + "s3cr3t" * 5
+REPO = "someone/spo-tiny"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The calls a push makes: create a repository, ask how to send files, commit them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer({"name": "someone", "type": "user"} if self.path.startswith("/api/whoami") else {"siblings": []})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server = self.server
+        server.calls.append(self.path)
+        server.tokens.add(self.headers["Authorization"])
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"http://127.0.0.1:{server.server_port}/{REPO}"})
+        elif "/preupload/" in self.path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
+        elif "/commit/" in self.path:
+            commit = {"files": {}}
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    commit["summary"] = line["value"]["summary"]
+                else:
+                    assert line["key"] == "file" and line["value"]["encoding"] == "base64"
+                    commit["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            server.commits.append(commit)
+            url = f"http://127.0.0.1:{server.server_port}/{REPO}/commit/{len(server.commits):040d}"
+            self.answer({"commitUrl": url, "commitOid": f"{len(server.commits):040d}", "success": True})
+        else:
+            self.answer({"errors": [], "warnings": []})  # the check of the model card's header
+
+    def answer(self, value: dict):
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.calls, server.commits, server.tokens = [], [], set()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def push(what: str, folder: Path, server) -> dict[str, bytes]:
+    """Runs this file as a program with the server for a Hub; returns the repository's files after all commits."""
+    # Only this process may know the address: huggingface_hub reads it when it is imported.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(folder / "hf_home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "tests.test_hub", what, str(folder)]
+    result = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert server.calls[0] == "/api/repos/create"
+    assert server.tokens == {f"Bearer {SECRET}"}
+    files = {}
+    for commit in server.commits:
+        files |= commit["files"]
+    leaks = [name for name, content in files.items() if SECRET.encode() in content]
+    assert not leaks, f"the token is in {leaks}"
+    state = [name for name in files if any(part in name for part in ("optimizer", "scheduler", "rng_state", "scaler"))]
+    assert not state and not any(name.startswith("checkpoint-") for name in files)
+    return files
+
+
+def unpack(files: dict[str, bytes], folder: Path) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_pushed_lora_is_what_was_trained(hub, tmp_path):
+    files = push("spo", tmp_path, hub)
+    assert {"pytorch_lora_weights.safetensors", "README.md"} <= set(files)
+    assert {name for name in files if name.endswith((".bin", ".pt", ".pth"))} <= {"training_args.bin"}
+    card = files["README.md"].decode()
+    assert card.startswith("---\n") and "library_name: diffusers" in card and "2406.04314" in card
+    assert f'load_lora_weights("{REPO}")' in card and str(tmp_path) not in card
+    pictures = re.findall(r"images/[\w.]+png", card)
+    assert len(set(pictures)) == 4 and set(pictures) <= set(files)  # two samples, first and last strip
+    # Pushed at every save and at the end: the first commit already has the LoRA, of the step it was made at.
+    assert len(hub.commits) >= 2 and "pytorch_lora_weights.safetensors" in hub.commits[0]["files"]
+
+    from .testing_utils import tiny_sd_pipeline
+
+    pipeline = tiny_sd_pipeline(tmp_path)
+    pipeline.load_lora_weights(unpack(files, tmp_path / "download"))
+    loaded = {k: v for k, v in pipeline.unet.state_dict().items() if "lora_" in k}
+    trained = torch.load(tmp_path / "trained.pt")
+    assert sorted(v.sum().item() for v in loaded.values()) == sorted(v.sum().item() for v in trained.values())
+
+
+def test_a_pushed_reward_model_is_complete(hub, tmp_path):
+    files = push("reward", tmp_path, hub)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert "library_name: trl_spo" in card and f'from_pretrained("{REPO}")' in card and str(tmp_path) not in card
+    assert {"image_mean", "image_std"} <= set(json.loads(files["config.json"]))
+
+    from trl_spo import StepAwareRewardModel
+
+    model = StepAwareRewardModel.from_pretrained(unpack(files, tmp_path / "download"))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scores = model.score(images, ["a red cat", "a dog"], torch.tensor([0, 500]))
+    assert torch.equal(scores, torch.load(tmp_path / "scores.pt"))
+
+
+def _push_spo(folder: Path):
+    from trl_spo import SPOConfig, SPOTrainer
+
+    from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
+
+    trainer = SPOTrainer(
+        SPOConfig(
+            str(folder / "spo-tiny"), push_to_hub=True, hub_model_id=REPO, hub_token=SECRET, hub_strategy="every_save",
+            hub_always_push=True, max_steps=2, save_steps=1, log_images_steps=1, num_eval_images=2, num_inference_steps=3, branch_start_step=1, use_cpu=True,
+            preference_threshold=0.0, report_to="none", disable_tqdm=True,
+        ),
+        tiny_sd_pipeline(folder),
+        brightness_reward,
+        train_dataset=PROMPTS,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    torch.save({k: v for k, v in trainer.model.state_dict().items() if "lora_" in k}, folder / "trained.pt")
+
+
+def _push_reward(folder: Path):
+    from PIL import Image
+
+    from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+
+    from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline
+
+    colors = ["red", "green", "blue", "white"]
+    pairs = [
+        {"prompt": prompt, "chosen": Image.new("RGB", (16, 16), colors[i % 4]), "rejected": Image.new("RGB", (16, 16))}
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    model = StepAwareRewardModel.from_clip(tiny_clip(folder))
+    trainer = StepRewardTrainer(
+        StepRewardConfig(
+            str(folder / "spo-tiny"), push_to_hub=True, hub_model_id=REPO, hub_token=SECRET, max_steps=2, save_steps=1,
+            per_device_train_batch_size=2, resolution=16, use_cpu=True, report_to="none", disable_tqdm=True,
+        ),
+        tiny_sd_pipeline(folder),
+        model,
+        train_dataset=pairs,
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub()
+    model.eval()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.save(model.score(images, ["a red cat", "a dog"], torch.tensor([0, 500])), folder / "scores.pt")
+
+
+if __name__ == "__main__":
+    {"spo": _push_spo, "reward": _push_reward}[sys.argv[1]](Path(sys.argv[2]))

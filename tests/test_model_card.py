@@ -1,0 +1,171 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Necessity: a card is read by people who do not have the code, and published by people who do not read it: its numbers,
+its example and its header must be right, and nothing private may be in it.
+"""
+
+import json
+import re
+
+import pytest
+from diffusers import DDIMScheduler, DiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from trl_spo import SPOConfig, StepRewardConfig, wrap_pipeline
+from trl_spo.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
+
+from .testing_utils import ddim_scheduler, tiny_sd_pipeline
+
+
+SECRET = "hf_" + "s3cr3t" * 5
+HISTORY = [
+    {"step": 0, "eval_reward_mean": 1.0, "eval_reward_std": 0.5, "eval_runtime": 9.0},
+    {"step": 5, "loss": 0.6},
+    {"step": 10, "eval_reward_mean": 2.25, "eval_reward_std": 0.5, "eval_clip_mean": 0.3, "eval_runtime": 9.0},
+]
+SAMPLES = {
+    "step": 10,
+    "prompts": ['a "red": cat | # and more', "- 猫\n---\nlicense: mit"],
+    "images": ["images/sample_0.png", "images/sample_1.png"],
+    "strips": ["images/step_000000.png", "images/step_000010.png"],
+}
+
+
+def spo_args(tmp_path, **kwargs):
+    return SPOConfig(str(tmp_path / "secret_folder"), hub_token=SECRET, report_to="none", use_cpu=True, **kwargs)
+
+
+def spo_card(args, **kwargs):
+    given = {"name": "spo-tiny", "base_model": "someone/base", "scheduler": ddim_scheduler(), "tags": ["trl", "spo"]}
+    return spo_model_card(args, **{**given, **kwargs})
+
+
+def test_the_header_of_an_spo_card_survives_any_prompt(tmp_path):
+    args = spo_args(tmp_path, hub_model_id="someone/spo-tiny", dataset_name="someone/prompts")
+    card = ModelCard(spo_card(args, samples=SAMPLES, log_history=HISTORY, reward_model="someone/reward"))
+    data = card.data.to_dict()
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "text-to-image"
+    assert (data["base_model"], data["base_model_relation"]) == ("someone/base", "adapter")
+    assert data["tags"] == ["trl", "spo", "lora"] and data["datasets"] == "someone/prompts"
+    assert [entry["text"] for entry in data["widget"]] == SAMPLES["prompts"]
+    assert data["widget"][0]["output"]["url"] == "images/sample_0.png" and "license" not in data
+    assert "<Gallery />" in card.text
+    assert "![Before training](images/step_000000.png)" in card.text and "![Last](images/step_000010.png)" in card.text
+
+
+def test_the_numbers_are_those_of_the_run(tmp_path):
+    args = spo_args(tmp_path, beta=7.0, guidance_scale=3.5, num_inference_steps=9)
+    text = spo_card(args, log_history=HISTORY, global_step=10, num_pairs=123)
+    assert "for 10 steps on 123 pairs" in text and "| `beta` | 7.0 |" in text
+    assert "DDIMScheduler, 9 steps, eta 1, guidance 3.5" in text
+    assert "| metric | step 0 | step 10 |" in text and "| `eval_reward_mean` | 1.0000 | 2.2500 |" in text
+    assert "| `eval_clip_mean` | | 0.3000 |" in text and "runtime" not in text
+    assert "## Evaluation" not in spo_card(args) and "Gallery" not in spo_card(args)
+    assert "| metric | step 10 |" in spo_card(args, log_history=HISTORY[2:])
+
+
+def test_nothing_private_is_in_a_card(tmp_path):
+    settings = {"hub_model_id": "someone/model", "run_name": "private run"}
+    kwargs = {"base_model": str(tmp_path / "private" / "base"), "reward_model": "a function", "log_history": HISTORY}
+    args = spo_args(tmp_path, model_init_kwargs={"token": SECRET}, dataset_name=str(tmp_path / "data"), **settings)
+    reward_args = StepRewardConfig(
+        str(tmp_path / "secret_folder"), hub_token=SECRET, report_to="none", use_cpu=True,
+        dataset_name=str(tmp_path / "data"), **settings,
+    )  # fmt: skip
+    pipeline = str(tmp_path / "private" / "base")
+    cards = [spo_card(args, **kwargs), spo_card(args, use_lora=False, **kwargs)]
+    cards += [step_reward_model_card(reward_args, name="reward", base_model=pipeline, pipeline=pipeline)]
+    for card in cards:
+        for private in (SECRET, "secret_folder", str(tmp_path), "private"):
+            assert private not in card
+        assert "base_model" not in card
+
+
+def test_the_example_of_an_spo_card_runs_and_samples_like_the_rollout(tmp_path):
+    """The code of the card, executed: the only change is where the two models lie."""
+    pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+    pipeline.sd_pipeline.save_pretrained(tmp_path / "base")
+    pipeline.add_lora()
+    pipeline.save_lora(tmp_path / "lora")
+    args = spo_args(tmp_path, num_inference_steps=2, branch_start_step=0, negative_prompt='a "dog"')
+    text = spo_card(args, base_model=None, scheduler=pipeline.scheduler)
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert "path/to/the/base/model" in code and "eta=1, negative_prompt=" in code
+    code = code.replace("path/to/the/base/model", str(tmp_path / "base"))
+    code = code.replace("path/to/this/folder", str(tmp_path / "lora"))
+    names = {}
+    exec(code, names)
+    assert isinstance(names["pipe"].scheduler, DDIMScheduler) and names["pipe"].unet.peft_config
+    assert names["pipe"].scheduler.config.clip_sample == pipeline.scheduler.config.clip_sample
+    assert isinstance(names["image"], Image.Image)
+
+    pipeline.sd_pipeline.unet.unload_lora()
+    pipeline.sd_pipeline.unet.save_pretrained(tmp_path / "full" / "unet")
+    text = spo_card(args, base_model=None, use_lora=False)
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace(
+        "path/to/the/base/model", str(tmp_path / "base")
+    )
+    exec(code.replace("path/to/this/folder", str(tmp_path / "full")), names)
+    assert isinstance(names["pipe"], DiffusionPipeline) and "lora" not in ModelCard(text).data.tags
+
+
+def test_the_card_of_a_reward_model(tmp_path):
+    args = StepRewardConfig(
+        str(tmp_path / "reward"), report_to="none", use_cpu=True, dataset_name="someone/pairs", max_timestep=950,
+        hub_model_id="someone/reward",
+    )  # fmt: skip
+    history = [
+        {"step": 4, "eval_loss": 0.7, "eval_accuracy": 0.5, "eval_accuracy/t_0": 0.6, "eval_runtime": 3.0},
+        {"step": 8, "eval_loss": 0.6, "eval_accuracy": 0.6, "eval_accuracy/t_0": 0.8, "eval_runtime": 3.0},
+    ]
+    card = ModelCard(
+        step_reward_model_card(
+            args, name="reward", base_model="someone/clip", pipeline="someone/sd", global_step=8, log_history=history
+        )
+    )
+    assert card.data.library_name == "trl_spo" and card.data.base_model == "someone/clip"
+    assert card.data.datasets == "someone/pairs"
+    assert "| `eval_accuracy/t_0` | 0.6000 | 0.8000 |" in card.text and "runtime" not in card.text
+    assert "[someone/sd](https://huggingface.co/someone/sd)" in card.text
+    assert 'from_pretrained("someone/reward")' in card.text and "| `max_timestep` | 950 |" in card.text
+    assert "| `lr_scheduler_type` | constant_with_warmup |" in card.text
+    compile(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], "card", "exec")
+
+
+@pytest.mark.parametrize("value", ["", None, "/a/b", "./a", "name", "a/b/c", "../x", "~/x", "a/"])
+def test_what_is_no_hub_id(value):
+    assert hub_id(value) is None
+
+
+def test_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("out/model") == "out/model"
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    assert hub_id("out/model") is None
+
+
+def test_samples_are_read_from_what_the_callback_left(tmp_path):
+    assert read_samples(tmp_path) is None
+    (tmp_path / "images").mkdir()
+    record = {"step": 4, "prompts": ["猫"], "images": ["sample_0.png"]}
+    (tmp_path / "images" / "samples.json").write_text(json.dumps(record), encoding="utf-8")
+    assert read_samples(tmp_path) == {**record, "images": ["images/sample_0.png"], "strips": []}
+    for step in (4, 0, 2):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"step_{step:06d}.png")
+    samples = read_samples(tmp_path)
+    assert samples["strips"] == ["images/step_000000.png", "images/step_000004.png"]
+    assert "Samples after step 4" in spo_card(spo_args(tmp_path), samples=samples)

@@ -1,0 +1,304 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Model cards: the `README.md` beside a saved model, with the recipe, the sampler, the measurements and how to load it.
+
+The functions turn plain values into Markdown and read nothing but what they are given. Settings are named one by one,
+never taken over as a whole: the arguments of a run also hold tokens and paths. Local paths do not appear.
+"""
+
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+
+PAPER = "2406.04314"
+FOLDER = "path/to/this/folder"  # where the card's examples load from if the model has no Hub id
+SAMPLES_NAME = "samples.json"
+
+SPO_RECIPE = (
+    "learning_rate lr_scheduler_type weight_decay max_grad_norm per_device_train_batch_size "
+    "gradient_accumulation_steps world_size per_device_rollout_batch_size num_candidates num_inner_steps "
+    "branch_start_step branch_end_step num_branches preference_threshold pair resample beta epsilon kl_coef train_cfg "
+    "timestep_weighting scoring_image_size reward_dtype bf16 fp16 seed"
+).split()
+REWARD_RECIPE = (
+    "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
+    "gradient_accumulation_steps world_size resolution guidance_scale min_timestep max_timestep timesteps "
+    "eval_timesteps only_different max_pairs_per_prompt freeze_text_tower caption_loss_coef relabel_preferences "
+    "bf16 fp16 seed"
+).split()
+
+
+def hub_id(value: Any) -> str | None:
+    """`value` if it is a Hub id such as "user/model", `None` if it is a local path or nothing."""
+    value = str(value or "")
+    parts = value.split("/")
+    return (
+        value
+        if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(value).exists()
+        else None
+    )
+
+
+def describe_reward(reward: Any) -> str:
+    """The Hub id of a reward model, or the name of its class or function."""
+    source = hub_id(getattr(getattr(reward, "config", None), "_name_or_path", None))
+    return source or f"`{getattr(reward, '__name__', type(reward).__name__)}`"
+
+
+def read_samples(folder: str | Path) -> dict | None:
+    """
+    What [`ImageLoggingCallback`] last left in `folder/images`, or `None`.
+
+    Returns:
+        `dict` with `step` (`int`), `prompts` (`list[str]`), `images` (their files, relative to `folder`) and `strips`
+        (the first and the last strip of all prompts).
+    """
+    images = Path(folder) / "images"
+    if not (images / SAMPLES_NAME).is_file():
+        return None
+    samples = json.loads((images / SAMPLES_NAME).read_text(encoding="utf-8"))
+    strips = sorted(path.name for path in images.glob("step_*.png"))
+    strips = dict.fromkeys(f"images/{name}" for name in (strips[:1] + strips[-1:]))
+    return {**samples, "images": [f"images/{name}" for name in samples["images"]], "strips": list(strips)}
+
+
+def spo_model_card(
+    args,
+    *,
+    name: str,
+    base_model: str | None,
+    scheduler: Any,
+    denoiser_name: str = "unet",
+    denoiser_class: str = "UNet2DConditionModel",
+    use_lora: bool = True,
+    reward_model: str | None = None,
+    global_step: int = 0,
+    num_pairs: int = 0,
+    log_history: Iterable[dict] = (),
+    samples: dict | None = None,
+    tags: Iterable[str] = (),
+) -> str:
+    r"""
+    The card of a model trained with [`SPOTrainer`].
+
+    Args:
+        args ([`SPOConfig`]): of the run.
+        name (`str`): heading.
+        base_model (`str`, *optional*): Hub id of the base model; a local path is left out.
+        scheduler: the scheduler the model was trained with.
+        denoiser_name, denoiser_class (`str`): what was trained, and its class.
+        use_lora (`bool`, *optional*, defaults to `True`): whether the folder holds a LoRA or a whole denoiser.
+        reward_model (`str`, *optional*): Hub id of the reward model, or what it is in a few words.
+        global_step, num_pairs (`int`): length of the training.
+        log_history (list of `dict`): `trainer.state.log_history`.
+        samples (`dict`, *optional*): of [`read_samples`].
+        tags (iterable of `str`): tags of the trainer.
+
+    Returns:
+        `str`: Markdown with a YAML header.
+    """
+    base, where = hub_id(base_model), hub_id(args.hub_model_id) or FOLDER
+    header = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags, *(["lora"] if use_lora else [])],
+        base_model=base,
+        base_model_relation=None if base is None else "adapter" if use_lora else "finetune",
+        datasets=hub_id(args.dataset_name),
+        widget=_widget(samples),
+    )
+    what = "LoRA" if use_lora else denoiser_class
+    parts = [
+        f"# {name}",
+        f"{what} trained with [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO) for "
+        f"{global_step} steps on {num_pairs} pairs."
+        + (f" Base model: [{base}](https://huggingface.co/{base})." if base else "")
+        + (f" Reward: {_link(reward_model)}." if reward_model else ""),
+    ]
+    if samples:
+        parts += ["<Gallery />", f"Samples after step {samples['step']}, one fixed seed per prompt."]
+        labels = ("Before training", "Last")[-len(samples["strips"]) :] if samples["strips"] else ()
+        parts += [f"{label}:\n\n![{label}]({strip})" for label, strip in zip(labels, samples["strips"], strict=True)]
+    parts += [
+        "## Use",
+        f"```python\n{_spo_code(args, base, where, scheduler, denoiser_name, denoiser_class, use_lora)}\n```",
+        "## Sampler",
+        f"{type(scheduler).__name__}, {args.num_inference_steps} steps, eta {args.eta:g}, guidance "
+        f"{args.guidance_scale:g}. Compare with the base model under the same sampler: guidance alone moves scores.",
+        "## Recipe",
+        _settings(args, SPO_RECIPE),
+        *_evaluation(log_history, ("_mean", "_std")),
+        "## Limitations",
+        "The model was trained to please its reward, on the prompts it was given: what the reward does not see (facts, "
+        "text in images, who is shown and how) is that of the base model or worse, and images of one prompt may have "
+        "become more alike. Samplers, guidance and prompts unlike those of the training may show less of the effect.",
+        "## Versions",
+        _versions("diffusers", "peft", "transformers", "torch"),
+    ]
+    return _join(header, parts)
+
+
+def step_reward_model_card(
+    args,
+    *,
+    name: str,
+    base_model: str | None,
+    pipeline: str | None = None,
+    num_train_timesteps: int = 1000,
+    step_conditioning: bool = True,
+    global_step: int = 0,
+    log_history: Iterable[dict] = (),
+    tags: Iterable[str] = (),
+) -> str:
+    r"""
+    The card of a reward model trained with [`StepRewardTrainer`].
+
+    Args:
+        args ([`StepRewardConfig`]): of the run.
+        name (`str`): heading.
+        base_model (`str`, *optional*): Hub id of the model training started from; a local path is left out.
+        pipeline (`str`, *optional*): Hub id of the diffusion model whose predictions it judges.
+        num_train_timesteps (`int`, *optional*, defaults to `1000`): timesteps it knows.
+        step_conditioning (`bool`, *optional*, defaults to `True`): whether the timestep reaches the vision tower.
+        global_step, log_history, tags: as in [`spo_model_card`].
+
+    Returns:
+        `str`: Markdown with a YAML header.
+    """
+    base, where, diffusion = hub_id(base_model), hub_id(args.hub_model_id) or FOLDER, hub_id(pipeline)
+    header = ModelCardData(
+        library_name="trl_spo",
+        tags=list(tags),
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=hub_id(args.dataset_name),
+    )
+    judged = f"[{diffusion}](https://huggingface.co/{diffusion})" if diffusion else "a diffusion model"
+    timesteps = (
+        f"and is told the timestep (0 to {num_train_timesteps - 1})" if step_conditioning else "at any timestep"
+    )
+    parts = [
+        f"# {name}",
+        f"Step-aware reward model for [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO), "
+        f"trained for {global_step} steps. It scores what {judged} predicts of the finished image {timesteps}; a higher "
+        "score is preferred, and only differences between images of one prompt mean something.",
+        "## Use",
+        "```python\n"
+        "import torch\n"
+        "from trl_spo import StepAwareRewardModel\n\n"
+        f'model = StepAwareRewardModel.from_pretrained("{where}")\n'
+        f"images = torch.rand(2, 3, {args.resolution}, {args.resolution}) * 2 - 1  # in [-1, 1]\n"
+        'scores = model.score(images, ["a red cat", "a red cat"], timesteps=torch.tensor([0, 501]))\n'
+        "```",
+        "The folder is complete: weights, configuration, tokenizer and image settings. In training, "
+        "`SPOTrainer(config, pipeline, model, ...)`.",
+        "## Recipe",
+        _settings(args, REWARD_RECIPE),
+        *_evaluation(log_history, ("_loss", "_accuracy", "_margin"), "/t_"),
+        "## Limitations",
+        "It repeats the preferences of its training data, with what was in fashion there. A policy trained on it will find "
+        "what it overrates; look at images, and measure with a reward that was not trained on.",
+        "## Versions",
+        _versions("transformers", "diffusers", "torch"),
+    ]
+    return _join(header, parts)
+
+
+def _join(header: ModelCardData, parts: list[str]) -> str:
+    return f"---\n{header.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(getattr(value, "value", value)).replace("|", "\\|").replace("\n", " ")
+
+
+def _link(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else name
+
+
+def _settings(args, names: list[str]) -> str:
+    rows = [f"| `{name}` | {_cell(getattr(args, name))} |" for name in names if hasattr(args, name)]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _evaluation(log_history: Iterable[dict], endings: tuple[str, ...], infix: str | None = None) -> list[str]:
+    """First and last evaluation, side by side."""
+
+    def is_metric(name: str) -> bool:
+        return name.startswith("eval_") and (name.endswith(endings) or (infix is not None and infix in name))
+
+    logs = [log for log in log_history if any(is_metric(name) for name in log)]
+    if not logs:
+        return []
+    first, last = logs[0], logs[-1]
+    names = [name for name in last if is_metric(name)]
+    if len(logs) == 1:
+        lines = [f"| metric | step {last.get('step', 0)} |", "|---|---|"]
+        lines += [f"| `{name}` | {last[name]:.4f} |" for name in names]
+    else:
+        lines = [f"| metric | step {first.get('step', 0)} | step {last.get('step', 0)} |", "|---|---|---|"]
+        lines += [
+            f"| `{name}` | {first[name]:.4f} | {last[name]:.4f} |"
+            if name in first
+            else f"| `{name}` | | {last[name]:.4f} |"
+            for name in names
+        ]
+    return ["## Evaluation", "\n".join(lines)]
+
+
+def _widget(samples: dict | None) -> list[dict] | None:
+    if not samples:
+        return None
+    pairs = zip(samples["prompts"], samples["images"], strict=True)
+    return [{"text": prompt, "output": {"url": image}} for prompt, image in pairs]
+
+
+def _spo_code(args, base, where, scheduler, denoiser_name, denoiser_class, use_lora) -> str:
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    keep = f", clip_sample={config['clip_sample']}" if "clip_sample" in config else ""
+    imports = ["DiffusionPipeline", name, *([] if use_lora else [denoiser_class])]
+    if use_lora:
+        load = f'pipe.load_lora_weights("{where}")'
+    else:
+        load = f'pipe.{denoiser_name} = {denoiser_class}.from_pretrained("{where}", subfolder="{denoiser_name}")'
+    eta = f", eta={args.eta:g}" if name == "DDIMScheduler" else ""
+    negative = f", negative_prompt={json.dumps(args.negative_prompt)}" if args.negative_prompt else ""
+    return "\n".join(
+        [
+            f"from diffusers import {', '.join(sorted(imports))}",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{base or "path/to/the/base/model"}")',
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{keep})",
+            load,
+            f'image = pipe("a photo of a cat", num_inference_steps={args.num_inference_steps}, '
+            f"guidance_scale={args.guidance_scale:g}{eta}{negative}).images[0]",
+        ]
+    )
+
+
+def _versions(*packages: str) -> str:
+    found = []
+    for package in ("trl_spo", *packages):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found) + "."
