@@ -111,15 +111,15 @@ def make_trainer(reward_folder: Path, seed: int, updates: int, scoring_vae=None,
     return trainer
 
 
-def train_tiny_decoder(trainer: SPOTrainer, steps: int = 400) -> AutoencoderTiny:
+def train_tiny_decoder(trainer: SPOTrainer, steps: int = 1200) -> AutoencoderTiny:
     """An `AutoencoderTiny` whose decoder imitates the VAE's on what is scored: predictions of x_0 at all steps."""
     torch.manual_seed(0)
     vae = AutoencoderTiny(
         latent_channels=trainer.pipeline.latent_shape()[0],
-        encoder_block_out_channels=(16, 16, 16),
-        decoder_block_out_channels=(16, 16, 16),
+        encoder_block_out_channels=(24, 24, 24),
+        decoder_block_out_channels=(24, 24, 24),
         num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(2, 2, 1),
     )
     prompts, latents = list(world.captions("train")), []
     for seed in range(6):
@@ -130,7 +130,7 @@ def train_tiny_decoder(trainer: SPOTrainer, steps: int = 400) -> AutoencoderTiny
     optimizer = torch.optim.Adam(vae.decoder.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        rows = torch.randint(len(latents), (64,))
+        rows = torch.randint(len(latents), (48,))
         loss = (vae.decode(latents[rows] / vae.config.scaling_factor).sample - images[rows]).abs().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -52,9 +52,9 @@ Differences from a training run of the public code:
   `CenterCrop` are used from it.
 
 A UNet call belongs to the rollout while the pipeline function runs, else to the policy or the reference by which network
-it is. Evaluations are counted in samples: a prompt that is guided counts twice, a batch of 8 eight times. `reward`
-includes `reward_text`; `other` is what is left of `total`, the optimizer and the prompts' text encoder among it. Memory
-is the largest resident set since the models were built, in MiB; the public code's second UNet, the reference, is one of
+it is. Evaluations are counted in samples: a prompt that is guided counts twice, a batch of 8 eight times. Phases exclude
+each other (`reward` leaves out `reward_text`); `other` is what is left of `total`, the optimizer and the prompts' text
+encoder among it. Memory is the largest resident set since the models were built, in MiB; the public code's second UNet, the reference, is one of
 the models, so it counts in `peak_memory_mib` and not in `peak_memory_above_models_mib`.
 """
 
@@ -417,7 +417,11 @@ def measure(project: Path, preset: str, threads: int | None, folder: Path) -> di
         "num_prompts": prompts,
         "num_pairs": meter.num_pairs,
         "pairs_per_second": meter.num_pairs / meter.total,
-        "seconds": {**seconds, "reward_text": meter.seconds["reward_text"]},
+        "seconds": {
+            **seconds,
+            "reward": seconds["reward"] - meter.seconds["reward_text"],
+            "reward_text": meter.seconds["reward_text"],
+        },
         "peak_memory_mib": meter.peak_mib,
         "peak_memory_above_models_mib": meter.peak_mib - meter.models_mib,
         "evals_per_prompt": {name: meter.samples[phase] / prompts for name, phase in PER_PROMPT.items()},

@@ -100,10 +100,8 @@ def test_contract_names_are_importable_and_functions_stay_functions():
 
 
 def test_importing_the_package_computes_nothing():
-    code = (  # transformers 4 imports torch by itself
-        "import sys, transformers.utils; known = set(sys.modules); import trl_spo; "
-        "print([m for m in ('torch', 'diffusers', 'trl', 'peft') if m in set(sys.modules) - known])"
-    )
+    """No library of weight comes with it, so `import trl_spo` takes milliseconds (benchmarks/scaling.py)."""
+    code = "import sys, trl_spo; print([m for m in sys.modules if m in ('torch', 'diffusers', 'transformers', 'trl', 'peft')])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
 

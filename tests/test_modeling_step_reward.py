@@ -284,6 +284,17 @@ class TestSavingAndLoading:
         assert not loaded.training
         assert torch.equal(loaded.score(images, PROMPTS[:3], 300), expected)
 
+    def test_a_clip_in_half_precision_trained_in_full(self, images, tmp_path):
+        """Regression: the towers came back in the half precision of the CLIP, the rest in float32, and nothing ran."""
+        folder = tiny_clip(tmp_path)
+        CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
+        model = StepAwareRewardModel.from_clip(folder)
+        assert model.dtype == torch.float16
+        disturb(model.float()).save_pretrained(tmp_path / "trained")
+        loaded = StepAwareRewardModel.from_pretrained(tmp_path / "trained")
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+        assert torch.equal(loaded.score(images, PROMPTS[:3], 300), model.score(images, PROMPTS[:3], 300))
+
     def test_saved_names_are_those_of_the_released_checkpoints(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         names = set(load_file(tmp_path / "model.safetensors"))

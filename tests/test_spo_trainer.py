@@ -439,7 +439,7 @@ class TestSaving:
         trainer.save_model()
         card = (tmp_path / "out" / "README.md").read_text()
         for expected in (
-            "DDIMScheduler, 5 steps, eta 1.0, guidance 3.0",
+            "DDIMScheduler, 5 steps, eta 1, guidance 3",
             "`beta` | 10.0",
             "eval_reward_mean",
             "2406.04314",
@@ -493,7 +493,7 @@ class TestLogging:
         trainer = make_trainer(tmp_path, report_to="tensorboard", log_images_steps=2, max_steps=3, num_eval_images=3)
         trainer.train()
         folder = tmp_path / "out" / "images"
-        assert sorted(p.name for p in folder.glob("step_*")) == ["step_000000.png", "step_000002.png"]
+        assert sorted(p.name for p in folder.glob("step_*")) == ["step_000000.png", "step_000002.png", "step_000003.png"]
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(next((tmp_path / "out").rglob("events*")).parent))

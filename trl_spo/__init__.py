@@ -14,10 +14,8 @@
 
 """Step-aware Preference Optimization of diffusion models, beside TRL's DDPO. Names are imported on first use."""
 
-import sys
+import importlib
 from typing import TYPE_CHECKING
-
-from transformers.utils import _LazyModule
 
 
 __version__ = "0.1.0"
@@ -62,7 +60,19 @@ if TYPE_CHECKING:
     from .step_distribution import gaussian_log_prob
     from .step_reward_config import StepRewardConfig
     from .step_reward_trainer import StepRewardTrainer
-else:
-    sys.modules[__name__] = _LazyModule(
-        __name__, __file__, _import_structure, module_spec=__spec__, extra_objects={"__version__": __version__}
-    )
+
+_module_of = {name: module for module, names in _import_structure.items() for name in names}
+__all__ = [*_module_of, "__version__"]
+
+
+def __getattr__(name: str):
+    """Import the module of a public name when the name is first used (PEP 562)."""
+    if name not in _module_of:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_module_of[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

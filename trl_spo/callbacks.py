@@ -60,7 +60,7 @@ class EMACallback(TrainerCallback):
     ```
 
     Raises:
-        ValueError: if `decay` is out of range, or training has begun.
+        ValueError: if `decay` is out of range, training has begun, or DeepSpeed trains.
     """
 
     def __init__(self, trainer: Trainer, decay: float = 0.999):
@@ -68,10 +68,15 @@ class EMACallback(TrainerCallback):
             raise ValueError(f"`decay` must be in [0, 1), got {decay!r}.")
         if trainer.state.global_step > 0:
             raise ValueError("`EMACallback` must be added before training: the average starts at the first weights.")
+        if trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "`EMACallback` does not work with DeepSpeed, which copies the weights before they are saved and restores "
+                "them past the callback. Train without DeepSpeed, or without the average."
+            )
         self.trainer = trainer
         self.ema = EMAModel(self._parameters().values(), decay=decay)
         self._swapped = False
-        for name in ("evaluate", "_save"):
+        for name in ("evaluate", "_save", *(("generate",) if hasattr(trainer, "generate") else ())):
             setattr(trainer, name, self._under_the_average(getattr(trainer, name)))
         trainer._load_from_checkpoint = self._then(trainer._load_from_checkpoint, self._resume)
         trainer._load_best_model = self._then(trainer._load_best_model, self._adopt)

@@ -33,6 +33,7 @@ tensor by its longer side and pads with black. That is not [`prepare_images`] of
 not antialias.
 """
 
+import copy
 import os
 import pickle
 import re
@@ -381,6 +382,8 @@ class ImageMetric:
 
     def __init__(self, device=None, dtype: torch.dtype = torch.float32, batch_size: int = 32):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device == torch.device("cuda"):  # with a number: which one is current may change later
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.dtype = dtype
         self.batch_size = batch_size
 
@@ -581,7 +584,7 @@ class AestheticScore(CLIPMetric):
 
     def __init__(self, predictor: PredictorMLP, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.predictor = self._place(predictor).float()
+        self.predictor = predictor.float().to(self.device).eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(
@@ -660,8 +663,9 @@ class ImageReward(ImageMetric):
 
     def __init__(self, model: ImageRewardModel, tokenizer, preparation, description: str = "", **kwargs):
         super().__init__(**kwargs)
+        mlp = copy.deepcopy(model.mlp).float()  # before the cast: rounded weights would stay rounded
         self.model = self._place(model)
-        self.model.mlp.float()
+        self.model.mlp = mlp.to(self.device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.preparation = preparation
         self.description = description

@@ -29,7 +29,7 @@ and the class token after the last layer norm becomes `pooled * (1 + scale) + sh
 `m` at 0, gates at 1 and the rest at 0, so it *is* the CLIP it was made from, for every timestep.
 
 What differs from the public code (https://github.com/RockeyCoss/SPO):
-- its inference class starts the final modulation's bias at 1, which is not CLIP; here it starts at 0;
+- its inference class fills the bias of the blocks' modulation with ones, which is not CLIP; here only gates are 1;
 - one image preparation, [`prepare_images`], serves training and scoring; there they differ;
 - the model can be cast to half precision, and missing weights are an error rather than uninitialised memory.
 
@@ -40,6 +40,7 @@ classes around them changed between transformers 4.57 (`CLIPVisionTransformer`, 
 the names of their parameters did not. So the names below `model.` are those of the released checkpoints with either.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -111,7 +112,11 @@ class StepAwareRewardModelConfig(PretrainedConfig):
                 "`image_mean` and `image_std` need one number per RGB channel, the latter above 0, got "
                 f"{list(image_mean)} and {list(image_std)}."
             )
-        self.clip_config = clip_config
+        # One model has one dtype, said once, in this configuration: transformers would build the towers of a CLIP that
+        # was saved in half precision in that dtype, whatever the dtype of the weights is by now.
+        self.clip_config = copy.deepcopy(clip_config)
+        for part in (self.clip_config, self.clip_config.text_config, self.clip_config.vision_config):
+            part.dtype = None
         self.step_conditioning = step_conditioning
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -169,9 +174,8 @@ def prepare_images(
         top, left = round((new_height - size) / 2), round((new_width - size) / 2)  # Python's rounding: half to even
         images = images[..., top : top + size, left : left + size]
     images = (images / 2 + 0.5).clamp(0, 1)
-    mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-    return (images - mean) / std
+    # Channel by channel with numbers: as tensors they would be copied to the device, and a copy waits for it.
+    return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -454,7 +458,7 @@ class StepAwareRewardModel(PreTrainedModel):
         on_host = timesteps.device.type == "cpu"
         if on_host and batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < limit)).all()):
             raise ValueError(f"`timesteps` must lie in [0, {limit}), got {timesteps.tolist()}.")
-        return timesteps.long().to(self.device, non_blocking=True).expand(batch_size)
+        return timesteps.long().to(self.device, non_blocking=on_host).expand(batch_size)
 
     def forward(
         self,

@@ -108,7 +108,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         super().__init__(pipeline)
         self.use_lora = use_lora
         self.scheduler = stochastic_ddim_scheduler(pipeline.scheduler)
-        self._stochastic: dict[tuple[int, float], list[bool]] = {}
+        self._stochastic: dict[tuple[int, int, float], list[bool]] = {}
         in_channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
         if in_channels != latent_channels:
             raise ValueError(
@@ -180,7 +180,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         return self.scheduler.timesteps.tolist()
 
     def step_is_stochastic(self, step: int, eta: float) -> bool:
-        key = (self.scheduler.num_inference_steps, eta)
+        key = (id(self.scheduler), self.scheduler.num_inference_steps, eta)
         if key not in self._stochastic:  # asked for at every step, and reading a number may wait for the device
             timesteps = self.scheduler.timesteps.to(self.scheduler.alphas_cumprod.device)
             origin = torch.zeros(len(timesteps), device=timesteps.device)

@@ -174,7 +174,7 @@ class _Scorer:
         Returns:
             list of `torch.Tensor` of shape `(K, B)`, float32, on the CPU.
         """
-        latents = torch.cat([latents.flatten(0, 1) for latents, _ in candidates])
+        latents = torch.cat([latents.flatten(0, 1).float() for latents, _ in candidates])
         rows = [row for latents, _ in candidates for _ in range(latents.shape[0]) for row in range(latents.shape[1])]
         steps = [step for latents, step in candidates for _ in range(latents.shape[0] * latents.shape[1])]
         rows, timesteps = torch.tensor(rows), torch.tensor(steps)

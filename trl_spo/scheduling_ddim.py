@@ -21,8 +21,7 @@ computes them. Differences from that method:
 - it returns the mean and the standard deviation of x_{t-1} instead of one sample;
 - `timestep` may differ from sample to sample, because a training batch mixes timesteps;
 - the arithmetic is float32 whatever the dtype of the latents is: a log-probability divides by sigma_t^2.
-
-- nothing is copied from the device to the host: the schedule is read where the timesteps are.
+- the schedule is read where the timesteps are: timesteps on a GPU are not copied to the host.
 
 The scheduler is only read. `final_alpha_cumprod` is used at the last step exactly as diffusers does; DDPO's and the
 public SPO code's own step clamp the previous timestep first and so never reach it.
@@ -46,7 +45,7 @@ def _like(sample: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Schedule values shaped to broadcast against `sample`; a 0-d one does so from any device."""
     if values.ndim == 0:
         return values
-    return values.to(sample.device, non_blocking=True).reshape(-1, *(1,) * (sample.ndim - 1))
+    return values.to(sample.device, non_blocking=sample.device.type != "cpu").reshape(-1, *(1,) * (sample.ndim - 1))
 
 
 def _schedule(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -79,7 +80,7 @@ class SPOConfig(TrainingArguments):
         memory_budget (`float`, *optional*):
             GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
             `None` are then computed from the networks; without a budget they depend on the image size alone. Either
-            way memory does not grow with K or the number of prompts.
+            way activations do not grow with K or the number of prompts; what is kept of each candidate (two latents) does.
         defer_scoring (`bool`, *optional*, defaults to `True`):
             Score the candidates of all steps together after the rollout, in full batches. The same scores; with
             `resample` other than `"random"` the next step needs them and they are scored step by step.
@@ -231,9 +232,15 @@ class SPOConfig(TrainingArguments):
         """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
         return {**self.__dict__, "hub_token": None}
 
-    def __copy__(self):  # a copy in memory keeps it
+    def __copy__(self):  # copies in memory keep it
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo):
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __post_init__(self):

@@ -69,6 +69,8 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
         TypeError: if it is neither.
         ValueError: if the column is missing, there are no prompts, or one is empty or not a string; says which.
     """
+    if isinstance(dataset, PromptColumn):  # what this function returned before
+        return dataset
     if isinstance(dataset, Dataset):
         candidates = [column] if column else ["prompt", "caption"]
         found = [c for c in candidates if c in dataset.column_names]
@@ -154,7 +156,10 @@ class PairLoader:
         """
         args = self.trainer.args
         end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
-        pairs = len(self.prompts) * (end - args.branch_start_step)
+        per_prompt = end - args.branch_start_step
+        if args.num_branches is not None:
+            per_prompt = min(per_prompt, args.num_branches * args.num_inner_steps)
+        pairs = len(self.prompts) * per_prompt
         left = self.pairs_per_step - 1 if self.total_prompts > len(self.prompts) else 0
         return math.ceil((pairs + left) / self.pairs_per_step) * args.gradient_accumulation_steps
 
@@ -208,9 +213,10 @@ class PairLoader:
         step, self.pool = self.pool[:total], self.pool[total:]
         self.num_pairs_seen += total
         own = step[args.process_index * (total // world) : (args.process_index + 1) * (total // world)]
-        own = own.pin_memory() if args.device.type == "cuda" else own
-        rows = torch.tensor_split(torch.arange(len(own)), accumulation)
-        return [{"pairs": own[index], "num_pairs": len(own), "num_micro_batches": accumulation} for index in rows]
+        parts = [own[index] for index in torch.tensor_split(torch.arange(len(own)), accumulation)]
+        if args.device.type == "cuda":
+            parts = [part.pin_memory() for part in parts]
+        return [{"pairs": part, "num_pairs": len(own), "num_micro_batches": accumulation} for part in parts]
 
     def _rollout_round(self):
         """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
@@ -224,9 +230,7 @@ class PairLoader:
         indices = self._order[1][position : position + size].tolist()
         own = indices[args.process_index :: args.world_size]
         parts = []
-        if (
-            own
-        ):  # `cat` leaves the record of the rollout behind, and objects of another device would not come back here
+        if own:  # `cat` leaves the record of the rollout behind; objects of another device would not come back here
             parts = [StepPairs.cat([self.trainer.rollout([self.prompts[i] for i in own], seed=start)]).to("cpu")]
         # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process.
         parts = gather_object(parts) if args.world_size > 1 else parts
@@ -414,6 +418,10 @@ class SPOTrainer(Trainer):
                 f"prompts, timesteps) -> scores`, got `{type(reward_model).__name__}`."
             )
 
+        is_function = not isinstance(reward_model, (str, Path, torch.nn.Module))
+        if config.reward_dtype is not None and is_function:
+            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
+
         if isinstance(reward_model, (str, Path)):
             reward_model = StepAwareRewardModel.from_pretrained(reward_model)
         if isinstance(reward_model, StepAwareRewardModel):
@@ -421,13 +429,14 @@ class SPOTrainer(Trainer):
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
-        self.pipeline.scoring_vae = load_scoring_vae(scoring_vae or config.scoring_vae, self.pipeline)
+        if scoring_vae is not None or config.scoring_vae is not None:
+            vae = config.scoring_vae if scoring_vae is None else scoring_vae
+            self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)
         self.reward_model = reward_model
         if isinstance(reward_model, torch.nn.Module):
-            dtype = None if config.reward_dtype is None else getattr(torch, config.reward_dtype)
-            reward_model.requires_grad_(False).eval().to(config.device, dtype)
-        elif config.reward_dtype is not None:
-            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
+            reward_model.requires_grad_(False).eval().to(config.device)
+            if config.reward_dtype is not None:
+                reward_model.to(getattr(torch, config.reward_dtype))
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
@@ -457,7 +466,7 @@ class SPOTrainer(Trainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             if isinstance(reward_model, StepAwareRewardModel):
                 reward_model.compile_layers(**self._compile_kwargs(config))
-        self._chunk_sizes: dict[tuple, dict[str, int]] = {}
+        self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
         self.pair_loader = PairLoader(self, prompts)
         self.add_callback(_EpochCallback(self))
@@ -526,6 +535,11 @@ class SPOTrainer(Trainer):
         Side effects: adds to the metrics of the next log.
         """
         args, start = self.args, time.perf_counter()
+        if args.device.type == "cuda":  # work of the training before that is still queued is not the rollout's
+            torch.cuda.synchronize(args.device)
+            waited = time.perf_counter() - start
+            self._add("time/train", waited, 1)
+            start += waited
         generator = torch.Generator(args.device)
         generator.manual_seed(((args.seed * 1_000_003 + seed) * 4096 + args.process_index) % 2**63)
         self.model.eval()
@@ -669,7 +683,7 @@ class SPOTrainer(Trainer):
         losses = output.losses + args.kl_coef * kl
         loss = losses.sum() * scale
         self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
-        self._record_loss(output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl)
+        self._record_loss(output, chosen_logps, rejected_logps, *logps, kl)
         return (loss, output) if return_outputs else loss
 
     def timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -708,9 +722,9 @@ class SPOTrainer(Trainer):
         return loss
 
     @torch.no_grad()
-    def _record_loss(self, output, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, kl):
-        chosen = chosen_logps - ref_chosen_logps
-        rejected = rejected_logps - ref_rejected_logps
+    def _record_loss(self, output, chosen_logps, rejected_logps, chosen, rejected, ref_chosen, ref_rejected, kl):
+        """Metrics of the log-ratios are of those the loss saw, with the weights of their timesteps."""
+        chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
         ratios = torch.cat([chosen, rejected])
         clipped = (ratios < math.log1p(-self.args.epsilon)) | (ratios > math.log1p(self.args.epsilon))
         self._add("rewards/chosen", self.args.beta * chosen)

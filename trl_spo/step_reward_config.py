@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -211,9 +212,15 @@ class StepRewardConfig(TrainingArguments):
         """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
         return {**self.__dict__, "hub_token": None}
 
-    def __copy__(self):  # a copy in memory keeps it
+    def __copy__(self):  # copies in memory keep it
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo):
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __post_init__(self):

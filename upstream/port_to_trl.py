@@ -121,7 +121,7 @@ def _link(match: re.Match) -> str:
 
 def add_to_toctree(text: str) -> str:
     """`_toctree.yml` with our pages in the experimental section, in the order of the titles."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if "local: experimental_overview" in line), None)
     if start is None:
         raise SystemExit("`_toctree.yml` has no `experimental_overview`; add the pages by hand: " + ", ".join(PAGES))

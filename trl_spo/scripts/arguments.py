@@ -20,6 +20,7 @@ too, and a parser takes each name once. The names that remain are theirs.
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -286,10 +287,11 @@ class SamplerArguments:
         return prompts[: self.num_prompts]
 
     def target_device(self) -> str:
-        """The device that was named, or a GPU if there is one."""
+        """The device that was named, or a GPU if there is one: that of this process, if there are several."""
         import torch
 
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        return self.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
     def place(self, pipeline):
         """Moves an [`SPOPipeline`] to the device, with the LoRA in it."""
