@@ -1,8 +1,9 @@
-.PHONY: demo test test-ddpo upstream quality style clean
+.PHONY: demo test test-ddpo docs upstream quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.installed-docs
 DDPO_BIN := .venv-ddpo/bin
 DDPO_STAMP := .venv-ddpo/.installed
 
@@ -33,6 +34,13 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(DOCS_STAMP)  ## the pages and the API reference, into docs/_build; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 upstream: $(STAMP)  ## copy the project into a checkout of TRL, see upstream/README.md
 	@test -n "$(TRL)" || { echo "usage: make upstream TRL=path/to/trl" >&2; exit 2; }
 	$(BIN)/python upstream/port_to_trl.py $(TRL)
@@ -46,5 +54,5 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo_output build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf demo_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path "./.venv*/*" -exec rm -rf {} +

@@ -493,7 +493,11 @@ class TestLogging:
         trainer = make_trainer(tmp_path, report_to="tensorboard", log_images_steps=2, max_steps=3, num_eval_images=3)
         trainer.train()
         folder = tmp_path / "out" / "images"
-        assert sorted(p.name for p in folder.glob("step_*")) == ["step_000000.png", "step_000002.png", "step_000003.png"]
+        assert sorted(p.name for p in folder.glob("step_*")) == [
+            "step_000000.png",
+            "step_000002.png",
+            "step_000003.png",
+        ]
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(next((tmp_path / "out").rglob("events*")).parent))
