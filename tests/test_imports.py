@@ -26,7 +26,7 @@ import trl_spo
 
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
-    "spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses pipeline_base "
+    "training_arguments spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses pipeline_base "
     "pipeline_stable_diffusion pipeline_stable_diffusion_xl export model_card modeling_step_reward memory rollout "
     "step_preference_data metrics evaluation visualization callbacks step_reward_trainer spo_trainer ddpo_interop"
 ).split()

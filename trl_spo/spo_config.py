@@ -12,10 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from .training_arguments import StepTrainingArguments
 
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
@@ -26,7 +25,7 @@ def _field(default, help: str):
 
 
 @dataclass
-class SPOConfig(TrainingArguments):
+class SPOConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`SPOTrainer`].
 
@@ -226,22 +225,7 @@ class SPOConfig(TrainingArguments):
     log_images_steps: int = _field(0, "Log sample images every this many optimizer steps; 0 for never.")
     eval_seed: int = _field(0, "The evaluation image of prompt i starts from seed `eval_seed + i`.")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
-
-    def __getstate__(self) -> dict:
-        """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
-        return {**self.__dict__, "hub_token": None}
-
-    def __copy__(self):  # copies in memory keep it
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
-
-    def __deepcopy__(self, memo):
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+    _VALID_DICT_FIELDS = [*StepTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
     def __post_init__(self):
         self._check_spo_arguments()

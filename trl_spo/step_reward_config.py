@@ -12,14 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from .training_arguments import StepTrainingArguments
 
 
 @dataclass
-class StepRewardConfig(TrainingArguments):
+class StepRewardConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`StepRewardTrainer`].
 
@@ -207,21 +206,6 @@ class StepRewardConfig(TrainingArguments):
         default_factory=lambda: [0, 251, 501, 701, 951],
         metadata={"help": "Timesteps at which evaluation measures accuracy."},
     )
-
-    def __getstate__(self) -> dict:
-        """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
-        return {**self.__dict__, "hub_token": None}
-
-    def __copy__(self):  # copies in memory keep it
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
-
-    def __deepcopy__(self, memo):
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
 
     def __post_init__(self):
         super().__post_init__()
