@@ -19,6 +19,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_precision():
-    """`TrainingArguments(bf16=True)` of transformers 4 leaves an environment variable behind that later ones obey."""
+    """`TrainingArguments` of transformers 4 leave `bf16` and `torch_compile` behind in the environment, and later ones obey."""
     yield
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "DYNAMO_MODE"):
+        os.environ.pop(f"ACCELERATE_{name}", None)

@@ -289,7 +289,6 @@ class TestSavingAndLoading:
         folder = tiny_clip(tmp_path)
         CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
         model = StepAwareRewardModel.from_clip(folder)
-        assert model.dtype == torch.float16
         disturb(model.float()).save_pretrained(tmp_path / "trained")
         loaded = StepAwareRewardModel.from_pretrained(tmp_path / "trained")
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}

@@ -462,10 +462,11 @@ class SPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if config.torch_compile:  # the networks compile themselves; a second time around them would only cost
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-            if isinstance(reward_model, StepAwareRewardModel):
-                reward_model.compile_layers(**self._compile_kwargs(config))
+        # The networks compile themselves, where they should: a second time around them would only cost, and a config of
+        # another run with `torch_compile` may have left transformers 4's environment variable behind.
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        if config.torch_compile and isinstance(reward_model, StepAwareRewardModel):
+            reward_model.compile_layers(**self._compile_kwargs(config))
         self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
         self.pair_loader = PairLoader(self, prompts)
