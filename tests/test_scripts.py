@@ -223,6 +223,7 @@ class TestAccelerateConfigs:
         assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
             "cpu_2proc",
             "deepspeed_zero2",
+            "fsdp",
             "multi_gpu",
             "single_gpu",
         }
