@@ -127,7 +127,7 @@ class Models:
             self.pipeline: SPOPipeline = wrap_pipeline(build_pipeline(name, folder))
             config, tokenizer = clip_config(name, folder)
             self.reward_model = StepAwareRewardModel(StepAwareRewardModelConfig(config), tokenizer=tokenizer)
-            self.reward_model.to(dtype).requires_grad_(False).eval()
+            self.reward_model.cast(dtype).requires_grad_(False).eval()
             for module in (self.pipeline.denoiser, *self.pipeline.frozen_modules().values()):
                 module.to(dtype)
             adapter = LoraConfig(

@@ -54,8 +54,8 @@ Differences from a training run of the public code:
 A UNet call belongs to the rollout while the pipeline function runs, else to the policy or the reference by which network
 it is. Evaluations are counted in samples: a prompt that is guided counts twice, a batch of 8 eight times. Phases exclude
 each other (`reward` leaves out `reward_text`); `other` is what is left of `total`, the optimizer and the prompts' text
-encoder among it. Memory is the largest resident set since the models were built, in MiB; the public code's second UNet, the reference, is one of
-the models, so it counts in `peak_memory_mib` and not in `peak_memory_above_models_mib`.
+encoder among it. Memory is the largest resident set since the models were built, in MiB; the public code's second
+UNet, the reference, is one of the models, so it counts in `peak_memory_mib` and not in `peak_memory_above_models_mib`.
 """
 
 import argparse
@@ -141,32 +141,39 @@ def find_versions(checkout: Path) -> dict[str, str]:
     return found
 
 
-def import_torchvision():
-    """Import torchvision, also where its compiled operators do not fit the build of PyTorch."""
+def load_script(project: Path):
+    """
+    `train_scripts/train_spo.py` as a module; it puts its own project into the import path.
+
+    It imports torchvision, whose compiled operators may not fit the build of PyTorch. Then importing fails for want of
+    operators that the script never calls: they are declared, and the script is imported again.
+    """
     import torch
 
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        import_torchvision.library = library  # the declarations live as long as the object
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-
-def load_script(project: Path):
-    """`train_scripts/train_spo.py` as a module; it puts its own project into the import path."""
-    import_torchvision()
     spec = importlib.util.spec_from_file_location("train_spo", project / "train_scripts" / "train_spo.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
+    before, path = set(sys.modules), list(sys.path)
+    try:
+        spec.loader.exec_module(script)
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        forget(set(sys.modules) - before, project)
+        sys.path[:] = path
+        load_script.library = torch.library.Library("torchvision", "DEF")  # declarations live as long as the object
+        for name in ("nms", "qnms"):
+            load_script.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        spec.loader.exec_module(script)
     return script
+
+
+def forget(names: set[str], project: Path):
+    """Take modules out of `sys.modules` that did not load: torchvision's and the project's own."""
+    for name in names:
+        file = getattr(sys.modules[name], "__file__", None)
+        if name.split(".")[0] == "torchvision" or (file and Path(file).is_relative_to(project)):
+            del sys.modules[name]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
-from trl_spo.export import LORA_FILE, export_kohya, merge_lora, read_lora
+from trl_spo.export import export_kohya, merge_lora, read_lora
+from trl_spo.pipeline_base import LORA_NAME
 
 from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -178,13 +179,13 @@ def test_sdxl_layers_carry_the_names_of_the_original_unet(tmp_path):
     ):
         assert f"lora_unet_{name}" in names
     assert not any("down_blocks" in name or "up_blocks" in name or "mid_block_" in name for name in names)
-    assert len(names) == len(read_lora(folder / LORA_FILE)[0])
+    assert len(names) == len(read_lora(folder / LORA_NAME)[0])
 
 
 def test_alpha_is_why_diffusers_own_converter_is_not_used(tmp_path):
     """It writes the rank for alpha: here 2 for 6. Should that change, this module can become shorter."""
     folder, _ = random_lora("sd15", tmp_path)
-    layers, config = read_lora(folder / LORA_FILE)
+    layers, config = read_lora(folder / LORA_NAME)
     peft = {
         f"unet.{k}.lora_{part}.weight": v for k, pair in layers.items() for part, v in zip("AB", pair, strict=True)
     }
@@ -200,7 +201,7 @@ def test_header_and_files_without_configuration(tmp_path):
         header = handle.metadata()
     assert header["ss_base_model_version"] == "sd_v1" and header["ss_network_module"] == "networks.lora"
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "6")
-    save_file(load_file(folder / LORA_FILE), tmp_path / "bare.safetensors")
+    save_file(load_file(folder / LORA_NAME), tmp_path / "bare.safetensors")
     pipeline = tiny_sd_pipeline(tmp_path)
     pipeline.load_lora_weights(tmp_path / "bare.safetensors")
     expected = image(pipeline)
@@ -215,17 +216,17 @@ def test_errors_of_the_export(tmp_path):
     output = tmp_path / "out.safetensors"
     with pytest.raises(ValueError, match="'sd15', 'sd2', 'sdxl'; got 'flux'"):
         export_kohya(folder, output, "flux")
-    with pytest.raises(FileNotFoundError, match=f"has no {LORA_FILE}"):
+    with pytest.raises(FileNotFoundError, match=f"has no {LORA_NAME}"):
         export_kohya(tmp_path, output)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         export_kohya(tmp_path / "nothing", output)
     with pytest.raises(ValueError, match="end in .safetensors"):
         export_kohya(folder, tmp_path / "out.ckpt")
     with pytest.raises(ValueError, match="the LoRA itself"):
-        export_kohya(folder, folder / LORA_FILE)
+        export_kohya(folder, folder / LORA_NAME)
     with pytest.raises(ValueError, match="base='sdxl'"):
         export_kohya(sdxl, output, "sd15")
-    four_levels = {k.replace("down_blocks.1", "down_blocks.3"): v for k, v in load_file(folder / LORA_FILE).items()}
+    four_levels = {k.replace("down_blocks.1", "down_blocks.3"): v for k, v in load_file(folder / LORA_NAME).items()}
     save_file(four_levels, tmp_path / "sd.safetensors")
     with pytest.raises(ValueError, match="base='sd15' or 'sd2'"):
         export_kohya(tmp_path / "sd.safetensors", output, "sdxl")
@@ -292,7 +293,7 @@ def test_merge_leaves_the_pipeline_alone_and_scales(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
     plain = tiny_sd_pipeline(tmp_path).unet.state_dict()
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").state_dict()
-    layers, _ = read_lora(folder / LORA_FILE)
+    layers, _ = read_lora(folder / LORA_NAME)
     for layer, (down, up) in layers.items():  # scale 0.5 * alpha / rank = 0.5 * 6 / 2
         torch.testing.assert_close(merged[f"{layer}.weight"], plain[f"{layer}.weight"] + 1.5 * up @ down)
     assert all(torch.equal(merged[k], plain[k]) for k in plain if k.removesuffix(".weight") not in layers)

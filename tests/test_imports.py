@@ -81,13 +81,10 @@ def project_files() -> list[Path]:
     return sorted(path for folder in folders for path in (PACKAGE.parent / folder).glob("**/*.py"))
 
 
-OTHER_ENVIRONMENT = ("public_code.py",)  # drives code of 2023 with the libraries it was written for
-
-
 @pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(PACKAGE.parent)))
 def test_no_torchvision_and_no_example_inside_the_package(path):
     names = {name.split(".")[0] for level, name in imports_of(path) if level == 0}
-    assert path.name in OTHER_ENVIRONMENT or not names & {"torchvision", "torchaudio"}
+    assert not names & {"torchvision", "torchaudio"}
     if path.is_relative_to(PACKAGE):
         assert not names & {"examples", "tests", "benchmarks"}
 

@@ -21,7 +21,7 @@ import json
 import re
 
 import pytest
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -64,7 +64,18 @@ def test_the_header_of_an_spo_card_survives_any_prompt(tmp_path):
     assert [entry["text"] for entry in data["widget"]] == SAMPLES["prompts"]
     assert data["widget"][0]["output"]["url"] == "images/sample_0.png" and "license" not in data
     assert "<Gallery />" in card.text
-    assert "![Before training](images/step_000000.png)" in card.text and "![Last](images/step_000010.png)" in card.text
+    assert "![Before training](images/step_000000.png)" in card.text
+    assert "![After step 10](images/step_000010.png)" in card.text
+
+
+def test_a_strip_is_named_by_its_own_step(tmp_path):
+    """A resumed run without its old images has none from before the training, and says so by saying nothing of it."""
+    strips = ["images/step_000004.png", "images/step_000010.png"]
+    text = spo_card(spo_args(tmp_path), samples={**SAMPLES, "strips": strips})
+    assert "After step 4:\n\n![After step 4](images/step_000004.png)" in text
+    assert "![After step 10](images/step_000010.png)" in text and "Before training" not in text
+    text = spo_card(spo_args(tmp_path), samples={**SAMPLES, "strips": ["images/step_000000.png"]})
+    assert "Before training" in text and "After step" not in text
 
 
 def test_the_numbers_are_those_of_the_run(tmp_path):
@@ -76,6 +87,27 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     assert "| `eval_clip_mean` | | 0.3000 |" in text and "runtime" not in text
     assert "## Evaluation" not in spo_card(args) and "Gallery" not in spo_card(args)
     assert "| metric | step 10 |" in spo_card(args, log_history=HISTORY[2:])
+
+
+def test_the_scoring_vae_is_part_of_the_recipe(tmp_path):
+    """It changes labels, so a recipe without it is another recipe; its path on a disk is nobody's business."""
+    assert "scoring_vae" not in spo_card(spo_args(tmp_path))
+    assert "| `scoring_vae` | someone/taesd |" in spo_card(spo_args(tmp_path, scoring_vae="someone/taesd"))
+    folder = tmp_path / "private" / "vae"
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    by_path = spo_args(tmp_path, scoring_vae=str(folder))
+    for card in (
+        spo_card(by_path),
+        spo_card(by_path, scoring_vae=AutoencoderTiny.from_pretrained(folder)),
+        spo_card(spo_args(tmp_path), scoring_vae=vae),
+    ):
+        assert "| `scoring_vae` | `AutoencoderTiny` |" in card and "private" not in card
+    vae.register_to_config(_name_or_path="someone/taesd")  # as `from_pretrained` leaves it
+    assert "| `scoring_vae` | someone/taesd |" in spo_card(spo_args(tmp_path), scoring_vae=vae)
 
 
 def test_nothing_private_is_in_a_card(tmp_path):
@@ -164,8 +196,19 @@ def test_samples_are_read_from_what_the_callback_left(tmp_path):
     record = {"step": 4, "prompts": ["猫"], "images": ["sample_0.png"]}
     (tmp_path / "images" / "samples.json").write_text(json.dumps(record), encoding="utf-8")
     assert read_samples(tmp_path) == {**record, "images": ["images/sample_0.png"], "strips": []}
-    for step in (4, 0, 2):
+    for step in (4, 0, 2, 6):  # the last one is of a longer run before
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"step_{step:06d}.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "step_of_mine.png")
     samples = read_samples(tmp_path)
     assert samples["strips"] == ["images/step_000000.png", "images/step_000004.png"]
     assert "Samples after step 4" in spo_card(spo_args(tmp_path), samples=samples)
+
+
+def test_strips_are_in_the_order_of_their_steps(tmp_path):
+    """Beyond a million steps names grow longer, and their order by letters is another."""
+    (tmp_path / "images").mkdir()
+    record = {"step": 2_000_000, "prompts": [], "images": []}
+    (tmp_path / "images" / "samples.json").write_text(json.dumps(record))
+    for step in (999_999, 2_000_000):
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"step_{step:06d}.png")
+    assert read_samples(tmp_path)["strips"] == ["images/step_999999.png", "images/step_2000000.png"]

@@ -19,7 +19,9 @@ the start, for every timestep), to an independent computation of the adaLN block
 image preparation, and to the names and the strictness that the released checkpoints need.
 """
 
+import copy
 import json
+import math
 import pickle
 from unittest.mock import patch
 
@@ -178,6 +180,52 @@ class TestPrecision:
         scores = model.to(dtype).score(images, PROMPTS[:3], 951)
         assert scores.dtype == torch.float32
         assert (scores - expected).abs().max() < tolerance
+
+    def test_casting_scales_no_score(self, model):
+        """
+        `.to` rounds `logit_scale`: bfloat16 has steps of 1/32 at ln 100 = 4.605, so it becomes 4.59375, and every score
+        is multiplied by exp(4.59375) / 100 = 0.989. After `cast` only the networks' rounding is left. A cosine between
+        features of 8 significant bits is off by about 2**-8, one way or the other.
+        """
+        disturb(model).model.logit_scale.data.fill_(math.log(100))
+        images = torch.rand(64, 3, 20, 20, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        arguments = (images, [PROMPTS[i % 6] for i in range(64)], torch.arange(64) * 15)
+        expected = model.score(*arguments).detach()
+        rounded = copy.deepcopy(model).to(torch.bfloat16)
+        before = model.model.logit_scale.detach().clone()
+        assert model.cast(torch.bfloat16) is model
+        assert torch.equal(model.model.logit_scale, before) and model.model.logit_scale.dtype == torch.float32
+        others = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+        assert {t.dtype for t in others if t is not model.model.logit_scale} == {torch.bfloat16}
+
+        scores = model.score(*arguments).detach()
+        factor = math.exp(4.59375) / 100
+        torch.testing.assert_close(rounded.score(*arguments).detach(), factor * scores, rtol=1e-5, atol=1e-5)
+        noise = scores - expected
+        assert 0 < noise.square().mean().sqrt() < 100 * 2**-7
+        assert abs((noise @ expected) / (expected @ expected)) < (1 - factor) / 2
+
+    def test_dtype_is_that_of_the_networks(self, model, images):
+        """Its first parameter, by which transformers would tell, is the one that `cast` leaves alone."""
+        assert model.dtype == torch.float32
+        assert model.cast(torch.bfloat16).dtype == torch.bfloat16
+        assert model.get_image_features(prepare_images(images, 16), 5).dtype == torch.bfloat16
+        output = model(images, PROMPTS[:3], 5)
+        assert {value.dtype for value in output.values()} == {torch.float32}
+        assert model.cast(torch.float32).dtype == torch.float32
+        with pytest.raises(TypeError, match="floating point"):
+            model.cast(torch.int8)
+
+    def test_a_cast_model_survives_saving(self, model, images, tmp_path):
+        """Loading in bfloat16 keeps `logit_scale` in float32 as well, whatever the file is cast to."""
+        disturb(model).model.logit_scale.data.fill_(math.log(100))
+        expected = model.cast(torch.bfloat16).score(images, PROMPTS[:3], 300)
+        model.save_pretrained(tmp_path)
+        loaded = StepAwareRewardModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16 and loaded.model.logit_scale.dtype == torch.float32
+        assert torch.equal(loaded.score(images, PROMPTS[:3], 300), expected)
+        weights = StepAwareRewardModel.from_pretrained(tmp_path).state_dict()  # in float32 or bfloat16, by version
+        assert all(torch.equal(weights[name].float(), weight.float()) for name, weight in model.state_dict().items())
 
     def test_neighbouring_timesteps_differ_in_half_precision(self, model):
         """In bfloat16 the integers 998 and 999 are the same number; the embedding must not be computed there."""
@@ -414,7 +462,7 @@ class TestSavingAndLoading:
         for part in (
             "missing: model.t_embedder.mlp.2.bias",
             "unexpected: model.surplus",
-            "model.visual_projection.weight: (7, 16) in the file, (12, 16) in the model",
+            "wrong shape: model.visual_projection.weight (7, 16) for (12, 16)",
         ):
             assert part in str(error.value)
 

@@ -38,12 +38,11 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .pipeline_base import SPOPipeline, load_diffusers_pipeline
+from .pipeline_base import LORA_NAME, SPOPipeline, load_diffusers_pipeline
 
 
 logger = logging.get_logger(__name__)
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the configuration of adapters
 BASES = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # -> kohya's `ss_base_model_version`
 
@@ -188,9 +187,9 @@ def merge_lora(
 def find_lora(path: str | Path) -> Path:
     """The safetensors file that `path` is or, for a folder, contains under diffusers' name."""
     path = Path(path)
-    file = path / LORA_FILE if path.is_dir() else path
+    file = path / LORA_NAME if path.is_dir() else path
     if not file.is_file():
-        hint = f"the folder has no {LORA_FILE}" if path.is_dir() else "the path does not exist"
+        hint = f"the folder has no {LORA_NAME}" if path.is_dir() else "the path does not exist"
         raise FileNotFoundError(
             f"There is no LoRA in {str(path)!r}: {hint}. Pass the folder `SPOTrainer.save_model()` wrote, or a "
             ".safetensors file."

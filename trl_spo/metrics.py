@@ -35,7 +35,6 @@ not antialias.
 
 import copy
 import os
-import pickle
 import re
 from dataclasses import dataclass
 
@@ -51,10 +50,12 @@ from .modeling_step_reward import (
     CLIP_MEAN,
     CLIP_STD,
     _load,
+    _load_strictly,
     _load_tokenizer,
     _locate_checkpoint,
     _optional_file,
     _read_json,
+    _read_state_dict,
     _require_existing,
 )
 
@@ -190,57 +191,15 @@ def prepare_hps_images(
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _read_tensors(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
-    """The state dict in a torch or safetensors file, under `key` where it has one. Runs no code from the file."""
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path!r} was refused: it is no file of plain tensors: {error}") from error
-    except Exception as error:
-        raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
-    if key is not None:
-        if not isinstance(content, dict) or key not in content:
-            found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path!r} has no entry {key!r}; it holds {found}.")
-        content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path!r} is not a state dict of tensors.")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+def _read_weights(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
+    """The state dict in a file, without the prefix that `DistributedDataParallel` adds."""
+    return {name.removeprefix("module."): weight for name, weight in _read_state_dict(path, key).items()}
 
 
 def _find_file(path: str, filename: str) -> str:
     """A file given directly, or by its name in a folder or Hub repository."""
     path = os.fspath(path)
     return path if os.path.isfile(path) else _locate_checkpoint(path, filename)
-
-
-def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str, what: str) -> None:
-    """`load_state_dict` that names the missing, unexpected and misshapen keys in one error (the first ten of each)."""
-    expected = model.state_dict()
-    weights = {name: weight for name, weight in weights.items() if not name.endswith(".position_ids")}
-    expected_names = {name for name in expected if not name.endswith(".position_ids")}
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(expected[name].shape)}"
-        for name in sorted(expected_names & weights.keys())
-        if weights[name].shape != expected[name].shape
-    ]
-    problems = [
-        f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
-        for kind, names in (
-            ("missing", sorted(expected_names - weights.keys())),
-            ("unexpected", sorted(weights.keys() - expected_names)),
-            ("wrong shape", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{source!r} does not fit {what}. " + "; ".join(problems) + ".")
-    model.load_state_dict(weights, strict=False)
 
 
 _OPEN_CLIP_BLOCK = {
@@ -559,7 +518,7 @@ class HPSv2(CLIPMetric):
         config = _load(CLIPConfig, clip, "a CLIP configuration")
         tokenizer, settings = _require_tokenizer(clip), ImagePreparation.from_processor(clip)
         model = CLIPModel(config)
-        _load_weights(model, convert_open_clip(_read_tensors(path, "state_dict")), path, f"the CLIP of {clip!r}")
+        _load_strictly(model, convert_open_clip(_read_weights(path, "state_dict")), path, f"the CLIP of {clip!r}")
         size = config.vision_config.image_size
 
         def preparation(images: torch.Tensor) -> torch.Tensor:
@@ -603,11 +562,11 @@ class AestheticScore(CLIPMetric):
             kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
         """
         path = _find_file(predictor, filename)
-        weights = _read_tensors(path)
+        weights = _read_weights(path)
         model = _load(CLIPModel, clip, "a CLIP model")
         preparation = ImagePreparation.from_processor(clip, model.config.vision_config.image_size, half="round")
         mlp = PredictorMLP(model.config.projection_dim)
-        _load_weights(mlp, weights, path, f"the aesthetic predictor on embeddings of {clip!r}")
+        _load_strictly(mlp, weights, path, f"the aesthetic predictor on embeddings of {clip!r}")
         description = f"LAION aesthetic predictor, {predictor} on {clip}"
         return cls(mlp, model, None, preparation, description=description, **kwargs)
 
@@ -692,7 +651,7 @@ class ImageReward(ImageMetric):
         path = _find_file(checkpoint, filename)
         _require_existing(tokenizer, "tokenizer")
         try:
-            bert_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            bert_tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except OSError as error:
             raise FileNotFoundError(f"{tokenizer!r} holds no tokenizer: {error}") from error
         vision_config = vision_config or BlipVisionConfig(
@@ -717,7 +676,7 @@ class ImageReward(ImageMetric):
             is_decoder=True,  # gives its layers cross-attention; it still sees the whole text
         )
         model = ImageRewardModel(vision_config, text_config)
-        _load_weights(model, convert_image_reward(_read_tensors(path)), path, "ImageReward's BLIP")
+        _load_strictly(model, convert_image_reward(_read_weights(path)), path, "ImageReward's BLIP")
         preparation = ImagePreparation(vision_config.image_size, vision_config.image_size, half="round")
         description = f"ImageReward, {checkpoint}"
         return cls(model, bert_tokenizer, preparation, description=description, **kwargs)

@@ -21,6 +21,7 @@ never taken over as a whole: the arguments of a run also hold tokens and paths. 
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from huggingface_hub import ModelCardData
 PAPER = "2406.04314"
 FOLDER = "path/to/this/folder"  # where the card's examples load from if the model has no Hub id
 SAMPLES_NAME = "samples.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)  # so no markup, and no "user:password@host/"
+STRIP_NAME = r"step_(\d+)\.png"
 
 SPO_RECIPE = (
     "learning_rate lr_scheduler_type weight_decay max_grad_norm per_device_train_batch_size "
@@ -49,12 +52,7 @@ REWARD_RECIPE = (
 def hub_id(value: Any) -> str | None:
     """`value` if it is a Hub id such as "user/model", `None` if it is a local path or nothing."""
     value = str(value or "")
-    parts = value.split("/")
-    return (
-        value
-        if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(value).exists()
-        else None
-    )
+    return value if HUB_ID.fullmatch(value) and not Path(value).exists() else None
 
 
 def describe_reward(reward: Any) -> str:
@@ -69,15 +67,22 @@ def read_samples(folder: str | Path) -> dict | None:
 
     Returns:
         `dict` with `step` (`int`), `prompts` (`list[str]`), `images` (their files, relative to `folder`) and `strips`
-        (the first and the last strip of all prompts).
+        (the first and the last strip of all prompts up to that step, such as `images/step_000100.png`).
     """
     images = Path(folder) / "images"
     if not (images / SAMPLES_NAME).is_file():
         return None
     samples = json.loads((images / SAMPLES_NAME).read_text(encoding="utf-8"))
-    strips = sorted(path.name for path in images.glob("step_*.png"))
-    strips = dict.fromkeys(f"images/{name}" for name in (strips[:1] + strips[-1:]))
+    names = [path.name for path in images.glob("step_*.png") if re.fullmatch(STRIP_NAME, path.name)]
+    # A longer run before this one may have left later strips in the folder.
+    names = sorted((name for name in names if _strip_step(name) <= samples["step"]), key=_strip_step)
+    strips = dict.fromkeys(f"images/{name}" for name in (names[:1] + names[-1:]))
     return {**samples, "images": [f"images/{name}" for name in samples["images"]], "strips": list(strips)}
+
+
+def _strip_step(name: str) -> int:
+    """The optimizer step in the name of a strip."""
+    return int(re.fullmatch(STRIP_NAME, Path(name).name)[1])
 
 
 def spo_model_card(
@@ -90,6 +95,7 @@ def spo_model_card(
     denoiser_class: str = "UNet2DConditionModel",
     use_lora: bool = True,
     reward_model: str | None = None,
+    scoring_vae: Any = None,
     global_step: int = 0,
     num_pairs: int = 0,
     log_history: Iterable[dict] = (),
@@ -107,6 +113,8 @@ def spo_model_card(
         denoiser_name, denoiser_class (`str`): what was trained, and its class.
         use_lora (`bool`, *optional*, defaults to `True`): whether the folder holds a LoRA or a whole denoiser.
         reward_model (`str`, *optional*): Hub id of the reward model, or what it is in a few words.
+        scoring_vae (*optional*): the network that decoded what was scored, if it was not the pipeline's VAE. By
+            default the one that `args.scoring_vae` names.
         global_step, num_pairs (`int`): length of the training.
         log_history (list of `dict`): `trainer.state.log_history`.
         samples (`dict`, *optional*): of [`read_samples`].
@@ -135,8 +143,10 @@ def spo_model_card(
     ]
     if samples:
         parts += ["<Gallery />", f"Samples after step {samples['step']}, one fixed seed per prompt."]
-        labels = ("Before training", "Last")[-len(samples["strips"]) :] if samples["strips"] else ()
-        parts += [f"{label}:\n\n![{label}]({strip})" for label, strip in zip(labels, samples["strips"], strict=True)]
+        for strip in samples["strips"]:
+            step = _strip_step(strip)
+            label = f"After step {step}" if step else "Before training"
+            parts.append(f"{label}:\n\n![{label}]({strip})")
     parts += [
         "## Use",
         f"```python\n{_spo_code(args, base, where, scheduler, denoiser_name, denoiser_class, use_lora)}\n```",
@@ -144,7 +154,7 @@ def spo_model_card(
         f"{type(scheduler).__name__}, {args.num_inference_steps} steps, eta {args.eta:g}, guidance "
         f"{args.guidance_scale:g}. Compare with the base model under the same sampler: guidance alone moves scores.",
         "## Recipe",
-        _settings(args, SPO_RECIPE),
+        _settings(args, SPO_RECIPE, {"scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)}),
         *_evaluation(log_history, ("_mean", "_std")),
         "## Limitations",
         "The model was trained to please its reward, on the prompts it was given: what the reward does not see (facts, "
@@ -234,8 +244,19 @@ def _link(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else name
 
 
-def _settings(args, names: list[str]) -> str:
-    rows = [f"| `{name}` | {_cell(getattr(args, name))} |" for name in names if hasattr(args, name)]
+def _describe_scoring_vae(vae: Any, name: str | None) -> str | None:
+    """Its Hub id; without one its class, as a path is private."""
+    if vae is None and name is None:
+        return None
+    source = name if vae is None else getattr(getattr(vae, "config", None), "_name_or_path", None)
+    return hub_id(source) or f"`{'AutoencoderTiny' if vae is None else type(vae).__name__}`"
+
+
+def _settings(args, names: list[str], more: dict[str, Any] | None = None) -> str:
+    """A table of the settings that `args` has, and of what is not `None` in `more`."""
+    settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    settings |= {name: value for name, value in (more or {}).items() if value is not None}
+    rows = [f"| `{name}` | {_cell(value)} |" for name, value in settings.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 

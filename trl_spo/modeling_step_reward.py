@@ -31,7 +31,8 @@ and the class token after the last layer norm becomes `pooled * (1 + scale) + sh
 What differs from the public code (https://github.com/RockeyCoss/SPO):
 - its inference class fills the bias of the blocks' modulation with ones, which is not CLIP; here only gates are 1;
 - one image preparation, [`prepare_images`], serves training and scoring; there they differ;
-- the model can be cast to half precision, and missing weights are an error rather than uninitialised memory.
+- the model can be cast to half precision, except for `logit_scale`, and missing weights are an error rather than
+  uninitialised memory.
 
 Attention, MLP, embeddings and the text tower are those of transformers' `CLIPModel`; only the loop over the vision
 blocks is ours. It calls `vision_model.{embeddings,pre_layrnorm,encoder.layers,post_layernorm}` one by one, because the
@@ -302,6 +303,7 @@ class StepAwareRewardModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["logit_scale"]  # where `from_pretrained` casts; see `cast`
     scores = "images"
     """What this reward model scores; the rollout decodes latents for it."""
 
@@ -340,6 +342,35 @@ class StepAwareRewardModel(PreTrainedModel):
         """Stops training the text encoder and its projection; the vision tower goes on alone."""
         self.model.text_model.requires_grad_(False)
         self.model.text_projection.requires_grad_(False)
+
+    # ---- precision ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the networks. `logit_scale`, the first parameter, may be in float32 beside them."""
+        return self.model.visual_projection.weight.dtype
+
+    def cast(self, dtype: torch.dtype) -> "StepAwareRewardModel":
+        r"""
+        Casts the networks, in place, and leaves `logit_scale` in float32.
+
+        `exp(logit_scale)` multiplies every score, so rounding it scales all of them: in bfloat16 the ln 100 = 4.605 of
+        a trained CLIP becomes 4.594, and scores 1.1% smaller. That is what `.to(dtype)` does.
+
+        Args:
+            dtype (`torch.dtype`):
+                A floating point type, such as `torch.bfloat16`.
+
+        Returns:
+            [`StepAwareRewardModel`]: the model itself.
+
+        Raises:
+            `TypeError`: If `dtype` is no floating point type.
+        """
+        logit_scale = self.model.logit_scale.detach().float().clone()
+        self.to(dtype)
+        self.model.logit_scale.data = logit_scale
+        return self
 
     # ---- features and scores ----
 
@@ -421,7 +452,8 @@ class StepAwareRewardModel(PreTrainedModel):
             `torch.Tensor` of shape `(batch_size, projection_dim)`.
 
         Raises:
-            `ValueError`: If shapes do not fit or a timestep is out of range.
+            `ValueError`: If shapes do not fit or a timestep is out of range. The range is checked where timesteps are
+            given as numbers or on the CPU; those on an accelerator are trusted, as reading them would wait for it.
         """
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
@@ -490,6 +522,9 @@ class StepAwareRewardModel(PreTrainedModel):
             text_features = self.encode_prompts(prompts)
         elif input_ids is not None:
             text_features = self.get_text_features(input_ids)
+        expected = (len(images), self.config.clip_config.projection_dim)
+        if tuple(text_features.shape) != expected:
+            raise ValueError(f"`text_features` must have shape {expected}, got {tuple(text_features.shape)}.")
         image_features = self.get_image_features(pixel_values, timesteps)
         # Normalisation and product in float32: in half precision a score near 20 has steps of 1/64.
         image_embeds = F.normalize(image_features.float(), dim=-1)
@@ -530,6 +565,8 @@ class StepAwareRewardModel(PreTrainedModel):
 
         Raises:
             `ValueError`: If shapes or lengths do not fit, a timestep is out of range, or the text is not given once.
+            The range is checked where timesteps are given as numbers or on the CPU; those on an accelerator are
+            trusted, as reading them would wait for it. Without step conditioning timesteps are not looked at.
         """
         return self.forward(images, prompts, timesteps, input_ids=input_ids, text_features=text_features).scores
 
@@ -554,10 +591,10 @@ class StepAwareRewardModel(PreTrainedModel):
         clip = _load(CLIPModel, path_or_id, "a CLIP model")
         processor = path_or_id if processor is None else processor
         config = cls.config_class(clip.config, **{**_image_settings(processor), **config_kwargs})
-        model = cls(config, tokenizer=_load_tokenizer(processor)).to(clip.dtype)
+        model = cls(config, tokenizer=_load_tokenizer(processor)).cast(clip.visual_projection.weight.dtype)
         weights = {f"model.{name}": weight for name, weight in clip.state_dict().items()}
         weights |= {name: value for name, value in model.state_dict().items() if _is_step_parameter(name)}
-        _load_strictly(model, weights, path_or_id)
+        _load_strictly(model, weights, path_or_id, "the step-aware reward model")
         return model.eval()
 
     @classmethod
@@ -618,16 +655,16 @@ class StepAwareRewardModel(PreTrainedModel):
 
         Raises:
             `FileNotFoundError`: If there is no such file, or the Hub cannot be reached.
-            `ValueError`: If the file is unsafe, or its keys or shapes are not those of the architecture; all of them
-            are named at once.
+            `ValueError`: If the file is unsafe, or its keys or shapes are not those of the architecture; they are
+            named at once, the first ten of each kind.
         """
         checkpoint = _locate_checkpoint(checkpoint, filename, revision=revision, cache_dir=cache_dir, token=token)
-        weights = _read_checkpoint(checkpoint)
+        weights = {_canonical_name(name): weight for name, weight in _read_state_dict(checkpoint).items()}
         processor = clip if processor is None else processor
         clip_config = _load(CLIPConfig, clip, "a CLIP configuration")
         config = cls.config_class(clip_config, **{**_image_settings(processor), **config_kwargs})
         model = cls(config, tokenizer=_load_tokenizer(processor))
-        _load_strictly(model, weights, checkpoint)
+        _load_strictly(model, weights, checkpoint, f"the CLIP architecture of {str(clip)!r}")
         return model.eval()
 
     @classmethod
@@ -646,7 +683,16 @@ class StepAwareRewardModel(PreTrainedModel):
                     "`StepAwareRewardModel.from_clip`."
                 )
         return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"The weights in {path!r} were refused: they cannot be read, or are no plain tensors: {error}"
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights in {path!r} cannot be read, or do not fit the step-aware reward model: {error}"
+            ) from error
         problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
         if problems:
             raise ValueError(f"The weights in {path!r} do not fit the step-aware reward model: {problems}.")
@@ -685,6 +731,8 @@ def _load(loader, path: str, what: str):
         return loader.from_pretrained(path)
     except OSError as error:
         raise FileNotFoundError(f"{path!r} holds no {what.removeprefix('a ')}: {error}") from error
+    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The weights in {path!r} were refused: they are no plain tensors: {error}") from error
 
 
 def _read_model_type(path: str, hub_kwargs: dict) -> str | None:
@@ -693,12 +741,20 @@ def _read_model_type(path: str, hub_kwargs: dict) -> str | None:
         config_file = cached_file(path, "config.json", **hub_kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{path!r} holds no step-aware reward model: {error}") from error
+    if config_file is None:
+        raise FileNotFoundError(f"{path!r} holds no step-aware reward model: there is no config.json.")
     return _read_json(config_file).get("model_type")
 
 
 def _read_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:  # of JSON, or of the encoding
+        raise ValueError(f"{str(path)!r} is not valid JSON, it may be incomplete: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(content).__name__}.")
+    return content
 
 
 def _load_tokenizer(path: str):
@@ -708,7 +764,7 @@ def _load_tokenizer(path: str):
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
     if all(_optional_file(path, name) is None for name in names):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # the default asks on the terminal
 
 
 def _image_settings(path: str) -> dict:
@@ -760,23 +816,29 @@ def _locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> s
         ) from error
 
 
-def _read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """The flat state dict of a `.safetensors` or torch file, names brought to those of `CLIPModel`."""
+def _read_state_dict(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
+    """The state dict in a `.safetensors` or torch file, under `key` where it has one. Runs no code from the file."""
     try:
         if path.endswith(".safetensors"):
-            weights = load_file(path)
+            content = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(
             f"{path!r} was refused: it is no file of plain tensors (it holds other objects, or is not a checkpoint at "
             f"all): {error}"
         ) from error
-    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+    except Exception as error:  # what a reader raises depends on where the bytes break off
         raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if key is not None:
+        if not isinstance(content, dict) or key not in content:
+            found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path!r} has no entry {key!r}; it holds {found}.")
+        content = content[key]
+    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not named or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path!r} is not a flat state dict of tensors.")
-    return {_canonical_name(name): weight for name, weight in weights.items() if not name.endswith(".position_ids")}
+    return content
 
 
 def _canonical_name(name: str) -> str:
@@ -786,26 +848,35 @@ def _canonical_name(name: str) -> str:
     return name
 
 
-def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: str):
-    """`load_state_dict` that names every missing, unexpected and misshapen key in one error."""
-    expected = model.state_dict()
+def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: str, what: str):
+    """
+    `load_state_dict` that names the missing, unexpected and misshapen keys in one error, the first ten of each.
+    Position ids, which some versions of transformers save, are left out: they are constants.
+    """
+    expected = {name: weight for name, weight in model.state_dict().items() if not name.endswith(".position_ids")}
     weights = {name: weight for name, weight in weights.items() if not name.endswith(".position_ids")}
     shapes = [
-        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(expected[name].shape)} in the model"
+        f"{name} {tuple(weights[name].shape)} for {tuple(expected[name].shape)}"
         for name in sorted(expected.keys() & weights.keys())
         if weights[name].shape != expected[name].shape
     ]
+    dtypes = [
+        f"{name} {weights[name].dtype}"
+        for name in sorted(expected.keys() & weights.keys())
+        if expected[name].is_floating_point() and not weights[name].is_floating_point()
+    ]
     problems = [
-        f"{kind}: {', '.join(names)}"
+        f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
         for kind, names in (
             ("missing", sorted(expected.keys() - weights.keys())),
             ("unexpected", sorted(weights.keys() - expected.keys())),
             ("wrong shape", shapes),
+            ("not floating point", dtypes),
         )
         if names
     ]
     if problems:
-        raise ValueError(f"{source!r} does not fit this CLIP architecture. " + "; ".join(problems) + ".")
+        raise ValueError(f"{str(source)!r} does not fit {what}. " + "; ".join(problems) + ".")
     model.load_state_dict(weights, strict=False)
 
 

@@ -41,6 +41,8 @@ from .step_distribution import StepDistribution
 
 logger = logging.get_logger(__name__)
 
+LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a LoRA
+
 try:  # TRL <= 0.23.1
     from trl.models.modeling_sd_base import DDPOPipelineOutput, DDPOSchedulerOutput, DDPOStableDiffusionPipeline
 except ImportError:
@@ -396,10 +398,13 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
         if isinstance(kwargs.get("vae"), (str, Path)):
             kwargs["vae"] = AutoencoderKL.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
         return DiffusionPipeline.from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers says of a broken folder what happens to break first
+        found = "the folder is incomplete or broken"
+        if not local.exists():
+            found = "it is neither an existing folder nor a Hub id that can be reached"
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"Could not load a diffusers pipeline from {str(path)!r}: it is neither an existing folder nor a Hub id "
-            f"that can be reached ({str(error).splitlines()[0]})."
+            f"Could not load a diffusers pipeline from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
         ) from error
 
 
@@ -407,9 +412,18 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: SPOPipe
     """
     A small decoder that stands in for the pipeline's VAE when candidates are scored.
 
+    Weights are published as [madebyollin/taesd](https://huggingface.co/madebyollin/taesd) for Stable Diffusion 1 and 2
+    and [madebyollin/taesdxl](https://huggingface.co/madebyollin/taesdxl) for SDXL, from
+    https://github.com/madebyollin/taesd.
+
     Args:
-        vae (`AutoencoderTiny` or other diffusers autoencoder, path or Hub id, *optional*): `None` is none.
+        vae (`AutoencoderTiny` or other diffusers autoencoder, path or Hub id, *optional*): `None` is none. What a path
+            or Hub id names is loaded as an `AutoencoderTiny`, in the dtype of the pipeline.
         pipeline ([`SPOPipeline`]): whose latents it decodes.
+
+    Returns:
+        `torch.nn.Module`: the decoder, frozen and in evaluation mode, on the device it was given or loaded on; `None`
+        for `None`.
 
     Raises:
         TypeError: if it does not decode.
@@ -424,7 +438,7 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: SPOPipe
             vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=pipeline.dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({str(error).splitlines()[0]})."
+                f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({error})."
             ) from error
     if not isinstance(vae, torch.nn.Module) or not hasattr(vae, "decode") or not hasattr(vae, "config"):
         raise TypeError(

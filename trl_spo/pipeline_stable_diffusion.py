@@ -22,6 +22,7 @@ Stable Diffusion (1.x, 2.x) as SPO trains it: a UNet on VAE latents, stochastic 
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from .pipeline_base import (
+    LORA_NAME,
     DDPOPipelineOutput,
     DDPOSchedulerOutput,
     PromptEmbeds,
@@ -91,12 +93,13 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         scheduler ([`~diffusers.DDIMScheduler`]): the sampler of rollouts; independent of `sd_pipeline.scheduler`.
 
     Raises:
-        ValueError: if a component is missing, the scheduler cannot be stochastic, or the UNet takes other inputs than
-            latents (inpainting models).
+        ValueError: if a component is missing or does not fit the others, the scheduler cannot be stochastic, the UNet
+            takes other inputs than latents and text (inpainting models, class labels), or weights are not loaded.
     """
 
     denoiser_name = "unet"
     required_components = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    accepted_embeddings = {"addition_embed_type": (None, "text"), "encoder_hid_dim_type": (None, "text_proj")}
 
     def __init__(self, pipeline, use_lora: bool = True):
         missing = [name for name in self.required_components if getattr(pipeline, name, None) is None]
@@ -115,6 +118,50 @@ class SPOStableDiffusionPipeline(SPOPipeline):
                 f"The UNet takes {in_channels} input channels and the VAE has {latent_channels} latent channels. SPO "
                 "trains text-to-image UNets; inpainting and image-conditioned ones are not supported."
             )
+        self._check_networks()
+        self._told_of_truncation = False
+
+    def _check_networks(self) -> None:
+        """Whether the components fit each other and the UNet needs nothing that SPO does not give it."""
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            module = getattr(self.sd_pipeline, name, None)
+            if module is not None and any(weight.device.type == "meta" for weight in module.parameters()):
+                raise ValueError(
+                    f"The {name} has weights on the meta device, which are shapes without numbers. Load the pipeline "
+                    "with `from_pretrained`, without sequential CPU offload."
+                )
+        config = self.unet.config
+        if config.out_channels != config.in_channels:
+            raise ValueError(
+                f"The UNet makes {config.out_channels} channels of {config.in_channels}. SPO needs a prediction in the "
+                "shape of the latents; models that also learn the variance are not supported."
+            )
+        extra = {
+            "class_embed_type": config.class_embed_type,
+            "num_class_embeds": config.num_class_embeds,
+            "addition_embed_type": config.addition_embed_type,
+            "encoder_hid_dim_type": config.encoder_hid_dim_type,
+        }
+        for name, value in extra.items():
+            accepted = self.accepted_embeddings.get(name, (None,))
+            if value not in accepted:
+                raise ValueError(
+                    f"The UNet has `{name}={value!r}`, but SPO conditions it on "
+                    f"{' or '.join(map(repr, accepted))} there: on the prompt"
+                    + (" and the size of the image" if "text_time" in accepted else "")
+                    + ", not on classes or images. Pass a plain text-to-image UNet"
+                    + ("; one of SDXL belongs into a `StableDiffusionXLPipeline`." if value == "text_time" else ".")
+                )
+        width, expected = self._text_width(), config.cross_attention_dim
+        if config.encoder_hid_dim is None and isinstance(expected, int) and width != expected:
+            raise ValueError(
+                f"The text encoder gives features of size {width} and the UNet takes {expected} "
+                "(`cross_attention_dim`). Take both from the same model."
+            )
+
+    def _text_width(self) -> int:
+        """Size of the text features that the UNet attends to."""
+        return self.text_encoder.config.hidden_size
 
     @classmethod
     def from_pretrained(cls, path: str | Path, use_lora: bool = True, **kwargs) -> "SPOStableDiffusionPipeline":
@@ -163,7 +210,38 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         return PromptEmbeds(positive, negative.expand_as(positive))
 
     def _encode_text(self, texts: list[str]) -> torch.Tensor:
-        return self.sd_pipeline.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)[0]
+        with self._truncation_told_once(texts):
+            return self.sd_pipeline.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)[0]
+
+    @contextlib.contextmanager
+    def _truncation_told_once(self, texts: list[str]) -> Iterator[None]:
+        """
+        One warning for the first text that is longer than the text encoder reads. diffusers prints the rest of each text
+        in each call, and transformers says that it cannot work.
+        """
+        tokenizer = self.sd_pipeline.tokenizer or self.sd_pipeline.tokenizer_2
+        limit = tokenizer.model_max_length
+        loggers = [
+            logging.get_logger(name)
+            for name in (self.sd_pipeline.encode_prompt.__module__, "transformers.tokenization_utils_base")
+        ]
+        for other in loggers:
+            other.addFilter(_is_not_about_length)
+        try:
+            for text in texts:
+                if self._told_of_truncation or len(text.encode()) < limit:  # a token has at least one byte
+                    continue
+                num_tokens = len(tokenizer(text).input_ids)
+                if num_tokens > limit:
+                    logger.warning(
+                        f"A prompt has {num_tokens} tokens and the text encoder reads {limit}: the end of it, and of "
+                        f"other long prompts, has no effect ({text[:60]!r}...)."
+                    )
+                    self._told_of_truncation = True
+            yield
+        finally:
+            for other in loggers:
+                other.removeFilter(_is_not_about_length)
 
     def _conditioning(self, embeds: PromptEmbeds, negative: bool) -> dict:
         """Keyword arguments of the UNet for the negative or the positive half of guidance."""
@@ -261,15 +339,14 @@ class SPOStableDiffusionPipeline(SPOPipeline):
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents -> images `(B, 3, H, W)`, float32, nominally in [-1, 1] (the decoder may overshoot a little)."""
-        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        with self._vae_precision():
-            return self.vae.decode(latents, return_dict=False)[0].float()
+        return self._decode(self.vae, latents)
 
     @torch.no_grad()
     def decode_for_scoring(self, latents: torch.Tensor, image_size: int | None = None) -> torch.Tensor:
         """
         See [`SPOPipeline.decode_for_scoring`]. Latents are resized (bilinear, antialiased) to the size that decodes to
-        `image_size` pixels; a prediction is smooth, so this loses little.
+        `image_size` pixels. That is an approximation: at 24 of the 32 pixels of the shapes world it changes 22% of the
+        labels (`benchmarks/approximations.py`, results in `docs/performance.md`). Measure before you train with it.
         """
         factor, short = self.sd_pipeline.vae_scale_factor, min(latents.shape[-2:])
         if image_size is not None and image_size < short * factor:
@@ -278,9 +355,12 @@ class SPOStableDiffusionPipeline(SPOPipeline):
             latents = F.interpolate(latents.float(), size, mode="bilinear", antialias=True, align_corners=False)
         if self.scoring_vae is None:
             return self.decode_latents(latents)
-        vae = self.scoring_vae
+        return self._decode(self.scoring_vae, latents)
+
+    def _decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        latents = (latents / vae.config.scaling_factor).to(vae.dtype)
         with self._vae_precision():
-            return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
+            return vae.decode(latents, return_dict=False)[0].float()
 
     def _vae_precision(self):
         """The VAE runs in the dtype of its weights, also inside a trainer's autocast: SDXL's overflows in float16."""
@@ -337,9 +417,24 @@ class SPOStableDiffusionPipeline(SPOPipeline):
     def load_lora(self, directory: str | Path) -> None:
         """
         Raises:
-            ValueError: if the file's tensors are not exactly those of the adapter being trained.
+            ValueError: if there is no such file, it cannot be read, or its tensors are not exactly those of the adapter
+                being trained.
         """
-        layers = self.sd_pipeline.lora_state_dict(str(directory), weight_name="pytorch_lora_weights.safetensors")[0]
+        try:
+            layers = self.sd_pipeline.lora_state_dict(str(directory), weight_name=LORA_NAME)[0]
+        except Exception as error:  # what a reader raises depends on where the bytes break off
+            raise ValueError(
+                f"{str(directory)!r} has no {LORA_NAME} that can be read, it may be incomplete "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        unusable = sorted(k for k, v in layers.items() if not torch.is_tensor(v) or not v.is_floating_point())
+        if unusable:
+            raise ValueError(f"{str(directory)!r} holds {unusable[0]!r}, which is no tensor of real numbers.")
+        broken = sorted(k for k, v in layers.items() if not v.isfinite().all())
+        if broken:
+            raise ValueError(
+                f"{str(directory)!r} holds numbers that are NaN or infinite, in {broken[0]!r}. Use an earlier checkpoint."
+            )
         layers = {k.removeprefix("unet."): v for k, v in layers.items() if k.startswith("unet.")}
         layers = convert_unet_state_dict_to_peft(layers)
         expected = get_peft_model_state_dict(self.denoiser)
@@ -447,6 +542,11 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         else:
             loaded = UNet2DConditionModel.from_pretrained(input_dir, subfolder=self.denoiser_name)
             models[0].load_state_dict(loaded.state_dict())
+
+
+def _is_not_about_length(record) -> bool:
+    text = record.getMessage()
+    return not text.startswith(("The following part of your input was truncated", "Token indices sequence length"))
 
 
 def _cat_conditioning(first: dict, second: dict) -> dict:

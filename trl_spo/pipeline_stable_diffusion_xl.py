@@ -35,12 +35,31 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
     """
 
     required_components = ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler")
+    accepted_embeddings = {"addition_embed_type": ("text_time",)}
 
     def __init__(self, pipeline, use_lora: bool = True):
         super().__init__(pipeline, use_lora=use_lora)
         vae = pipeline.vae
         if vae.config.force_upcast and vae.dtype == torch.float16:
             vae.to(torch.float32)
+
+    def _check_networks(self) -> None:
+        super()._check_networks()
+        unet, pooled = self.unet.config, self.sd_pipeline.text_encoder_2.config.projection_dim
+        expected = unet.projection_class_embeddings_input_dim
+        if 6 * unet.addition_time_embed_dim + pooled != expected:
+            refiner = getattr(self.sd_pipeline.config, "requires_aesthetics_score", False) or (
+                5 * unet.addition_time_embed_dim + pooled == expected
+            )
+            raise ValueError(
+                f"The UNet takes {expected} numbers of conditioning beside the text; SDXL's base model has six for the "
+                f"size of the image ({6 * unet.addition_time_embed_dim}) and the pooled text ({pooled})."
+                + (" This looks like the SDXL refiner, which takes images; train the base model." if refiner else "")
+            )
+
+    def _text_width(self) -> int:
+        encoders = (self.sd_pipeline.text_encoder, self.sd_pipeline.text_encoder_2)
+        return sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
 
     @torch.no_grad()
     def encode_prompt(
@@ -72,13 +91,14 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
 
     def _encode_both(self, prompts: list[str], negative_prompt: str | None):
         """diffusers' own encoding: (prompt, negative, pooled, negative pooled) embeddings."""
-        return self.sd_pipeline.encode_prompt(
-            prompts,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-        )
+        with self._truncation_told_once([*prompts, negative_prompt or ""]):
+            return self.sd_pipeline.encode_prompt(
+                prompts,
+                device=self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+            )
 
     def _conditioning(self, embeds: PromptEmbeds, negative: bool) -> dict:
         pooled = embeds.negative_pooled_prompt_embeds if negative else embeds.pooled_prompt_embeds

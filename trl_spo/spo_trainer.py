@@ -44,7 +44,7 @@ from .losses import spo_loss
 from .memory import rollout_chunk_sizes
 from .model_card import describe_reward, read_samples, spo_model_card
 from .modeling_step_reward import StepAwareRewardModel
-from .pipeline_base import PromptEmbeds, load_scoring_vae, wrap_pipeline
+from .pipeline_base import LORA_NAME, PromptEmbeds, load_scoring_vae, wrap_pipeline
 from .rollout import StepPairs, stepwise_rollout
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
@@ -56,7 +56,6 @@ logger = logging.get_logger(__name__)
 
 PAIRS_NAME = "spo_pairs.safetensors"
 STATE_NAME = "spo_state.json"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
 TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
 
@@ -436,7 +435,8 @@ class SPOTrainer(Trainer):
         if isinstance(reward_model, torch.nn.Module):
             reward_model.requires_grad_(False).eval().to(config.device)
             if config.reward_dtype is not None:
-                reward_model.to(getattr(torch, config.reward_dtype))
+                dtype = getattr(torch, config.reward_dtype)
+                reward_model.cast(dtype) if hasattr(reward_model, "cast") else reward_model.to(dtype)
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
@@ -971,6 +971,7 @@ class SPOTrainer(Trainer):
             denoiser_class=type(pipeline.denoiser).__name__,
             use_lora=pipeline.use_lora,
             reward_model=describe_reward(self.reward_model),
+            scoring_vae=pipeline.scoring_vae,
             global_step=self.state.global_step,
             num_pairs=self.pair_loader.num_pairs_seen,
             log_history=self.state.log_history,

@@ -32,10 +32,10 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from transformers import TrainerCallback
 
+from .model_card import SAMPLES_NAME
 from .rollout import StepPairs
 
 
-SAMPLES_NAME = "samples.json"
 LEGEND_WIDTH = 360  # of a candidate tree
 WIN, LOSE, NEXT, INK, PAPER, MUTED = "#1a9850", "#d73027", "#2166ac", "#222222", "#ffffff", "#777777"
 

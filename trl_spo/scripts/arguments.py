@@ -72,6 +72,14 @@ def resume_from(config):
     return True if str(value).lower() in ("true", "last") else None if str(value).lower() == "false" else value
 
 
+def train_and_save(trainer, config):
+    """Trains from where `config` says, saves to `config.output_dir`, and pushes to the Hub if `config` asks for it."""
+    trainer.train(resume_from_checkpoint=resume_from(config))
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+
+
 @dataclass
 class PipelineArguments:
     r"""
@@ -106,15 +114,9 @@ class PipelineArguments:
 @dataclass
 class DiffusionModelArguments(PipelineArguments):
     r"""
-    Which diffusion model, and which adapter on it.
+    Which diffusion model, by the arguments of [`PipelineArguments`], and which adapter on it.
 
     Args:
-        model_name_or_path (`str`, *optional*, defaults to `"stable-diffusion-v1-5/stable-diffusion-v1-5"`):
-            Folder or Hub id of the diffusers pipeline.
-        vae_name_or_path (`str`, *optional*):
-            Folder or Hub id of another VAE for it. SDXL's own does not survive half precision.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Precision in which the pipeline is loaded. Adapters are float32 in any case.
         lora_r (`int`, *optional*, defaults to `4`):
             Rank of the adapter.
         lora_alpha (`int`, *optional*, defaults to `4`):

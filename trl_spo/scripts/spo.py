@@ -29,7 +29,7 @@ from .arguments import (
     EvaluationDataArguments,
     RewardModelArguments,
     load_prompts,
-    resume_from,
+    train_and_save,
 )
 
 
@@ -58,10 +58,7 @@ def main(
         eval_dataset=None if evaluation is None else load_prompts(evaluation, data_args.eval_split),
         peft_config=model_args.peft_config() if config.use_peft else None,
     )
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    train_and_save(trainer, config)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ accelerate launch -m trl_spo.scripts.step_reward --config examples/configs/step_
 from trl import TrlParser
 
 from ..step_reward_config import StepRewardConfig
-from .arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments, resume_from
+from .arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments, train_and_save
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
@@ -50,10 +50,7 @@ def main(
     if data_args.eval_dataset_name is not None:
         evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
     trainer = StepRewardTrainer(config, model_args.load_pipeline(), reward_args.load(), eval_dataset=evaluation)
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    train_and_save(trainer, config)
 
 
 if __name__ == "__main__":
