@@ -21,6 +21,7 @@ on every timestep of every setting.
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch.overrides import TorchFunctionMode
 
 from trl_spo import ddim_step_stats
 from trl_spo.scheduling_ddim import ddim_predict
@@ -60,6 +61,21 @@ def test_agrees_with_diffusers_on_every_timestep(
         torch.testing.assert_close(stats.pred_original_sample, expected.pred_original_sample)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_dynamic_thresholding_agrees_with_diffusers(prediction_type):
+    """Imagen's thresholding divides by a quantile instead of clipping at 1, and wins over `clip_sample`."""
+    scheduler = make_scheduler(
+        thresholding=True, clip_sample=True, sample_max_value=2.0, prediction_type=prediction_type
+    )
+    sample, output, noise = torch.randn((3, 2, 3, 8, 8), generator=torch.Generator().manual_seed(3)) * 2
+    expected = scheduler.step(output, 500, sample, eta=1.0, variance_noise=noise)
+    stats = ddim_step_stats(scheduler, output, 500, sample, 1.0)
+    clipped = ddim_step_stats(make_scheduler(prediction_type=prediction_type), output, 500, sample, 1.0)
+    assert not torch.allclose(stats.pred_original_sample, clipped.pred_original_sample)
+    torch.testing.assert_close(stats.pred_original_sample, expected.pred_original_sample)
+    torch.testing.assert_close(stats.prev_sample_mean + stats.std_dev_t * noise, expected.prev_sample)
+
+
 def test_timestep_per_sample_equals_one_by_one():
     scheduler = make_scheduler(steps_offset=1, set_alpha_to_one=False, clip_sample=False)
     timesteps = scheduler.timesteps[torch.tensor([0, 4, 9])]
@@ -93,13 +109,65 @@ def test_last_step_is_deterministic_not_nan(config):
     assert torch.isfinite(stats.prev_sample_mean).all()
 
 
-def test_half_precision_input_is_computed_in_float32():
-    scheduler = make_scheduler(steps_offset=1)
-    sample = torch.randn(1, 4, 2, 2).half()
-    stats = ddim_step_stats(scheduler, sample, 901, sample, 1.0)
-    exact = ddim_step_stats(scheduler, sample.double(), 901, sample.double(), 1.0)
-    assert stats.prev_sample_mean.dtype == torch.float32
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("half", ["sample", "output", "both"])
+def test_half_precision_input_is_computed_in_float32(half, prediction_type):
+    scheduler = make_scheduler(steps_offset=1, clip_sample=False, prediction_type=prediction_type)
+    sample, output = torch.randn((2, 1, 4, 2, 2), generator=torch.Generator().manual_seed(4))
+    sample = sample if half == "output" else sample.half()
+    output = output if half == "sample" else output.half()
+    stats = ddim_step_stats(scheduler, output, 901, sample, 1.0)
+    exact = ddim_step_stats(scheduler, output.double(), 901, sample.double(), 1.0)
+    assert stats.prev_sample_mean.dtype == stats.pred_original_sample.dtype == torch.float32
     torch.testing.assert_close(stats.prev_sample_mean.double(), exact.prev_sample_mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.pred_original_sample.double(), exact.pred_original_sample, atol=1e-5, rtol=1e-5)
+
+
+def test_a_timestep_is_a_number_whatever_its_type():
+    """Some schedulers count in floating point, data sets in int32; one timestep may stand for the whole batch."""
+    scheduler = make_scheduler(steps_offset=1)
+    sample, output = torch.randn((2, 3, 4, 2, 2), generator=torch.Generator().manual_seed(5))
+    expected = ddim_step_stats(scheduler, output, 501, sample, 1.0)
+    for timestep in (torch.tensor(501.0), torch.tensor(501, dtype=torch.int32), torch.tensor([501]), [501, 501, 501]):
+        stats = ddim_step_stats(scheduler, output, timestep, sample, 1.0)
+        assert torch.equal(stats.prev_sample_mean, expected.prev_sample_mean)
+        assert stats.std_dev_t.flatten()[0] == expected.std_dev_t
+
+
+class Copies(TorchFunctionMode):
+    """Notes the target and `non_blocking` of every copy between devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.to:
+            targets = [value.type for value in args[1:] if isinstance(value, torch.device)]
+            self.found |= {(target, kwargs.get("non_blocking", False)) for target in targets}
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", {("cpu", False)}), ("meta", {("meta", True)})])
+def test_only_copies_to_the_host_are_waited_for(device, expected):
+    """A copy to an accelerator need not stop the program; one to the host that is not waited for is read too early."""
+    scheduler = make_scheduler(steps_offset=1)
+    sample, timestep = torch.zeros(2, 4, 2, 2, device=device), torch.tensor([501, 1], device=device)
+    with Copies() as copies:
+        ddim_step_stats(scheduler, sample, timestep, sample, 1.0)
+    assert copies.found == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_schedule_follows_the_timesteps_and_the_samples(device):
+    """The meta device stands for an accelerator; a table left on the CPU would fail there or give CPU results."""
+    scheduler = make_scheduler(steps_offset=1)
+    sample = torch.zeros(2, 4, 2, 2, device="meta")
+    for timestep in (torch.tensor([501, 1], device=device), torch.tensor([501], device=device)):
+        stats = ddim_step_stats(scheduler, sample, timestep, sample, 1.0)
+        assert [value.device.type for value in stats] == ["meta"] * 3
+    assert scheduler.alphas_cumprod.device.type == "cpu"
 
 
 def test_prediction_at_any_training_timestep():
@@ -117,6 +185,11 @@ def test_errors_name_the_problem():
         ddim_step_stats(DDIMScheduler(), zeros, 1, zeros, 1.0)
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
         ddim_step_stats(make_scheduler(), zeros, torch.tensor([1, 2, 3]), zeros, 1.0)
+    with pytest.raises(ValueError, match=r"shape \(2,\), got \(2, 1\)"):
+        ddim_step_stats(make_scheduler(), zeros, torch.tensor([[1], [2]]), zeros, 1.0)
+    three = torch.zeros(3, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"shape \(3,\), got \(2,\)"):
+        ddim_step_stats(make_scheduler(), three, torch.tensor([1, 2]), three, 1.0)
     scheduler = make_scheduler()
     scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match="got 'flow'"):
