@@ -1,4 +1,4 @@
-.PHONY: demo test test-ddpo docs upstream quality style clean
+.PHONY: demo test test-ddpo reliability coverage mutation docs upstream quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 DOCS_STAMP := .venv/.installed-docs
 DDPO_BIN := .venv-ddpo/bin
 DDPO_STAMP := .venv-ddpo/.installed
+MUTATION_BIN := .venv-mutation/bin
+MUTATION_STAMP := .venv-mutation/.installed
 
 # A fresh machine needs nothing but Python 3.11: every target installs the pinned set first.
 $(STAMP): constraints.txt setup.cfg pyproject.toml
@@ -15,14 +17,15 @@ $(STAMP): constraints.txt setup.cfg pyproject.toml
 	touch $@
 
 demo: export OMP_WAIT_POLICY := PASSIVE
-test: export OMP_WAIT_POLICY := PASSIVE
+test coverage: export OMP_WAIT_POLICY := PASSIVE
+test coverage: export OMP_NUM_THREADS := 1
 test-ddpo: export OMP_WAIT_POLICY := PASSIVE
 
 demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world; writes demo_output/
 	$(BIN)/python examples/shapes/demo.py --output_dir demo_output
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 	test -x $(DDPO_BIN)/python || $(PYTHON) -m venv .venv-ddpo
@@ -33,6 +36,23 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
+
+reliability: $(STAMP)  ## kills, faults, two processes, bad input: up to half an hour, then a table
+	$(BIN)/python reliability/run.py
+
+coverage: $(STAMP)  ## lines and branches of trl_spo that the suite runs; less than 90% is an error
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+
+# mutmut has an environment of its own, which sees the packages of .venv and does not change them.
+$(MUTATION_STAMP): $(STAMP)
+	test -x $(MUTATION_BIN)/python || $(BIN)/python -m venv .venv-mutation
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(MUTATION_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	$(MUTATION_BIN)/python -m pip install --quiet -c constraints.txt mutmut==3.8.1 libcst==1.9.0
+	touch $@
+
+mutation: $(MUTATION_STAMP)  ## changes to the pure modules that no test notices; some minutes
+	$(MUTATION_BIN)/python reliability/mutation.py
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
@@ -54,5 +74,5 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf demo_output reliability_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path "./.venv*/*" -exec rm -rf {} +

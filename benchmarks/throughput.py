@@ -94,7 +94,13 @@ PER_PAIR = ("policy_forward", "policy_backward", "reference_forward")
 MEASURES = ("pairs_per_second", "peak_memory_mib", "peak_memory_above_models_mib")
 DESCRIPTION = ("preset", "device", "dtype", "threads", "versions", "options")
 NUM_PROMPTS = 4096  # of the whole data set; a run sees a few of them, another run others
-FIELDS = {f.name: str(f.type) for f in fields(SPOConfig) if f.init}  # before a parser simplifies the types
+FIELDS = {  # parsers simplify the types of fields, whoever uses one first, and leave the annotations alone
+    f.name: next(
+        str(c.__annotations__[f.name]) for c in SPOConfig.__mro__ if f.name in c.__dict__.get("__annotations__", {})
+    )
+    for f in fields(SPOConfig)
+    if f.init
+}
 RESERVED = {  # what the benchmark itself sets
     "output_dir": "a temporary folder",
     "num_train_epochs": "one rollout",

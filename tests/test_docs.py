@@ -105,7 +105,8 @@ def test_every_page_can_be_found_from_the_readme():
 
 def words_of_the_code() -> set[str]:
     """Every identifier in the sources, words of strings and docstrings included."""
-    files = [path for folder in ("trl_spo", "examples", "benchmarks") for path in (ROOT / folder).glob("**/*.py")]
+    folders = ("trl_spo", "examples", "benchmarks", "reliability")
+    files = [path for folder in folders for path in (ROOT / folder).glob("**/*.py")]
     files += [ROOT / "tests" / "testing_utils.py", ROOT / "tests" / "test_imports.py", ROOT / "docs" / "api_pages.py"]
     files += (ROOT / "examples" / "configs").glob("*.yaml")
     return {word for path in files for word in re.findall(r"[A-Za-z_]\w*", read(path))}
@@ -218,7 +219,15 @@ def test_log_keys_of_the_reward_model():
     defined = first_cells(ROOT / "docs" / "step_reward_trainer.md", "Logged metrics")
     evaluated = {f"eval_{name}" for name in logged - {"preference_loss", "caption_loss"}}
     ranges = {"accuracy/t_{lo}_{hi}", "eval_accuracy/t_{t}"}
-    assert defined == logged | evaluated | ranges | {"loss", "eval_loss", "grad_norm", "learning_rate", "epoch"}
+    counts = set(re.findall(r"(\w+)=counts\[", source))
+    assert len(counts) == 2
+    assert defined == logged | evaluated | ranges | counts | {
+        "loss",
+        "eval_loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+    }
 
 
 def test_metrics_protocols_and_modules_are_listed():

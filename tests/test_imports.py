@@ -26,9 +26,9 @@ import trl_spo
 
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
-    "training_arguments spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses pipeline_base "
-    "pipeline_stable_diffusion pipeline_stable_diffusion_xl export model_card modeling_step_reward memory rollout "
-    "step_preference_data metrics evaluation visualization callbacks step_reward_trainer spo_trainer ddpo_interop"
+    "training_arguments spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses numerics "
+    "pipeline_base pipeline_stable_diffusion pipeline_stable_diffusion_xl export model_card modeling_step_reward memory rollout "
+    "step_preference_data metrics evaluation checkpointing visualization callbacks step_reward_trainer spo_trainer ddpo_interop"
 ).split()
 SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo/scripts`, above everything
 CONTRACT = (
@@ -77,7 +77,7 @@ def test_scripts_are_above_the_package_and_in_order():
 
 
 def project_files() -> list[Path]:
-    folders = ("trl_spo", "tests", "examples", "benchmarks")
+    folders = ("trl_spo", "tests", "examples", "benchmarks", "reliability")
     return sorted(path for folder in folders for path in (PACKAGE.parent / folder).glob("**/*.py"))
 
 

@@ -263,7 +263,7 @@ class TestReward:
         def nan_for_dogs(images, prompts, timesteps):
             return torch.tensor([float("nan") if "dog" in prompt else 0.0 for prompt in prompts])
 
-        with pytest.raises(ValueError, match="nan at timestep .* 'a blue dog'"):
+        with pytest.raises(ValueError, match=r"score at step 1, timestep \d+, prompt 'a blue dog'"):
             stepwise_rollout(pipeline, PROMPTS[:2], nan_for_dogs, **SETTINGS)
 
 

@@ -347,7 +347,7 @@ class TestResume:
         with pytest.raises(ValueError, match="written with 6 other prompts than the 2"):
             make_trainer(tmp_path, "b", prompts=PROMPTS[:2], **settings).train(str(checkpoint))
         (checkpoint / "spo_state.json").unlink()
-        with pytest.raises(ValueError, match="no complete SPO checkpoint"):
+        with pytest.raises(ValueError, match="no complete checkpoint: spo_state.json is missing"):
             make_trainer(tmp_path, "c", **settings).train(str(checkpoint))
 
     def test_full_fine_tuning_resumes(self, tmp_path):

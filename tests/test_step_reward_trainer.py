@@ -169,7 +169,7 @@ class TestLoss:
         def fixed_noise(self, model, inputs, timesteps, generator):
             images = torch.cat([inputs["images_0"], inputs["images_1"]])
             output = model(images, prompts=inputs["prompts"] * 2, timesteps=500)
-            return output, *output.scores.chunk(2)
+            return output, *output.scores.chunk(2), torch.ones(len(timesteps), dtype=torch.bool)
 
         monkeypatch.setattr(StepRewardTrainer, "_score_pairs", fixed_noise)
         results = []

@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from .checkpointing import CheckpointingMixin
+
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +82,8 @@ class EMACallback(TrainerCallback):
             setattr(trainer, name, self._under_the_average(getattr(trainer, name)))
         trainer._load_from_checkpoint = self._then(trainer._load_from_checkpoint, self._resume)
         trainer._load_best_model = self._then(trainer._load_best_model, self._adopt)
+        if isinstance(trainer, CheckpointingMixin):  # its checkpoints are written before they get their name
+            trainer.checkpoint_writers.append(self._write)
         trainer.add_callback(self)
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -142,9 +146,10 @@ class EMACallback(TrainerCallback):
         self.ema.step(self._parameters().values())
 
     def on_save(self, args, state, control, **kwargs):
-        if not args.should_save:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and not isinstance(self.trainer, CheckpointingMixin):
+            self._write(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _write(self, folder: Path):
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._parameters().items()}
         save_file({**tensors, "optimization_step": torch.tensor(self.ema.optimization_step)}, folder / EMA_NAME)
 

@@ -675,8 +675,9 @@ class ImageReward(ImageMetric):
             layer_norm_eps=1e-12,
             is_decoder=True,  # gives its layers cross-attention; it still sees the whole text
         )
+        weights = convert_image_reward(_read_weights(path))  # first: a bad file costs no model
         model = ImageRewardModel(vision_config, text_config)
-        _load_strictly(model, convert_image_reward(_read_weights(path)), path, "ImageReward's BLIP")
+        _load_strictly(model, weights, path, "ImageReward's BLIP")
         preparation = ImagePreparation(vision_config.image_size, vision_config.image_size, half="round")
         description = f"ImageReward, {checkpoint}"
         return cls(model, bert_tokenizer, preparation, description=description, **kwargs)

@@ -233,6 +233,18 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
             if isinstance(module, torch.nn.Module) and name != self.denoiser_name
         }
 
+    def check_weights(self) -> None:
+        """
+        Raises:
+            ValueError: if weights are on the meta device, and are shapes without numbers.
+        """
+        for name, module in {self.denoiser_name: self.denoiser, **self.frozen_modules()}.items():
+            if any(weight.device.type == "meta" for weight in module.parameters()):
+                raise ValueError(
+                    f"The {name} has weights on the meta device, which are shapes without numbers. Load the pipeline "
+                    "with `from_pretrained`, without sequential CPU offload."
+                )
+
     def to(self, device) -> "SPOPipeline":
         for module in (self.denoiser, self._frozen_copy, self.scoring_vae, *self.frozen_modules().values()):
             if module is not None:

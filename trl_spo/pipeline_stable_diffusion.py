@@ -123,13 +123,6 @@ class SPOStableDiffusionPipeline(SPOPipeline):
 
     def _check_networks(self) -> None:
         """Whether the components fit each other and the UNet needs nothing that SPO does not give it."""
-        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            module = getattr(self.sd_pipeline, name, None)
-            if module is not None and any(weight.device.type == "meta" for weight in module.parameters()):
-                raise ValueError(
-                    f"The {name} has weights on the meta device, which are shapes without numbers. Load the pipeline "
-                    "with `from_pretrained`, without sequential CPU offload."
-                )
         config = self.unet.config
         if config.out_channels != config.in_channels:
             raise ValueError(

@@ -24,14 +24,18 @@ Differences from the public implementation:
 - the denoiser, the decoder and the reward model see chunks of bounded size whatever K and the batch are;
 - prompts are encoded once for the reward model, not once per image;
 - the random continuation does not depend on scores, so the candidates of all steps can be scored together at the end,
-  and the host then waits for the device once per rollout.
+  and the host then waits for the device once per rollout;
+- a NaN or an infinity in latents, decoded images or scores costs its pair, is named and counted, and never trained on.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 
+from .numerics import is_finite
 from .pair_selection import (
     PairSelection,
     draw_two_candidates,
@@ -73,6 +77,26 @@ class BranchRecord:
     pred_original_samples: torch.Tensor | None = None
 
 
+class NonFinite(NamedTuple):
+    """
+    A pair that was given up because something of it is NaN or infinite.
+
+    Attributes:
+        what (`str`): where it arose: "latents", "x_0 prediction", "decoded image" or "score".
+        step (`int`): index of the denoising step in the schedule.
+        timestep (`int`): the timestep at which `what` was computed.
+        prompt (`str`): the prompt.
+    """
+
+    what: str
+    step: int
+    timestep: int
+    prompt: str
+
+    def __str__(self) -> str:
+        return f"{self.what} at step {self.step}, timestep {self.timestep}, prompt {self.prompt!r}"
+
+
 @dataclass
 class StepPairs:
     """
@@ -92,6 +116,7 @@ class StepPairs:
         branches (list of [`BranchRecord`]): every branching step of the rollout, valid or not.
         final_latents (`torch.Tensor` of shape `(B, ...)`, *optional*): x_0 of the trajectories, if they were finished.
         final_scores (`torch.Tensor` of shape `(B,)`, *optional*): their scores at timestep 0.
+        nonfinite (list of [`NonFinite`]): pairs that were given up, one entry per prompt and branch.
     """
 
     latents: torch.Tensor
@@ -107,6 +132,7 @@ class StepPairs:
     branches: list[BranchRecord] = field(default_factory=list)
     final_latents: torch.Tensor | None = None
     final_scores: torch.Tensor | None = None
+    nonfinite: list[NonFinite] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -114,7 +140,8 @@ class StepPairs:
     @classmethod
     def tensor_names(cls) -> list[str]:
         """Names of the per-pair tensors."""
-        return [f.name for f in fields(cls) if f.name not in ("prompts", "branches", "final_latents", "final_scores")]
+        of_rollout = ("prompts", "branches", "final_latents", "final_scores", "nonfinite")
+        return [f.name for f in fields(cls) if f.name not in of_rollout]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The per-pair tensors by name."""
@@ -157,6 +184,11 @@ class _Scorer:
         batch_size: int | None = None,
         image_size: int | None = None,
     ):
+        if not callable(reward) and not hasattr(reward, "encode_prompts"):
+            raise TypeError(
+                "The reward must be a `StepAwareRewardModel` or a callable `(images, prompts, timesteps) -> scores`, got "
+                f"`{type(reward).__name__}`."
+            )
         self.pipeline = pipeline
         self.reward = reward
         self.prompts = prompts
@@ -172,51 +204,62 @@ class _Scorer:
         scored together may come from different steps.
 
         Returns:
-            list of `torch.Tensor` of shape `(K, B)`, float32, on the CPU.
+            list of `torch.Tensor` of shape `(K, B)`, float32, on the CPU; NaN for latents and images that are not
+            finite, instead of which the reward sees zeros.
         """
+        shapes = [latents.shape[:2] for latents, _ in candidates]
+        rows = torch.cat([torch.arange(batch_size).repeat(num_candidates) for num_candidates, batch_size in shapes])
+        timesteps = torch.cat(
+            [torch.full((shape.numel(),), t) for shape, (_, t) in zip(shapes, candidates, strict=True)]
+        )
         latents = torch.cat([latents.flatten(0, 1).float() for latents, _ in candidates])
-        rows = [row for latents, _ in candidates for _ in range(latents.shape[0]) for row in range(latents.shape[1])]
-        steps = [step for latents, step in candidates for _ in range(latents.shape[0] * latents.shape[1])]
-        rows, timesteps = torch.tensor(rows), torch.tensor(steps)
         on_device = [index.to(latents.device, non_blocking=True) for index in (rows, timesteps)]
         size = self.batch_size or len(latents)
-        scores = torch.cat(
-            [
-                self._score(latents[c], *(index[c] for index in on_device), rows[c])
-                for c in (slice(start, start + size) for start in range(0, len(latents), size))
-            ]
-        ).cpu()  # the one time that the host waits for the device
-        self._check(scores, rows, timesteps)
-        shapes = [latents.shape[:2] for latents, _ in candidates]
-        parts = scores.split([num_candidates * batch_size for num_candidates, batch_size in shapes])
+        chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
+        scores = torch.cat([self._score(latents[c], *(index[c] for index in on_device), rows[c]) for c in chunks])
+        parts = scores.cpu().split([shape.numel() for shape in shapes])  # the one wait for the device
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _score(self, latents: torch.Tensor, rows: torch.Tensor, timesteps: torch.Tensor, cpu_rows) -> torch.Tensor:
-        images = latents if self.scores_latents else self._decode(latents)
+        finite = is_finite(latents)
+        images = _blank(latents, finite)
+        if not self.scores_latents:
+            images = self._decode(images)
+            finite = finite & is_finite(images)
+            images = _blank(images, finite)
         if self.text_features is not None:
             scores = self.reward.score(images, timesteps=timesteps, text_features=self.text_features[rows])
         else:
             images = images if self.scores_latents else (images / 2 + 0.5).clamp(0, 1)
             scores = self.reward(images, [self.prompts[i] for i in cpu_rows.tolist()], timesteps)
-        scores = torch.as_tensor(scores).detach()
+        try:
+            scores = torch.as_tensor(scores, device=latents.device).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"The reward must return a tensor or a list of {len(rows)} numbers, one per image, got "
+                f"`{type(scores).__name__}` ({error})."
+            ) from error
         if scores.shape != rows.shape:
             raise ValueError(
                 f"The reward must return one score per image, shape ({len(rows)},), got {tuple(scores.shape)}."
             )
-        return scores.float()
+        if scores.is_complex():
+            raise TypeError(f"The reward must return real numbers, got dtype {scores.dtype}.")
+        return scores.float().masked_fill(~finite, math.nan)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         size = self.decode_batch_size or len(latents)
         chunks = [latents[start : start + size] for start in range(0, len(latents), size)]
         return torch.cat([self.pipeline.decode_for_scoring(chunk, self.image_size) for chunk in chunks])
 
-    def _check(self, scores: torch.Tensor, rows: torch.Tensor, timesteps: torch.Tensor):
-        if not bool(torch.isfinite(scores).all()):
-            bad = int((~torch.isfinite(scores)).nonzero()[0])
-            raise ValueError(
-                f"The reward returned {scores[bad].item()} at timestep {int(timesteps[bad])} for the prompt "
-                f"{self.prompts[int(rows[bad])]!r}. Scores must be finite: check the reward model and its dtype."
-            )
+    def image_is_finite(self, latents: torch.Tensor) -> bool:
+        """Whether one x_0 prediction decodes to numbers; half-precision decoders may overflow."""
+        return self.scores_latents or bool(self._decode(latents[None].float()).isfinite().all())
+
+
+def _blank(values: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """`values (N, ...)` with zeros instead of the rows that are not finite."""
+    return torch.where(finite.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
 
 
 @dataclass
@@ -230,12 +273,43 @@ class _Branch:
     predicted: torch.Tensor  # (K, B, ...)
     two: torch.Tensor | None  # the two candidates of `pair="random"`
     index: torch.Tensor | None = None  # the candidate that went on
-    scores: torch.Tensor | None = None
+    scores: torch.Tensor | None = None  # NaN where something is not finite
 
     def select(self, pair: str, threshold: float) -> PairSelection:
         if pair == "best_worst":
-            return select_pairs(self.scores, threshold)
-        return select_random_pairs(self.scores, threshold, candidates=self.two)
+            selection = select_pairs(self.scores, threshold)
+        else:
+            selection = select_random_pairs(self.scores, threshold, candidates=self.two)
+        return selection._replace(valid=selection.valid & self.scores.isfinite().all(0))
+
+
+def _find_nonfinite(
+    scorer: _Scorer, branches: list[_Branch], plain_steps: dict[int, torch.Tensor], timesteps: list[int]
+) -> list[NonFinite]:
+    """
+    What became of pairs without a finite score, and where it began. Latents are still at hand, so nothing has to be
+    looked at while all goes well. `plain_steps` tells which rows were finite after each step that did not branch.
+    """
+    found, first_broken = [], {}  # row -> first step whose latents are not finite
+    for branch in branches:
+        for row in (~branch.scores.isfinite()).any(0).nonzero().flatten().tolist():
+            prompt, candidate = scorer.prompts[row], int((~branch.scores[:, row].isfinite()).nonzero()[0])
+            broken = [step for step, finite in plain_steps.items() if step < branch.step and not finite[row]]
+            chain = enumerate(branch.chain[1:], start=branch.step)
+            broken += [step for step, latents in chain if not latents[candidate, row].isfinite().all()]
+            if broken:
+                first_broken.setdefault(row, broken[0])
+            predicted = branch.predicted[candidate, row]
+            if row in first_broken:
+                what, step, timestep = "latents", first_broken[row], timesteps[first_broken[row]]
+            else:
+                what, step, timestep = "score", branch.step, branch.scored_timestep
+                if not predicted.isfinite().all():
+                    what = "x_0 prediction"
+                elif not scorer.image_is_finite(predicted):
+                    what = "decoded image"
+            found.append(NonFinite(what, step, timestep, prompt))
+    return found
 
 
 def _check_arguments(
@@ -309,6 +383,7 @@ def stepwise_rollout(
     num_branches: int | None = None,
     scoring_image_size: int | None = None,
     defer_scoring: bool = False,
+    on_nonfinite: str = "raise",
     generator: torch.Generator | None = None,
     return_trajectory: bool = False,
 ) -> StepPairs:
@@ -356,6 +431,9 @@ def stepwise_rollout(
         defer_scoring (`bool`, *optional*, defaults to `False`): score the candidates of all steps together after the
             rollout, in full batches, instead of step by step. The same scores, and the host waits for the device once;
             it needs `resample="random"` and is ignored otherwise. [`SPOTrainer`] does so.
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`): what follows a NaN or an infinity in latents, decoded
+            images or scores. `"raise"` is an error; `"skip"` gives up the pairs it touches and lists them in
+            `nonfinite`, as [`SPOTrainer`] does, which stops when they are too many.
         generator (`torch.Generator`, *optional*): source of all randomness of the rollout.
         return_trajectory (`bool`, *optional*, defaults to `False`): keep latents and x_0 predictions per branch.
 
@@ -363,7 +441,9 @@ def stepwise_rollout(
         [`StepPairs`].
 
     Raises:
-        ValueError: for settings that cannot give pairs, and for a reward that returns a wrong shape or NaN.
+        ValueError: for settings that cannot give pairs, for a reward that returns another shape, and for numbers that
+            are not finite with `on_nonfinite="raise"`.
+        TypeError: for a reward that returns no real numbers.
     """
     end = num_inference_steps if branch_end_step is None else branch_end_step
     _check_arguments(num_candidates, num_inference_steps, branch_start_step, end, num_branches, num_inner_steps, eta)
@@ -371,6 +451,8 @@ def stepwise_rollout(
         raise ValueError(f"`pair` must be 'best_worst' or 'random', got {pair!r}.")
     if resample not in ("random", "chosen", "rejected"):
         raise ValueError(f"`resample` must be 'random', 'chosen' or 'rejected', got {resample!r}.")
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
     embeds, prompts = _conditioning(pipeline, prompt_embeds, negative_prompt_embeds, prompts)
     scorer = _Scorer(pipeline, reward, prompts, vae_decode_batch_size, reward_batch_size, scoring_image_size)
     timesteps = pipeline.set_timesteps(num_inference_steps)
@@ -378,6 +460,11 @@ def stepwise_rollout(
     deferred = defer_scoring and resample == "random"
 
     lengths = _branch_lengths(pipeline, branch_start_step, end, num_inner_steps, eta)
+    if not lengths:
+        raise ValueError(
+            f"Steps {branch_start_step} to {end - 1} of the scheduler are deterministic (sigma = 0): their candidates "
+            "would be equal. Branch earlier steps, or set `set_alpha_to_one=False` in the scheduler."
+        )
     last = num_inference_steps if branch_end_step is None else end
     if num_branches is not None and num_branches < len(lengths):
         drawn = torch.randperm(len(lengths), generator=generator, device=generator and generator.device)
@@ -400,10 +487,11 @@ def stepwise_rollout(
 
     latents = pipeline.prepare_latents(len(embeds), generator, height, width)
     model_output = predict(latents, 0)
-    branches, step = [], 0
+    branches, plain_steps, step = [], {}, 0
     while step < last:
         if step not in lengths:
             latents = advance(latents, model_output, step)[0]
+            plain_steps[step] = is_finite(latents)
             step += 1
             model_output = predict(latents, step) if step < last else None
             continue
@@ -450,6 +538,17 @@ def stepwise_rollout(
         extra = len(scores) > len(waiting)
         final_scores = scores[-1][0] if extra else gather_candidates(branches[-1].scores, branches[-1].index.cpu())
 
+    nonfinite = []
+    if not torch.cat([branch.scores for branch in branches]).isfinite().all():
+        nonfinite = _find_nonfinite(scorer, branches, plain_steps, timesteps)
+        if on_nonfinite == "raise":
+            raise ValueError(
+                f"Not finite: {nonfinite[0]}"
+                + (f", and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else "")
+                + ". "
+                "Check the model named there and its dtype: half precision overflows where bfloat16 or float32 do not."
+            )
+
     parts, records = [], []
     for branch in branches:
         selection = branch.select(pair, preference_threshold)
@@ -460,7 +559,7 @@ def stepwise_rollout(
             BranchRecord(branch.step, timestep, branch.scored_timestep, branch.scores, selection, index, *kept)
         )
     pairs = StepPairs.cat(parts)
-    pairs.branches = records
+    pairs.branches, pairs.nonfinite = records, nonfinite
     if finished:
         pairs.final_latents, pairs.final_scores = latents, final_scores
     return pairs

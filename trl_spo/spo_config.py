@@ -24,7 +24,7 @@ def _field(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(repr=False)  # of its own it would show the token
 class SPOConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`SPOTrainer`].
@@ -117,6 +117,11 @@ class SPOConfig(StepTrainingArguments):
             Whether the log-probabilities of the loss use the guidance of the rollout.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Switch dropout off, in the model and its adapter: with it, the ratios would not start at 1.
+        max_nonfinite_fraction (`float`, *optional*, defaults to `0.05`):
+            Pairs with a NaN or an infinity in latents, decoded images, scores or log-probabilities are left out, named
+            and counted; training stops once they exceed this share of all (the first 1,000 are judged together), or if
+            a rollout has nothing else. An optimizer step whose gradients are not finite is skipped; 20 in a row stop
+            the training.
 
         > Parameters that control the model
 
@@ -209,6 +214,7 @@ class SPOConfig(StepTrainingArguments):
     timestep_weighting: str = _field("none", "'none' as in the paper, or 'even' weight of all timesteps.")
     train_cfg: bool = _field(True, "Whether the loss uses the guidance of the rollout.")
     disable_dropout: bool = _field(True, "Switch dropout off in the model and its adapter.")
+    max_nonfinite_fraction: float = _field(0.05, "Largest tolerable share of pairs with a NaN or an infinity.")
 
     # Parameters that control the model
     use_peft: bool = _field(True, "Train an adapter, or the whole denoiser if False.")
@@ -228,6 +234,7 @@ class SPOConfig(StepTrainingArguments):
     _VALID_DICT_FIELDS = [*StepTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
     def __post_init__(self):
+        self.check_kinds()
         self._check_spo_arguments()
         super().__post_init__()
 
@@ -236,6 +243,13 @@ class SPOConfig(StepTrainingArguments):
         rules = {
             "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
             "num_candidates": (self.num_candidates >= 2, "at least 2, or there is no pair"),
+            "learning_rate": (self.learning_rate >= 0, "0 or more"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "positive, or `max_steps` set"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
+            "height": (self.height is None or self.height >= 1, "at least 1 pixel, or None for the model's own"),
+            "width": (self.width is None or self.width >= 1, "at least 1 pixel, or None for the model's own"),
+            "eval_seed": (0 <= self.eval_seed < 2**63, "in [0, 2^63)"),
             "eta": (0 < self.eta <= 1, "in (0, 1]; with eta = 0 DDIM is deterministic and all candidates are equal"),
             "num_inner_steps": (self.num_inner_steps >= 1, "at least 1"),
             "branch_end_step": (end <= self.num_inference_steps, f"at most {self.num_inference_steps} steps"),
@@ -266,6 +280,7 @@ class SPOConfig(StepTrainingArguments):
                 "at least 1 pixel",
             ),
             "reward_dtype": (self.reward_dtype in _DTYPES, f"one of {_DTYPES}"),
+            "max_nonfinite_fraction": (0 <= self.max_nonfinite_fraction <= 1, "a share, in [0, 1]"),
             "timestep_weighting": (self.timestep_weighting in ("none", "even"), "'none' or 'even'"),
         }
         for name, (holds, expected) in rules.items():

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import time
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,19 +37,20 @@ from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .checkpointing import CheckpointingMixin, check_output_dir, write_text
 from .evaluation import generate_images, score_images
 from .losses import spo_loss
 from .memory import rollout_chunk_sizes
 from .model_card import describe_reward, read_samples, spo_model_card
 from .modeling_step_reward import StepAwareRewardModel
+from .numerics import NonFiniteGuard, SkipNonFiniteSteps
 from .pipeline_base import LORA_NAME, PromptEmbeds, load_scoring_vae, wrap_pipeline
 from .rollout import StepPairs, stepwise_rollout
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
-from .step_preference_data import EncodingCache
+from .step_preference_data import EncodingCache, is_unicode
 from .visualization import ImageLoggingCallback
 
 
@@ -56,7 +58,9 @@ logger = logging.get_logger(__name__)
 
 PAIRS_NAME = "spo_pairs.safetensors"
 STATE_NAME = "spo_state.json"
+COUNTS = ("pairs/nonfinite", "skipped_steps")  # metrics that are sums, not means
 CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
+INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's spaces, control and format characters
 TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
 
 
@@ -64,9 +68,12 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
     """
     Prompts of a list, or of the `prompt` or `caption` column of a dataset, which is checked and then read lazily.
 
+    A prompt may hold any characters of any length, as long as there is something to see and a file can hold it.
+
     Raises:
         TypeError: if it is neither.
-        ValueError: if the column is missing, there are no prompts, or one is empty or not a string; says which.
+        ValueError: if the column is missing, there are no prompts, or one is empty, invisible, not a string or no valid
+            Unicode; says which.
     """
     if isinstance(dataset, PromptColumn):  # what this function returned before
         return dataset
@@ -80,9 +87,14 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
             )
         prompts = PromptColumn(dataset, found[0])
     elif isinstance(dataset, str) or not isinstance(dataset, (list, tuple)):
+        hint = ""
+        if isinstance(dataset, dict):
+            hint = f" with the entries {sorted(map(str, dataset))}. Pass one of them, such as `dataset['train']`"
+        elif hasattr(dataset, "__iter__") and not isinstance(dataset, str):
+            hint = ". Collect the prompts first, with `list(...)` or `[row['prompt'] for row in ...]`"
         raise TypeError(
             f"`{name}` must be a list of prompts or a `datasets.Dataset` with a 'prompt' or 'caption' column, got "
-            f"`{type(dataset).__name__}`."
+            f"`{type(dataset).__name__}`{hint}."
         )
     else:
         prompts = list(dataset)
@@ -91,8 +103,13 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"`{name}` must hold strings, but item {i} is a `{type(prompt).__name__}`.")
-        if not prompt.strip():
+        if all(unicodedata.category(character) in INVISIBLE for character in prompt):
             raise ValueError(f"`{name}` has an empty prompt at position {i}. Remove it: it names nothing to prefer.")
+        if not is_unicode(prompt):
+            raise ValueError(
+                f"`{name}` has a prompt at position {i} that is no valid Unicode, {prompt[:60]!r}: half of a surrogate "
+                "pair, which no file can hold. Read the prompts with the encoding they were written in."
+            )
     return prompts
 
 
@@ -199,11 +216,9 @@ class PairLoader:
             unfruitful = 0 if self.waiting > waiting else unfruitful + self.num_prompts_seen - seen
             finished = self.num_prompts_seen >= self.total_prompts and self.num_pairs_seen == 0
             if unfruitful >= max(len(self.prompts), 100) or (unfruitful and finished and not self.waiting):
-                raise RuntimeError(
-                    f"No valid pair in {unfruitful} prompts: no two candidates differ enough in score for "
-                    f"`preference_threshold={args.preference_threshold}`. Lower the threshold, or check that the reward "
-                    "model tells images of one prompt apart (`step_reward/std`)."
-                )
+                raise RuntimeError(f"No valid pair in {unfruitful} prompts. {self.trainer.why_no_pairs()}")
+            if unfruitful and seen == 0:
+                logger.warning(f"The first {unfruitful} prompts gave no valid pair. {self.trainer.why_no_pairs()}")
         accumulation, world = args.gradient_accumulation_steps, args.world_size
         total = min(self.waiting, self.pairs_per_step)
         total -= total % world
@@ -216,6 +231,18 @@ class PairLoader:
         if args.device.type == "cuda":
             parts = [part.pin_memory() for part in parts]
         return [{"pairs": part, "num_pairs": len(own), "num_micro_batches": accumulation} for part in parts]
+
+    def _gather(self, parts: list[StepPairs]) -> list[StepPairs]:
+        """The parts of all processes. This is where one that has finished its rollout waits for the others."""
+        args = self.trainer.args
+        try:
+            return gather_object(parts)
+        except RuntimeError as error:  # of gloo; with NCCL its watchdog ends the process and says so
+            raise RuntimeError(
+                f"Rank {args.process_index} waited for the rollouts of the other ranks and got none: a rank has died, and "
+                f"its own error is the cause, or was silent for `ddp_timeout={args.ddp_timeout}` seconds ({error}). If a "
+                "rollout may take that long, raise `ddp_timeout`."
+            ) from error
 
     def _rollout_round(self):
         """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
@@ -232,7 +259,7 @@ class PairLoader:
         if own:  # `cat` leaves the record of the rollout behind; objects of another device would not come back here
             parts = [StepPairs.cat([self.trainer.rollout([self.prompts[i] for i in own], seed=start)]).to("cpu")]
         # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process.
-        parts = gather_object(parts) if args.world_size > 1 else parts
+        parts = self._gather(parts) if args.world_size > 1 else parts
         fresh = StepPairs.cat(parts)
         shuffle = torch.Generator().manual_seed(args.seed + 1 + start)
         fresh = fresh[torch.randperm(len(fresh), generator=shuffle)]
@@ -248,8 +275,11 @@ class PairLoader:
             digest.update(("\0" * (i > 0) + prompt).encode())
         return digest.hexdigest()
 
-    def save(self, directory: str | Path, metrics: dict[str, list[float]]):
-        """Write the position in the prompts, the pairs that were not trained on yet, and metrics not yet logged."""
+    def save(self, directory: str | Path, metrics: list[dict[str, list[float]]]):
+        """
+        Write the position in the prompts, the pairs that were not trained on yet, and the metrics that no process has
+        logged yet.
+        """
         directory = Path(directory)
         tensors = {} if self.pool is None else {k: v.contiguous() for k, v in self.pool.tensors().items()}
         save_file({name: value.clone() for name, value in tensors.items()}, directory / PAIRS_NAME)
@@ -267,14 +297,9 @@ class PairLoader:
     def load(self, directory: str | Path):
         """
         Raises:
-            ValueError: if the files are missing, or belong to another prompt dataset.
+            ValueError: if the files belong to another prompt dataset.
         """
         directory = Path(directory)
-        if not (directory / STATE_NAME).is_file() or not (directory / PAIRS_NAME).is_file():
-            raise ValueError(
-                f"{str(directory)!r} is no complete SPO checkpoint: {STATE_NAME} or {PAIRS_NAME} is missing. Resume "
-                "from an earlier one."
-            )
         state = json.loads((directory / STATE_NAME).read_text())
         if state["num_prompts"] != len(self.prompts) or state["prompts_hash"] != self._prompts_hash:
             raise ValueError(
@@ -284,8 +309,14 @@ class PairLoader:
         self.num_prompts_seen, self.num_pairs_seen = state["num_prompts_seen"], state["num_pairs_seen"]
         tensors = load_file(directory / PAIRS_NAME)
         self.pool = StepPairs(**tensors, prompts=state["pool_prompts"]) if tensors else None
-        metrics = state["metrics"] if self.trainer.args.process_index == 0 else {}  # they are those of all processes
-        self.trainer._metrics = defaultdict(lambda: [0.0, 0.0], metrics)
+        metrics = state["metrics"]
+        if isinstance(metrics, dict):  # an older checkpoint has the sums over all processes
+            metrics = [metrics]
+        rank, world = self.trainer.args.process_index, self.trainer.args.world_size
+        mine = metrics[rank::world]  # of several processes, if there are fewer now
+        self.trainer._metrics = defaultdict(lambda: [0.0, 0.0])
+        for name, (total, weight) in (item for part in mine for item in part.items()):
+            self.trainer._add(name, total, weight)
         self.trainer._last_rollout_metrics = state["last_rollout_metrics"]
 
 
@@ -319,7 +350,7 @@ class _EpochCallback(TrainerCallback):
                 bar.total = state.global_step if loader.exhausted else max(total, state.global_step + 1)
 
 
-class SPOTrainer(Trainer):
+class SPOTrainer(CheckpointingMixin, Trainer):
     r"""
     Trainer for Step-aware Preference Optimization (SPO) of diffusion models.
 
@@ -399,6 +430,8 @@ class SPOTrainer(Trainer):
         self._check_strategies(config, metrics or {})
 
         # Cheap checks first: nothing is loaded for a run that cannot start.
+        if config.should_save:
+            check_output_dir(config.output_dir)
         if train_dataset is None:
             if config.dataset_name is None:
                 raise ValueError(
@@ -426,8 +459,17 @@ class SPOTrainer(Trainer):
         if isinstance(reward_model, StepAwareRewardModel):
             reward_model.tokenize(prompts[:1])  # says so if there is no tokenizer
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
+        self.pipeline.check_weights()
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
+        if isinstance(reward_model, StepAwareRewardModel) and reward_model.config.step_conditioning:
+            largest = max(self.pipeline.set_timesteps(config.num_inference_steps))
+            known = reward_model.config.num_train_timesteps
+            if largest >= known:
+                raise ValueError(
+                    f"The sampler uses timesteps up to {largest}, and the reward model knows those up to {known - 1}. Use "
+                    "a reward model that was trained for this pipeline."
+                )
         if scoring_vae is not None or config.scoring_vae is not None:
             vae = config.scoring_vae if scoring_vae is None else scoring_vae
             self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)
@@ -440,7 +482,9 @@ class SPOTrainer(Trainer):
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
-        self.pipeline.optimize(config.channels_last, self._compile_kwargs(config))
+        # DeepSpeed sends weights to the other ranks as plain bytes, which weights in another memory order are not.
+        with_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        self.pipeline.optimize(config.channels_last and not with_deepspeed, self._compile_kwargs(config))
         if config.disable_dropout:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -452,6 +496,11 @@ class SPOTrainer(Trainer):
         self._encodings = EncodingCache()
         self._metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> [sum, weight]
         self._last_rollout_metrics: dict[str, float] = {}
+        self._largest_gap = 0.0  # of scores of one prompt and step, in this process
+        self.guard = NonFiniteGuard(
+            config.max_nonfinite_fraction,
+            "Check the model that is named there and its dtype: float16 overflows where bfloat16 or float32 do not.",
+        )
         self.model_tags = self._tag_names
         super().__init__(
             model=model,
@@ -471,6 +520,7 @@ class SPOTrainer(Trainer):
         self._step_weights: torch.Tensor | None = None
         self.pair_loader = PairLoader(self, prompts)
         self.add_callback(_EpochCallback(self))
+        self.add_callback(SkipNonFiniteSteps(self))
         if config.log_images_steps > 0:
             shown = (eval_dataset or prompts)[: config.num_eval_images]
             self.add_callback(ImageLoggingCallback(self, shown, config.log_images_steps))
@@ -567,6 +617,7 @@ class SPOTrainer(Trainer):
                 num_branches=args.num_branches,
                 scoring_image_size=args.scoring_image_size,
                 defer_scoring=args.defer_scoring,
+                on_nonfinite="skip",
                 generator=generator,
                 return_trajectory=return_trajectory,
             )
@@ -613,10 +664,35 @@ class SPOTrainer(Trainer):
             "reward_batch_size": 16 if args.device.type == "cpu" else 32,
         }
 
+    def why_no_pairs(self) -> str:
+        """What kept candidates from forming pairs, and what to change."""
+        threshold = self.args.preference_threshold
+        if self._largest_gap == 0:
+            return (
+                "All candidates of a prompt got the same score: the reward does not tell images of one prompt apart. "
+                "Check what it returns for two different images."
+            )
+        return (
+            f"The largest difference of two scores was {self._largest_gap:.3g}, p_win - p_lose = "
+            f"{math.tanh(self._largest_gap / 2):.3g}; none exceeds `preference_threshold={threshold}`. Lower the "
+            "threshold, raise the scale of the reward, or branch at other steps."
+        )
+
+    def record_step(self, num_nonfinite: int, skipped: bool):
+        """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
+        self._add("pairs/nonfinite", num_nonfinite, 0)
+        self._add("skipped_steps", int(skipped and self.args.process_index == 0), 0)  # all processes skip together
+
     def _record_rollout(self, pairs: StepPairs):
+        scores = torch.cat([branch.scores for branch in pairs.branches])
+        if not scores.isfinite().any():
+            raise ValueError(f"A rollout has no finite score: {pairs.nonfinite[0]}. {self.guard.hint}")
+        self.guard.record(sum(branch.scores.shape[1] for branch in pairs.branches), [str(n) for n in pairs.nonfinite])
+        self._add("pairs/nonfinite", len(pairs.nonfinite), 0)
         for branch in pairs.branches:
             scores, valid = branch.scores, branch.selection.valid
             margin = scores.max(0).values - scores.min(0).values
+            self._largest_gap = max(self._largest_gap, margin.nan_to_num(0.0, 0.0, 0.0).max().item())
             low = branch.timestep // TIMESTEP_BIN * TIMESTEP_BIN
             self._add("step_reward/mean", scores.mean(0))
             self._add("step_reward/std", scores.std(0))
@@ -683,6 +759,8 @@ class SPOTrainer(Trainer):
         scale = inputs["num_micro_batches"] / inputs["num_pairs"]
         losses = output.losses + args.kl_coef * kl
         loss = losses.sum() * scale
+        if model.training:
+            self.guard.watch("log-probabilities", losses.isfinite(), inputs["pairs"].timesteps, pairs.prompts)
         self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
         self._record_loss(output, chosen_logps, rejected_logps, *logps, kl)
         return (loss, output) if return_outputs else loss
@@ -745,21 +823,26 @@ class SPOTrainer(Trainer):
     # --- logging -----------------------------------------------------------------------------------------------------
 
     def _add(self, name: str, values: torch.Tensor | float, weight: float | None = None):
-        """Add values to the running mean of a metric; with an explicit weight of 1, to a running sum."""
-        if torch.is_tensor(values):  # summed where they are; they are read when they are logged
+        """
+        Add values to the running mean of a metric. Tensors are summed where they are and read when they are logged;
+        what is not finite is left out.
+        """
+        if torch.is_tensor(values):
             dtype = torch.float32 if values.device.type == "mps" else torch.float64
-            values, weight = values.detach().to(dtype).sum(), values.numel()
+            finite = values.isfinite()
+            values, weight = torch.where(finite, values.detach(), 0.0).to(dtype).sum(), finite.to(dtype).sum()
         entry = self._metrics[name]
         entry[0] = entry[0] + values
-        entry[1] += weight
+        entry[1] = entry[1] + weight
 
     def _gather_metrics(self) -> dict[str, list[float]]:
         """Running sums and weights of all processes. Every process must call it."""
-        on_device = {name: total for name, (total, _) in self._metrics.items() if torch.is_tensor(total)}
-        for device in {total.device for total in on_device.values()}:  # one copy for all metrics
-            names = [name for name, total in on_device.items() if total.device == device]
-            for name, total in zip(names, torch.stack([on_device[n] for n in names]).tolist(), strict=True):
-                self._metrics[name][0] = total
+        waiting = [(name, i) for name, entry in self._metrics.items() for i in (0, 1) if torch.is_tensor(entry[i])]
+        for device in {self._metrics[name][i].device for name, i in waiting}:  # one copy for all metrics
+            here = [(name, i) for name, i in waiting if self._metrics[name][i].device == device]
+            values = torch.stack([self._metrics[name][i] for name, i in here]).tolist()
+            for (name, i), value in zip(here, values, strict=True):
+                self._metrics[name][i] = value
         parts = gather_object([dict(self._metrics)]) if self.args.world_size > 1 else [dict(self._metrics)]
         totals = defaultdict(lambda: [0.0, 0.0])
         for part in parts:
@@ -772,17 +855,19 @@ class SPOTrainer(Trainer):
         """Metrics since the last log, over all processes."""
         totals = self._gather_metrics()
         self._metrics.clear()
-        logs = {
-            name: total / (self.args.world_size if name.startswith("time/") else weight)
-            for name, (total, weight) in totals.items()
-        }
+        logs = {}
+        for name, (total, weight) in totals.items():
+            divisor = 1 if name in COUNTS else self.args.world_size if name.startswith("time/") else weight
+            if divisor:  # no value of it was finite
+                logs[name] = total / divisor
         if "reward_square" in logs:
             logs["reward_std"] = math.sqrt(max(logs.pop("reward_square") - logs["reward_mean"] ** 2, 0.0))
         # One rollout feeds several steps: a log without a rollout of its own repeats the metrics of the last one.
         rollout_names = ("step_reward/", "pairs/valid", "reward_")
         self._last_rollout_metrics.update({k: v for k, v in logs.items() if k.startswith(rollout_names)})
         logs = {**self._last_rollout_metrics, **logs}
-        logs.setdefault("time/rollout", 0.0)
+        for name in ("time/rollout", *COUNTS):
+            logs.setdefault(name, 0)
         logs["num_prompts_seen"] = self.pair_loader.num_prompts_seen
         logs["num_pairs_seen"] = self.pair_loader.num_pairs_seen
         return logs
@@ -799,30 +884,10 @@ class SPOTrainer(Trainer):
 
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
-        if self.args.max_steps > 0:  # epochs have fewer steps than the loader's length says: let steps end the run
+        if self.args.max_steps > 0 and not self._finished:
+            # Epochs have fewer steps than the loader's length says: let steps end the run.
             values = (2**31 - 1, *values[1:])
         return values
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """
-        Train, from the start or from a checkpoint.
-
-        Args:
-            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*): a `checkpoint-*` folder, or `True` for the last
-                one in `output_dir`.
-
-        Returns:
-            `TrainOutput`.
-        """
-        self.pair_loader = PairLoader(self, self._prompts)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"There is no checkpoint in {self.args.output_dir!r} to resume from.")
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            self.pair_loader.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -893,6 +958,15 @@ class SPOTrainer(Trainer):
         logs = {}
         for name in scores:
             values = torch.cat([part[name] for part in parts]).double()
+            finite = values.isfinite()
+            if not finite.all():
+                in_order = [prompt for rank in range(world) for prompt in prompts[rank::world]]
+                left_out = [prompt for prompt, good in zip(in_order, finite.tolist(), strict=True) if not good]
+                logger.warning(
+                    f"{len(left_out)} of {len(values)} images have no finite `{name}` and are left out of its mean: "
+                    f"{left_out[:3]}."
+                )
+                values = values[finite] if finite.any() else values
             logs[f"{metric_key_prefix}_{name}_mean"] = values.mean().item()
             logs[f"{metric_key_prefix}_{name}_std"] = values.std().item() if len(values) > 1 else 0.0
         logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
@@ -902,26 +976,31 @@ class SPOTrainer(Trainer):
 
     # --- saving and loading ------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
         """The adapter in diffusers' format, or the whole denoiser in its folder, and a model card."""
         if not self.args.should_save:
             return
-        output_dir = Path(output_dir or self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if self.pipeline.use_lora:
             if state_dict is not None:
                 state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
-            self.pipeline.save_lora(output_dir, state_dict)
+            self.pipeline.save_lora(folder, state_dict)
         else:
-            self.pipeline.denoiser.save_pretrained(output_dir / self.pipeline.denoiser_name)
-        self._write_model_card(output_dir)
+            self.pipeline.denoiser.save_pretrained(folder / self.pipeline.denoiser_name)
+        self._write_model_card(folder, output_dir)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        metrics = self._gather_metrics()
+    def _write_state(self, folder: Path) -> None:
+        self._gather_metrics()  # reads those that are on the device
+        own = dict(self._metrics)
+        metrics = gather_object([own]) if self.args.world_size > 1 else [own]
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             self.pair_loader.save(folder, metrics)
+
+    def _read_state(self, folder: str | None) -> bool:
+        self.pair_loader = PairLoader(self, self._prompts)
+        if folder is not None:
+            self.pair_loader.load(folder)
+        return self.pair_loader.exhausted
 
     def load_model(self, directory: str | Path) -> None:
         """
@@ -951,7 +1030,7 @@ class SPOTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """The parent copies files of transformers models to `output_dir` and uploads that; our files are put there first."""
-        if self.args.hub_strategy != "end":
+        if self.args.hub_strategy != "end" and not self._staging:
             self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -960,8 +1039,9 @@ class SPOTrainer(Trainer):
         if self.is_world_process_zero():
             self._write_model_card(Path(self.args.output_dir))
 
-    def _write_model_card(self, output_dir: Path) -> None:
-        pipeline = self.pipeline
+    def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
+        """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""
+        pipeline, output_dir = self.pipeline, output_dir or folder
         card = spo_model_card(
             self.args,
             name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
@@ -978,4 +1058,4 @@ class SPOTrainer(Trainer):
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )
-        (output_dir / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", card)

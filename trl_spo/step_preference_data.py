@@ -32,14 +32,17 @@ them before hours are spent, [`prepare_preference_dataset`] filters, [`relabel_p
 of a preference model, and an [`EncodingCache`] spares the second encoding of what a run has seen.
 """
 
+import functools
 import hashlib
 import io
 import logging
+import math
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +50,7 @@ import numpy as np
 import torch
 from datasets import DatasetDict, load_dataset, load_from_disk
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .pipeline_base import PromptEmbeds
 
@@ -55,6 +58,9 @@ from .pipeline_base import PromptEmbeds
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS_TO_JUDGE_BAD_IMAGES = 100
+# What PIL decodes by itself. For others it may start a program (EPS: Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+LARGEST_ASPECT_RATIO = 8  # of what is resized; longer images lose their ends first
 SHARD_NAME = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")  # how the Hub names the parquet files of a split
 
 
@@ -173,9 +179,16 @@ def is_labelled(row: dict[str, Any]) -> bool:
     return label_0 is not None and label_1 is not None and (label_0 != 0 or label_1 != 0)
 
 
+@functools.cache
+def _image_formats() -> list[str]:
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]  # older versions of PIL know fewer
+
+
 def read_image(image: Any) -> Image.Image:
     r"""
-    An RGB image from whatever a dataset row may hold.
+    An RGB image from whatever a dataset row may hold: upright, if its EXIF data says that it lies on its side (as
+    `datasets` decodes it), the first frame of an animation, 16 bits per channel scaled to 8 and transparency left out.
 
     Args:
         image (`PIL.Image.Image`, `bytes` or `dict`):
@@ -192,25 +205,55 @@ def read_image(image: Any) -> Image.Image:
     """
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        image = Path(image).read_bytes() if isinstance(image, str) else image
+        if isinstance(image, str):
+            if not Path(image).is_file():  # devices and pipes have no end
+                raise OSError(f"{image!r} is no file")
+            image = Path(image).read_bytes()
     if image is None:
         raise OSError("there is no image")
     if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
         raise ValueError(f"An image must be a PIL image, bytes or a `datasets` image, got {type(image).__name__}.")
     try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image))  # reads the header only; beyond twice the limit PIL itself refuses
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
-        return image.convert("RGB")
+        if not isinstance(image, Image.Image):  # reads the header only; beyond twice the limit PIL itself refuses
+            image = Image.open(io.BytesIO(image), formats=_image_formats())
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:  # an image that was given may be opened, not read
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
+        image.load()  # first: broken pixels are bad news, broken EXIF data is not
+        return _to_rgb(_upright(image))
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # PIL's readers of EXIF data raise as many kinds of errors as its decoders
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """What PIL's `convert` does, without clipping what has more than 8 bits, or is a fraction, to white or black."""
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        largest = pixels.max(initial=0)
+        if image.mode.startswith("I;16") or (image.mode == "I" and largest > 255):
+            pixels = pixels / 257
+        elif image.mode == "F" and largest <= 1:
+            pixels = pixels * 255
+        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
 def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     r"""
-    Brings an RGB image to a square tensor: bicubic resize of the short side to `resolution`, then centre crop.
+    Brings an RGB image to a square tensor: bicubic resize of the short side to `resolution`, then centre crop. Of an
+    image that is more than eight times as long as wide, the middle is cut out before the resize, which would otherwise
+    make gigabytes of a line.
 
     Args:
         image (`PIL.Image.Image`):
@@ -221,6 +264,11 @@ def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(3, resolution, resolution)`: float32 in [-1, 1].
     """
+    longest = LARGEST_ASPECT_RATIO * min(image.size)
+    if max(image.size) > longest:
+        kept = [min(side, longest) for side in image.size]
+        left, top = ((side - part) // 2 for side, part in zip(image.size, kept, strict=True))
+        image = image.crop((left, top, left + kept[0], top + kept[1]))
     scale = resolution / min(image.size)
     size = tuple(max(resolution, round(side * scale)) for side in image.size)
     if size != image.size:
@@ -331,14 +379,18 @@ def prepare_preference_dataset(
         The same kind of dataset.
 
     Raises:
-        `ValueError`: If it is empty, columns are missing, labels are no preference, the first row is unusable, or
-            nothing passes the filters.
+        `TypeError`: If it is no such dataset, or a row is no dictionary.
+        `ValueError`: If it is empty, columns are missing, labels are no preference, weights are no numbers, prompts no
+            strings, the first row is unusable, or nothing passes the filters. Of a stream only the first rows are seen
+            here; [`StepPreferenceCollator`] looks at the others.
     """
+    _check_kind(dataset)
     dataset = _leave_undecoded(dataset)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("The preference dataset is empty.")
     columns = find_preference_columns(list(first), prompt_column)
+    _check_keys(dataset, columns)
     if columns.labelled and drop_unlabelled:
         dataset = _drop_unlabelled(dataset)
         if next(iter(dataset), None) is None:
@@ -354,10 +406,12 @@ def prepare_preference_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("No row of the preference dataset passes the filter `only_different`.")
-    if not isinstance(first[columns.prompt], str):
-        raise ValueError(
-            f"Column `{columns.prompt}` must hold strings, the first row has a {type(first[columns.prompt]).__name__}."
-        )
+    _check_prompt(first[columns.prompt], columns.prompt, "the first row")
+    if isinstance(dataset, (list, tuple)) or hasattr(dataset, "select"):
+        for index, prompt in enumerate(_column(dataset, columns.prompt)):
+            _check_prompt(prompt, columns.prompt, f"row {index}")
+        for num_examples in _column(dataset, "num_example_per_prompt"):
+            _weight(num_examples)
     for name in (columns.image_0, columns.image_1):
         try:
             read_image(first[name])
@@ -366,6 +420,85 @@ def prepare_preference_dataset(
         except ValueError as error:
             raise ValueError(f"Column `{name}` does not hold images. {error}") from error
     return dataset
+
+
+def _check_kind(dataset):
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"A dataset of image pairs is needed, got a `{type(dataset).__name__}` with the entries {sorted(dataset)}; "
+            "pass one of them, such as `dataset['train']`."
+        )
+    if not isinstance(dataset, (list, tuple)) and not hasattr(dataset, "features"):
+        raise TypeError(
+            "A dataset of image pairs must be a `datasets.Dataset`, a `datasets.IterableDataset` or a list of "
+            f"dictionaries, got `{type(dataset).__name__}`."
+        )
+
+
+def _check_keys(dataset, columns: PreferenceColumns):
+    """Rows of a list may differ in what they have; those of a dataset do not."""
+    needed = [columns.prompt, columns.image_0, columns.image_1, *(["label_0", "label_1"] if columns.labelled else [])]
+    for index, row in enumerate(dataset if isinstance(dataset, (list, tuple)) else []):
+        if not isinstance(row, dict):
+            raise TypeError(f"Rows must be dictionaries, row {index} is a `{type(row).__name__}`.")
+        missing = [name for name in needed if name not in row]
+        if missing:
+            raise ValueError(f"Row {index} has no {', '.join(missing)}; the first row has {sorted(dataset[0])}.")
+
+
+def _column(dataset, name: str) -> Iterable:
+    """The values of a column that may be missing, of a list or a `datasets.Dataset`."""
+    if isinstance(dataset, (list, tuple)):
+        return (row.get(name) for row in dataset)
+    return (row[name] for row in _rows(dataset, [name])) if name in dataset.column_names else ()
+
+
+def _rows(dataset, columns: list[str]) -> Iterator[dict]:
+    """Rows of a `datasets.Dataset` with some of its columns, read in batches: one by one takes ten times as long."""
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _check_prompt(prompt: Any, column: str, where: str):
+    if not isinstance(prompt, str):
+        raise ValueError(f"Column `{column}` must hold strings, {where} has a {type(prompt).__name__}.")
+    if not is_unicode(prompt):
+        raise ValueError(
+            f"Column `{column}` must hold text, but {where} has {prompt[:60]!r}, which is no valid Unicode (half of a "
+            "surrogate pair). Repair it with `prompt.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')`."
+        )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be written to a file: a Python string may hold halves of surrogate pairs, a file may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _weight(num_examples: Any) -> float:
+    """Weight of a pair, given the number of pairs of its prompt."""
+    if num_examples is None:
+        return 1.0
+    if not isinstance(num_examples, Real) or not 1 <= num_examples < math.inf:
+        raise ValueError(f"`num_example_per_prompt` must be at least 1, got {num_examples!r}.")
+    return 1.0 / num_examples
+
+
+def _labels(label_0: Any, label_1: Any, where: str) -> tuple[float, float]:
+    try:
+        labels = float(label_0), float(label_1)
+    except (TypeError, ValueError):
+        labels = math.nan, math.nan
+    if not (labels[0] >= 0 and labels[1] >= 0 and abs(sum(labels) - 1) < 1e-6):
+        raise ValueError(
+            "`label_0` and `label_1` must be probabilities that sum to 1 (1 and 0 for a preference, 0.5 each for a "
+            f"tie), {where} has {label_0!r} and {label_1!r}."
+        )
+    return labels
 
 
 def _leave_undecoded(dataset):
@@ -381,7 +514,7 @@ def _keep(dataset, columns: list[str], condition: Callable[[dict], bool], what: 
         kept = [row for row in dataset if condition(row)]
     elif hasattr(dataset, "select"):  # a map-style `datasets.Dataset`
         columns = [name for name in columns if name in dataset.column_names]
-        mask = np.array([condition(row) for row in dataset.select_columns(columns)], dtype=bool)
+        mask = np.array([condition(row) for row in _rows(dataset, columns)], dtype=bool)
         kept = dataset if mask.all() else dataset.select(np.flatnonzero(mask))
     else:  # a stream cannot be counted in advance
         return dataset.filter(condition)
@@ -392,10 +525,10 @@ def _keep(dataset, columns: list[str], condition: Callable[[dict], bool], what: 
 
 def _drop_unlabelled(dataset):
     dataset = _keep(dataset, ["has_label", "label_0", "label_1"], is_labelled, "that have no label")
-    if isinstance(dataset, (list, tuple)):
-        _check_labels(*(np.array([row[name] for row in dataset], dtype=float) for name in ("label_0", "label_1")))
-    elif hasattr(dataset, "select"):
-        _check_labels(*(np.array(dataset[name], dtype=float) for name in ("label_0", "label_1")))
+    if isinstance(dataset, (list, tuple)) or hasattr(dataset, "select"):
+        pairs = zip(_column(dataset, "label_0"), _column(dataset, "label_1"), strict=True)
+        for index, (label_0, label_1) in enumerate(pairs):
+            _labels(label_0, label_1, f"labelled row {index}")
     return dataset
 
 
@@ -412,15 +545,6 @@ def _limit_pairs_per_prompt(dataset, prompt_column: str, limit: int):
         return counts[row[prompt_column]] <= limit
 
     return _keep(dataset, [prompt_column], is_early, f"beyond {limit} per prompt")
-
-
-def _check_labels(label_0: np.ndarray, label_1: np.ndarray):
-    bad = np.flatnonzero(~((label_0 >= 0) & (label_1 >= 0) & (np.abs(label_0 + label_1 - 1) < 1e-6)))
-    if len(bad):
-        raise ValueError(
-            "`label_0` and `label_1` must be probabilities that sum to 1 (1 and 0 for a preference, 0.5 each for a "
-            f"tie), labelled row {bad[0]} has {label_0[bad[0]]} and {label_1[bad[0]]}."
-        )
 
 
 def preference_labels(
@@ -680,13 +804,12 @@ class StepPreferenceCollator:
         keys = [_image_key(image) for image in images] if self.image_keys else ["", ""]
         if not labelled:
             labels = (0.5, 0.5)
+        elif columns.labelled:
+            labels = _labels(row["label_0"], row["label_1"], f"the pair of the prompt {row[columns.prompt]!r}")
         else:
-            labels = (float(row["label_0"]), float(row["label_1"])) if columns.labelled else (1.0, 0.0)
-        num_examples = row.get("num_example_per_prompt")
-        num_examples = 1 if num_examples is None else num_examples
-        if num_examples < 1:
-            raise ValueError(f"`num_example_per_prompt` must be at least 1, got {num_examples}.")
-        return row[columns.prompt], *images, *labels, 1.0 / num_examples, *keys
+            labels = (1.0, 0.0)
+        _check_prompt(row[columns.prompt], columns.prompt, "a row")
+        return row[columns.prompt], *images, *labels, _weight(row.get("num_example_per_prompt")), *keys
 
 
 def _image_key(image: torch.Tensor) -> str:

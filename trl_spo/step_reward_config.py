@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from .training_arguments import StepTrainingArguments
 
 
-@dataclass
+@dataclass(repr=False)  # of its own it would show the token
 class StepRewardConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`StepRewardTrainer`].
@@ -92,6 +92,10 @@ class StepRewardConfig(StepTrainingArguments):
             paper's loss. It needs several pairs per device and batch, as the other captions are the negatives.
         freeze_text_tower (`bool`, *optional*, defaults to `False`):
             Whether to train the vision tower only.
+        max_nonfinite_fraction (`float`, *optional*, defaults to `0.05`):
+            Pairs with a NaN or an infinity in the predicted images or the scores are left out, named and counted;
+            training stops once they exceed this share of all (the first 1,000 are judged together). An optimizer step
+            whose gradients are not finite is skipped; 20 in a row stop the training.
 
         > Parameters that control the metrics
 
@@ -197,6 +201,9 @@ class StepRewardConfig(StepTrainingArguments):
         metadata={"help": "Weight of the contrastive loss between the preferred images and the batch's captions."},
     )
     freeze_text_tower: bool = field(default=False, metadata={"help": "Whether to train the vision tower only."})
+    max_nonfinite_fraction: float = field(
+        default=0.05, metadata={"help": "Largest tolerable share of pairs with a NaN or an infinity."}
+    )
 
     # Parameters that control the metrics
     accuracy_timestep_bins: int = field(
@@ -208,6 +215,7 @@ class StepRewardConfig(StepTrainingArguments):
     )
 
     def __post_init__(self):
+        self.check_kinds()
         super().__post_init__()
         if not 0 <= self.min_timestep <= self.max_timestep:
             raise ValueError(
@@ -218,19 +226,19 @@ class StepRewardConfig(StepTrainingArguments):
             values = getattr(self, name)
             if values is not None and (len(values) == 0 or min(values) < 0):
                 raise ValueError(f"`{name}` must hold at least one timestep, none below 0, got {values}.")
-        for name in ("resolution", "accuracy_timestep_bins", "prediction_batch_size", "max_pairs_per_prompt"):
+        at_least_one = ("resolution", "accuracy_timestep_bins", "prediction_batch_size", "max_pairs_per_prompt")
+        for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.caption_loss_coef < 0:
-            raise ValueError(f"`caption_loss_coef` must not be negative, got {self.caption_loss_coef}.")
-        for name in ("num_checked_rows", "cache_latents_gb"):
+        for name in ("caption_loss_coef", "num_checked_rows", "cache_latents_gb", "learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.relabel_tie_band < 1:
             raise ValueError(f"`relabel_tie_band` must lie in [0, 1), got {self.relabel_tie_band}.")
         if self.dataset_streaming and self.max_steps <= 0:
             raise ValueError("`dataset_streaming` needs `max_steps`: a stream does not tell how long an epoch is.")
-        if not 0 <= self.max_bad_image_fraction <= 1:
-            raise ValueError(f"`max_bad_image_fraction` must lie in [0, 1], got {self.max_bad_image_fraction}.")
+        for name in ("max_bad_image_fraction", "max_nonfinite_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay False: the collator reads the preference columns.")

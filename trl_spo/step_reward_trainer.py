@@ -15,17 +15,23 @@
 """Training of the step-aware reward model of SPO (https://huggingface.co/papers/2406.04314, section 3.2)."""
 
 import copy
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
 
+from .checkpointing import CheckpointingMixin, check_output_dir, write_text
 from .losses import step_preference_loss
 from .model_card import step_reward_model_card
 from .modeling_step_reward import StepAwareRewardModel, StepRewardOutput
+from .numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
 from .pipeline_base import wrap_pipeline
 from .step_preference_data import (
     EncodingCache,
@@ -40,6 +46,9 @@ from .step_preference_data import (
 from .step_reward_config import StepRewardConfig
 
 
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "step_reward_state.json"
 TRAIN, EVAL = 0, 1  # keep the random numbers of training and evaluation apart
 STREAM_SHUFFLE_BUFFER = 1000  # pairs, with their undecoded images
 
@@ -89,7 +98,10 @@ class RunningAverages:
     def add(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None):
         values = values.detach().float().flatten()
         mask = torch.ones_like(values) if mask is None else mask.to(values).flatten()
-        self.sums[self.names.index(name)] += torch.stack([(values * mask).sum(), mask.sum()])
+        mask = mask * values.isfinite()
+        self.sums[self.names.index(name)] += torch.stack(
+            [(torch.where(mask > 0, values, 0.0) * mask).sum(), mask.sum()]
+        )
 
     def pop(self) -> dict[str, float]:
         """The averages since the last call; names without a value are left out. Every process must call it."""
@@ -98,7 +110,33 @@ class RunningAverages:
         return {name: total / count for name, (total, count) in zip(self.names, sums, strict=True) if count > 0}
 
 
-class StepRewardTrainer(Trainer):
+class _PositionCallback(TrainerCallback):
+    """Keeps what the Trainer forgets at a checkpoint: the pass over a stream, and the loss since the last log."""
+
+    def __init__(self, trainer: "StepRewardTrainer"):
+        self.trainer = trainer
+        self.start()
+
+    def start(self, epoch: int = -1, first_step: int = 0, last_logged_step: int | None = None, loss: float = 0.0):
+        self.epoch, self.first_step, self.last_logged_step = epoch, first_step, last_logged_step
+        self.loss = self.carried_loss = loss  # since the last log; the part of it from before the checkpoint
+        self.inside_epoch = epoch >= 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.last_logged_step is not None:
+            self.trainer._globalstep_last_logged = self.last_logged_step
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._is_streamed and not self.inside_epoch:  # the one that is resumed has begun already
+            self.epoch, self.first_step = self.epoch + 1, state.global_step
+        self.inside_epoch = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.loss = 0.0
+
+
+class StepRewardTrainer(CheckpointingMixin, Trainer):
     r"""
     Trainer of the step-aware reward model of [SPO](https://huggingface.co/papers/2406.04314): preferences between
     finished images, learnt on what the diffusion model predicts of them at a random timestep.
@@ -178,7 +216,17 @@ class StepRewardTrainer(Trainer):
     ):
         if not isinstance(config, StepRewardConfig):
             raise TypeError(f"`config` must be a `StepRewardConfig`, got `{type(config).__name__}`.")
+        on = ("1", "true", "yes")
+        switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+        if config.world_size > 1 and all(os.environ.get(name, "").lower() in on for name in switches):
+            raise ValueError(
+                "With `fsdp_cpu_ram_efficient_loading: true`, which is accelerate's default, transformers may load models "
+                "in the first process only (version 4 does): text encoders in the other processes would have no weights. "
+                "Set it to false, as in the configuration 'fsdp' of `trl-spo step-reward --accelerate_config`."
+            )
         config = copy.copy(config)  # the caller's stays as it is
+        if config.should_save:
+            check_output_dir(config.output_dir)
         if isinstance(reward_model, (str, Path)):
             reward_model = StepAwareRewardModel.from_pretrained(reward_model)
         if not isinstance(reward_model, StepAwareRewardModel):
@@ -193,7 +241,12 @@ class StepRewardTrainer(Trainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("There are no image pairs: pass `train_dataset` or set `dataset_name` in the config.")
         self.pipeline = wrap_pipeline(pipeline)
+        self.pipeline.check_weights()
         self._check_timesteps(config, reward_model)
+        try:
+            self.pipeline.latent_shape(config.resolution, config.resolution)
+        except ValueError as error:
+            raise ValueError(f"`resolution={config.resolution}` does not suit the pipeline: {error}") from error
         if preference_model is not None and not config.relabel_preferences:
             raise ValueError("`preference_model` is used with `relabel_preferences=True` only; set it in the config.")
         if preference_model is not None and not callable(preference_model):
@@ -240,12 +293,26 @@ class StepRewardTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # FSDP and DeepSpeed take no parameter without dimensions: it has one while they hold it.
+        self._lends_dimension = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self._lends_dimension:
+            scale = self.model.model.logit_scale
+            scale.data = scale.data.reshape(1)
         # `compute_loss` divides by `num_items_in_batch` itself, see `_get_num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
         self.pipeline.to(self.accelerator.device)
         for module in (self.pipeline.denoiser, *self.pipeline.frozen_modules().values()):
             module.eval()
+        self.guard = NonFiniteGuard(
+            config.max_nonfinite_fraction,
+            "Check the VAE and the denoiser of the pipeline: in float16 they may overflow where bfloat16 or float32 do "
+            "not (SDXL's VAE does).",
+        )
+        self._counts = torch.zeros(2, dtype=torch.int64)  # of pairs and of optimizer steps that were not finite
+        self.add_callback(SkipNonFiniteSteps(self))
+        self._position = _PositionCallback(self)
+        self.add_callback(self._position)
         self._last_step = self._micro_step = -1
         self._eval_batch = 0
         self._prepare_metrics()
@@ -298,8 +365,12 @@ class StepRewardTrainer(Trainer):
 
     def _score_pairs(
         self, model, inputs: dict[str, Any], timesteps: torch.Tensor, generator: torch.Generator
-    ) -> tuple[StepRewardOutput, torch.Tensor, torch.Tensor]:
-        """Noises, predicts and scores both images of each pair; returns the output on (2B) images and two (B,) scores."""
+    ) -> tuple[StepRewardOutput, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Noises, predicts and scores both images of each pair. Returns the output on (2B) images, two (B,) scores, and
+        whether both images of each pair are finite (B,); the reward model sees blank images instead of those that
+        are not.
+        """
         # The pipeline computes in its own precision, as it does in SPO's rollout.
         with torch.autocast(self.accelerator.device.type, enabled=False):
             images = noised_pair_images(
@@ -312,8 +383,11 @@ class StepRewardTrainer(Trainer):
                 prediction_batch_size=self.args.prediction_batch_size,
                 cache=self.encoding_cache,
             )
-        output = model(torch.cat(images), prompts=inputs["prompts"] * 2, timesteps=timesteps.repeat(2))
-        return output, *output.scores.chunk(2)
+        images = torch.cat(images)
+        finite = is_finite(images)
+        images = torch.where(finite[:, None, None, None], images, 0.0)
+        output = model(images, prompts=inputs["prompts"] * 2, timesteps=timesteps.repeat(2))
+        return output, *output.scores.chunk(2), finite.view(2, -1).all(0)
 
     def _relabel(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the labels of the preference model, if the config asks for them."""
@@ -329,9 +403,14 @@ class StepRewardTrainer(Trainer):
         inputs = self._relabel(inputs)
         generator = self._next_train_generator()
         timesteps = self._draw_timesteps(len(inputs["prompts"]), generator)
-        output, scores_0, scores_1 = self._score_pairs(model, inputs, timesteps, generator)
+        output, scores_0, scores_1, finite = self._score_pairs(model, inputs, timesteps, generator)
         label_0, label_1, weights = inputs["label_0"], inputs["label_1"], inputs["weights"]
+        # The sum over the step still counts those that are not finite, so the rest keeps the weight it has.
+        weights = torch.where(finite, weights, 0.0)
         losses = step_preference_loss(scores_0, scores_1, label_0, label_1)  # (B,)
+        if model.training:
+            self.guard.watch("predicted images", finite, timesteps, inputs["prompts"])
+            self.guard.watch("scores", losses.isfinite(), timesteps, inputs["prompts"], again=True)
         if self.args.caption_loss_coef > 0:
             caption_losses = self._caption_losses(output, inputs)
             self._train_averages.add("preference_loss", losses, weights)
@@ -382,22 +461,103 @@ class StepRewardTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # a logging step of the training loop, not its summary and not an evaluation
             logs.update(self._train_averages.pop())
+            counts = self.accelerator.reduce(self._counts.to(self.accelerator.device), "sum").tolist()
+            logs.update(nonfinite_pairs=counts[0], skipped_steps=counts[1])
+            self._counts.zero_()
         super().log(logs, *args, **kwargs)
 
-    # ---- saving ----
+    def record_step(self, num_nonfinite: int, skipped: bool):
+        """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
+        skipped = skipped and self.args.process_index == 0  # all processes skip together
+        self._counts += torch.tensor([num_nonfinite, int(skipped)])
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    # ---- saving and loading ----
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        position = self._position
+        position.loss = position.loss + torch.where(loss.isfinite(), loss, 0.0)
+        if position.carried_loss:  # the next log is about the steps before the checkpoint, too
+            loss, position.carried_loss = loss + position.carried_loss, 0.0
+        return loss
+
+    def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
         """What the parent saves, and a model card."""
-        super()._save(output_dir, state_dict)
+        if self._lends_dimension and self.args.should_save:
+            state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
+            state_dict["model.logit_scale"] = state_dict["model.logit_scale"].reshape(())
+        Trainer._save(self, str(folder), state_dict)
         if self.args.should_save:
-            self._write_model_card(Path(output_dir or self.args.output_dir))
+            self._write_model_card(folder, output_dir)
+
+    def _write_state(self, folder: Path) -> None:
+        own = {
+            "loss": float(self._position.loss),
+            "averages": self._train_averages.sums.tolist(),
+            "counts": self._counts.tolist(),
+        }
+        processes = gather_object([own]) if self.args.world_size > 1 else [own]
+        if not self.args.should_save:
+            return
+        state = {
+            "epoch": self._position.epoch,
+            "first_step_of_epoch": self._position.first_step,
+            "last_logged_step": self._globalstep_last_logged,
+            "averages": self._train_averages.names,
+            "processes": processes,
+        }
+        (folder / STATE_NAME).write_text(json.dumps(state))
+
+    def _read_state(self, folder: str | None) -> bool:
+        self._last_step = self._micro_step = -1
+        self._position.start()
+        self._train_averages.reset()
+        self._counts.zero_()
+        if folder is None:
+            return False
+        if not (Path(folder) / STATE_NAME).is_file():
+            logger.warning(f"{folder!r} has no {STATE_NAME}: the next log is about the steps from here on only.")
+            return False
+        state = json.loads((Path(folder) / STATE_NAME).read_text())
+        processes = state["processes"]
+        mine = processes[self.args.process_index :: self.args.world_size]  # of several, if there are fewer now
+        loss = sum(process["loss"] for process in mine or processes) / len(mine or processes)
+        self._position.start(state["epoch"], state["first_step_of_epoch"], state["last_logged_step"], loss)
+        for process in mine:
+            if state["averages"] == self._train_averages.names:  # other settings log other things
+                self._train_averages.sums += torch.tensor(process["averages"]).to(self._train_averages.sums)
+            self._counts += torch.tensor(process["counts"])
+        if self._is_streamed and state["epoch"] > 0 and not hasattr(Trainer, "_init_training_state"):
+            raise ValueError(
+                f"{folder!r} is in pass {state['epoch'] + 1} over a stream, and this version of transformers resumes in "
+                "the first one only. Upgrade transformers to version 5."
+            )
+        return False
+
+    @property
+    def _is_streamed(self) -> bool:
+        return not hasattr(self.train_dataset, "__len__")
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """Passes over the data and batches of the last one that a checkpoint has behind it; no stream knows its length."""
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or not self._is_streamed or self._position.epoch < 0:
+            return position
+        steps = self.state.global_step - self._position.first_step
+        return self._position.epoch, steps * self.args.gradient_accumulation_steps
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
         if self.is_world_process_zero():
             self._write_model_card(Path(self.args.output_dir))
 
-    def _write_model_card(self, output_dir: Path) -> None:
+    def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
+        """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""
+        output_dir = output_dir or folder
         model = self.accelerator.unwrap_model(self.model)
         card = step_reward_model_card(
             self.args,
@@ -410,7 +570,7 @@ class StepRewardTrainer(Trainer):
             log_history=self.state.log_history,
             tags=self._tag_names,
         )
-        (output_dir / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", card)
 
     # ---- evaluation ----
 
@@ -445,9 +605,17 @@ class StepRewardTrainer(Trainer):
             timesteps = torch.full((len(inputs["prompts"]),), timestep)
             generator = self._generator(EVAL, self._eval_batch, timestep)
             with self.compute_loss_context_manager():
-                _, scores_0, scores_1 = self._score_pairs(model, inputs, timesteps, generator)
-            losses.append(step_preference_loss(scores_0, scores_1, label_0, label_1).mean())
-            pairs.append(torch.stack([scores_0, scores_1, label_0, label_1, weights], dim=-1))
+                _, scores_0, scores_1, finite = self._score_pairs(model, inputs, timesteps, generator)
+            loss = step_preference_loss(scores_0, scores_1, label_0, label_1)
+            finite = finite & loss.isfinite()
+            if not finite.all():
+                left_out = [
+                    prompt for prompt, good in zip(inputs["prompts"], finite.tolist(), strict=True) if not good
+                ]
+                logger.warning(f"Left out of the evaluation at timestep {timestep}, not finite: {left_out[:3]}.")
+            losses.append(loss[finite].mean() if finite.any() else loss.new_zeros(()))
+            kept = torch.where(finite, weights, 0.0)
+            pairs.append(torch.stack([scores_0, scores_1, label_0, label_1, kept], dim=-1))
         self._eval_batch += 1
         for timestep, of_timestep in zip(eval_timesteps, self._gather_pairs(torch.stack(pairs)), strict=True):
             correct, untied = self._record(self._eval_averages, of_timestep)
@@ -469,7 +637,7 @@ def _prepare(dataset: Any, config: StepRewardConfig, training: bool = False) -> 
     """Checked and filtered pairs. The sample of images is looked at, and pairs are limited, for training only."""
     if dataset is None:
         return None
-    if isinstance(dataset, dict):
+    if isinstance(dataset, dict) and not training:
         return {name: _prepare(part, config, training) for name, part in dataset.items()}
     dataset = prepare_preference_dataset(
         dataset,

@@ -12,19 +12,112 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What both configs have in common: `transformers.TrainingArguments` that tell nobody the Hub token."""
+"""
+What both configs have in common: `transformers.TrainingArguments` that tell nobody the Hub token and look at the kind
+of every value of ours before they compare it with anything.
+"""
 
 import copy
+import functools
+import math
+import os
+import re
+import types
+import typing
+from datetime import timedelta
+from numbers import Integral, Real
+from typing import Any
 
+import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
+
+
+_KINDS = {  # annotation -> what is accepted for it, in words, and a test
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("an integer", lambda value: isinstance(value, Integral) and not isinstance(value, bool)),
+    float: ("a number", lambda value: isinstance(value, Real) and not isinstance(value, bool)),
+    str: ("a string", lambda value: isinstance(value, str)),
+    dict: ("a dictionary", lambda value: isinstance(value, dict)),
+    list[int]: (
+        "a list of integers",
+        lambda value: isinstance(value, (list, tuple)) and all(_KINDS[int][1](item) for item in value),
+    ),
+    type(None): ("None", lambda value: value is None),
+}
+
+
+SECRET_NAME = re.compile(r"(^|_)(token|password|secret|api_key)$")
+URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """
+    A setting as it may be shown: strings under names such as "token" and the user and password of URLs are replaced, in
+    nested dictionaries and lists as well. Other values stay what they are.
+    """
+    if isinstance(value, dict):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_secrets(item, name) for item in value)
+    if not isinstance(value, str):
+        return value
+    return f"<{name.upper()}>" if value and SECRET_NAME.search(name) else URL_CREDENTIALS.sub("<CREDENTIALS>@", value)
+
+
+def check_kind(name: str, value: Any, annotation: Any) -> None:
+    """
+    Whether a value is what the annotation of its field says.
+
+    Raises:
+        TypeError: if it is of another kind: text for a number, True for an integer, a number for a switch.
+        ValueError: for a number that is NaN or infinite.
+    """
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    if not all(kind in _KINDS for kind in kinds):  # of a subclass, with a kind of its own
+        return
+    if not any(_KINDS[kind][1](value) for kind in kinds):
+        expected = " or ".join(_KINDS[kind][0] for kind in kinds)
+        raise TypeError(f"`{name}` must be {expected}, got {value!r} of type `{type(value).__name__}`.")
+    if isinstance(value, Real) and not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
 
 
 class StepTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] whose pickle, `training_args.bin` beside every saved model, has no token."""
 
+    def check_kinds(self) -> None:
+        """[`check_kind`] of every field that a subclass declares, and of those of transformers that it compares."""
+        for name in ("max_steps", "gradient_accumulation_steps", "seed"):
+            check_kind(name, getattr(self, name), int)
+        for cls in type(self).__mro__[: type(self).__mro__.index(StepTrainingArguments)]:
+            for name, annotation in typing.get_type_hints(cls).items():
+                if name in cls.__dict__.get("__annotations__", {}) and name in self.__dataclass_fields__:
+                    check_kind(name, getattr(self, name), annotation)
+
+    @functools.cached_property
+    def _setup_devices(self) -> torch.device:
+        """Processes on the CPU wait for each other for `ddp_timeout`, too; the parent says so to those on GPUs only."""
+        on_cpu = self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        if on_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+        return super()._setup_devices
+
     def __getstate__(self) -> dict:
         """The Trainer pickles its arguments beside the model and uploads the file: a pickle must not hold the token."""
-        return {**self.__dict__, "hub_token": None}
+        shown = {k: without_secrets(v, k) for k, v in self.__dict__.items() if type(v) in (str, dict)}
+        return {**self.__dict__, **shown, "hub_token": None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers get."""
+        return without_secrets(super().to_dict())
+
+    def __str__(self) -> str:
+        settings = "".join(f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{settings})"
+
+    __repr__ = __str__
 
     def __copy__(self):  # copies in memory keep it
         copied = object.__new__(type(self))

@@ -32,6 +32,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from transformers import TrainerCallback
 
+from .checkpointing import write_text
 from .model_card import SAMPLES_NAME
 from .rollout import StepPairs
 
@@ -426,4 +427,4 @@ class ImageLoggingCallback(TrainerCallback):
         for name, picture in zip(names, pictures, strict=True):
             picture.save(folder / name)
         record = {"step": step, "prompts": list(self.prompts), "images": names}
-        (folder / SAMPLES_NAME).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        write_text(folder / SAMPLES_NAME, json.dumps(record, ensure_ascii=False))

@@ -1,0 +1,464 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Checkpoints that exist whole or not at all, and the choice of the one to resume from.
+
+`transformers.Trainer` writes a checkpoint into its final folder, deletes older ones, and only then tells callbacks. A
+process that dies meanwhile leaves a folder that looks like the newest checkpoint, with `save_total_limit=1` the only
+one. Here a checkpoint is written aside, flushed to the disk, and renamed, before anything older is touched.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.trainer import safe_globals
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+STAGING_NAME = "_saving"  # pushes to the Hub leave out what begins with an underscore
+TRAINER_STATE_NAME = "trainer_state.json"
+SPO_STATE_FILES = ("spo_state.json", "spo_pairs.safetensors")
+WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "model.safetensors", "model.safetensors.index.json")
+STATE_NAME = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|pytorch_model)[\w-]*\.(pt|pth|bin)"
+)  # what is unpickled
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "basic_ios")  # what torch's errors of writing name
+REPLACED, DELETED = "replaced-", "deleted-"  # prefixes of checkpoints on their way out
+
+
+def check_output_dir(output_dir: str | Path):
+    """
+    Whether the folder of a run can be written to, asked before any work is done.
+
+    Raises:
+        OSError: if it cannot, with the reason; `PermissionError` and `NotADirectoryError` are among its kinds.
+    """
+    output_dir = Path(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"Nothing can be written to `output_dir` ({error.strerror or error}). Choose another folder, or give this "
+            "process the right to write and some free space",
+            str(output_dir),
+        ) from error
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def _sync(path: Path):
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush a folder by itself
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: str | Path):
+    """Wait until everything in a folder is on the disk."""
+    folder = Path(folder)
+    for path in sorted(folder.rglob("*"), reverse=True):  # a file before the folder it is in
+        _sync(path)
+    _sync(folder)
+
+
+def write_text(path: str | Path, text: str):
+    """Write a text file that a reader, or a process that dies, sees whole or not at all."""
+    path = Path(path)
+    aside = path.with_name(f"_{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    _sync(aside)
+    os.replace(aside, path)
+
+
+def move_files(source: str | Path, target: str | Path):
+    """Move the files of a folder, one by one, over those of the same name in another; `source` is removed."""
+    source, target = Path(source), Path(target)
+    sync_folder(source)
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    _sync(target)
+    shutil.rmtree(source)
+
+
+def repair(output_dir: str | Path):
+    """Bring back a checkpoint that was being replaced by one of the same step when the process died."""
+    output_dir = Path(output_dir)
+    for old in sorted((output_dir / STAGING_NAME).glob(f"{REPLACED}checkpoint-*")):
+        name = old.name.removeprefix(REPLACED)
+        if not (output_dir / name).exists():
+            new = old.with_name(name)  # it was complete before the old one was moved
+            with contextlib.suppress(FileNotFoundError):  # another process did it
+                os.rename(new if new.is_dir() else old, output_dir / name)
+
+
+def clear_staging(output_dir: str | Path):
+    """Remove what processes that died have left behind, after [`repair`]."""
+    repair(output_dir)
+    shutil.rmtree(Path(output_dir) / STAGING_NAME, ignore_errors=True)
+
+
+def publish(staged: str | Path, final: str | Path):
+    """Give a finished checkpoint its name. One that has the name already is moved aside and then deleted."""
+    staged, final = Path(staged), Path(final)
+    if final.is_dir() and not staged.is_dir():  # `save_on_each_node` on a disk that the nodes share
+        return
+    sync_folder(staged)
+    if final.exists():
+        os.rename(final, staged.with_name(f"{REPLACED}{final.name}"))
+    os.rename(staged, final)
+    _sync(final.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def rotate(output_dir: str | Path, limit: int | None, newest: str | Path, best: str | Path | None = None):
+    """
+    Delete the oldest checkpoints until `limit` are left; never `newest`, the one just written, and never `best`.
+
+    A checkpoint loses its name before its files, so that half of one is never found under it.
+    """
+    if not limit or limit < 0:
+        return
+    output_dir = Path(output_dir)
+    spared = {Path(newest).resolve()} | ({Path(best).resolve()} if best else set())
+    folders = _checkpoints(output_dir)
+    # By time: in a folder that is used again, higher numbers may be older. Equal times fall back to the number.
+    old = sorted((f for f in folders if f.resolve() not in spared), key=lambda f: (_time_of(f), _step_of(f)))
+    kept = [f for f in folders if f.resolve() in spared]
+    for folder in old[: max(0, len(folders) - max(limit, len(kept)))]:
+        logger.info(f"Deleting {folder}: `save_total_limit` is {limit}.")
+        nameless = output_dir / STAGING_NAME / f"{DELETED}{folder.name}"
+        nameless.parent.mkdir(exist_ok=True)
+        os.rename(folder, nameless)
+    shutil.rmtree(output_dir / STAGING_NAME, ignore_errors=True)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    folders = output_dir.iterdir() if output_dir.is_dir() else ()
+    return [folder for folder in folders if CHECKPOINT_NAME.fullmatch(folder.name) and folder.is_dir()]
+
+
+def _step_of(folder: Path) -> int:
+    return int(CHECKPOINT_NAME.fullmatch(folder.name)[1])
+
+
+def _global_step(folder: str | Path) -> int:
+    return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def _time_of(folder: Path) -> float:
+    state = folder / TRAINER_STATE_NAME
+    return (state if state.is_file() else folder).stat().st_mtime
+
+
+# --- which one to resume from ----------------------------------------------------------------------------------------
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file, found without reading its tensors; nothing is unpickled."""
+    size = path.stat().st_size
+    if size == 0:
+        return "is empty"
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return "is cut off or no JSON"
+    elif path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+                end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+                return "is cut off or no safetensors file"
+        if 8 + length + end != size:
+            return f"has {size} bytes instead of {8 + length + end}"
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        if not zipfile.is_zipfile(path):  # its index is at the end
+            return "is cut off or was not written by `torch.save`"
+        if STATE_NAME.fullmatch(path.name):
+            with safe_globals():  # what the Trainer allows besides tensors: numpy's part of the random state
+                foreign = get_unsafe_globals_in_checkpoint(path)
+            if foreign:
+                return f"was refused: it wants more than tensors, {', '.join(sorted(foreign))}"
+    return None
+
+
+def _missing_shards(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []  # reported as damage
+    return [f"{name} is missing" for name in sorted(names) if not (index.parent / name).is_file()]
+
+
+def _rng_files(folder: Path) -> list[int | None]:
+    """Processes with a file of random states; `[None]` for a run of one."""
+    if (folder / "rng_state.pth").is_file():
+        return [None]
+    return sorted(int(path.stem.rsplit("_", 1)[1]) for path in folder.glob("rng_state_[0-9]*.pth"))
+
+
+def checkpoint_problems(folder: str | Path) -> list[str]:
+    """
+    What keeps a folder from being a checkpoint that training can go on from; empty if nothing does.
+
+    The weights, the states of optimizer, scheduler, random numbers and trainer, and for SPO its own two files must be
+    there, and no file may be cut off. Tensors are not read and nothing is unpickled, so it takes no time.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    problems = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        damage = _damage(path)
+        if damage:
+            problems.append(f"{path.relative_to(folder).as_posix()} {damage}")
+        if path.name.endswith(".safetensors.index.json"):
+            problems += _missing_shards(path)
+    names = {path.name for path in folder.iterdir()}
+    sharded_by_deepspeed = any(name.startswith("global_step") for name in names)
+    denoisers = {path.parent for path in folder.glob("*/diffusion_pytorch_model*.safetensors*")}
+    problems += [f"{d.name}/config.json is missing" for d in denoisers if not (d / "config.json").is_file()]
+    has_weights = denoisers or names & set(WEIGHTS_NAMES) or any(n.startswith("pytorch_model") for n in names)
+    if not has_weights and not sharded_by_deepspeed:
+        problems.append("the weights are missing")
+    if TRAINER_STATE_NAME not in names:
+        problems.append(f"{TRAINER_STATE_NAME} is missing")
+    # LoRA weights or a denoiser in its folder are SPO's, and so are its files
+    if denoisers or names & {*SPO_STATE_FILES, WEIGHTS_NAMES[0]}:
+        problems += [f"{name} is missing" for name in SPO_STATE_FILES if name not in names]
+    has_optimizer = sharded_by_deepspeed or any(name.startswith("optimizer") for name in names)
+    has_scheduler, ranks = "scheduler.pt" in names, _rng_files(folder)
+    if not (has_optimizer or has_scheduler or ranks) and not problems:
+        return ["it was saved with `save_only_model=True`, so it has weights and no state of training"]
+    if not has_optimizer:
+        problems.append("optimizer.pt is missing")
+    if not has_scheduler and not sharded_by_deepspeed:
+        problems.append("scheduler.pt is missing")
+    if not ranks:
+        problems.append("rng_state.pth is missing")
+    elif ranks != [None] and (ranks != list(range(len(ranks))) or len(ranks) < 2):
+        problems.append(f"it has random states of processes {ranks} only")
+    return problems
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The complete checkpoint of `output_dir` with the highest step, or `None`. Incomplete ones are passed over, which is
+    logged with what they lack.
+    """
+    repair(output_dir)
+    for folder in sorted(_checkpoints(Path(output_dir)), key=_step_of, reverse=True):
+        problems = checkpoint_problems(folder)
+        if not problems:
+            return str(folder)
+        logger.warning(f"{folder} is passed over: {'; '.join(problems)}.")
+    return None
+
+
+def checkpoint_to_resume(resume_from_checkpoint, output_dir: str | Path, world_size: int = 1) -> str | None:
+    """
+    The checkpoint that an argument of `train` means.
+
+    Args:
+        resume_from_checkpoint (`str`, `Path`, `bool` or `None`): a folder, or `True` for the last complete one.
+        output_dir (`str` or `Path`): where `True` looks.
+        world_size (`int`, *optional*, defaults to `1`): processes of this run.
+
+    Returns:
+        `str`, or `None` for a run from the start.
+
+    Raises:
+        ValueError: if there is none, or it is incomplete.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None
+    if resume_from_checkpoint is True:
+        folder = last_checkpoint(output_dir)
+        if folder is None:
+            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f))}" for f in _checkpoints(Path(output_dir))]
+            found = f" What is there is incomplete ({' | '.join(broken)})." if broken else ""
+            raise ValueError(
+                f"There is no checkpoint in {str(output_dir)!r} to resume from.{found} Train from the start, without "
+                "`resume_from_checkpoint`."
+            )
+    else:
+        folder = str(resume_from_checkpoint)
+        problems = checkpoint_problems(folder)
+        if problems:
+            other = last_checkpoint(Path(folder).absolute().parent)
+            advice = f"Resume from {other!r}" if other else "There is no complete one beside it: train from the start"
+            raise ValueError(f"{folder!r} is no complete checkpoint: {'; '.join(problems)}. {advice}.")
+    written_by = len(_rng_files(Path(folder)))
+    if written_by != world_size:
+        logger.warning(
+            f"{folder!r} was written by {written_by} process(es) and this run has {world_size}. It goes on from there, "
+            f"but batches and random numbers belong to processes: only {written_by} would repeat the run bit for bit."
+        )
+    return folder
+
+
+# --- the trainers ----------------------------------------------------------------------------------------------------
+
+
+class CheckpointingMixin:
+    """
+    Makes a `transformers.Trainer` save and resume like this; it comes before the Trainer in the bases.
+
+    A subclass writes the model in `_write_model(folder, output_dir, state_dict)`, its own state in `_write_state(folder)`
+    and reads that back in `_read_state(folder)`, or with `None` starts anew; it returns whether no data is left. Every
+    process calls these.
+    `checkpoint_writers` are called on the process that saves with the folder of a checkpoint being written.
+    """
+
+    _staging = False  # a checkpoint is being written
+    _finished = False  # the checkpoint that is resumed has nothing after it
+
+    @property
+    def checkpoint_writers(self) -> list[Callable[[Path], None]]:
+        return self.__dict__.setdefault("_checkpoint_writers", [])
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING_NAME) if self._staging else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        staged, final = run_dir / STAGING_NAME / name, run_dir / name
+        if self.args.should_save:
+            clear_staging(run_dir)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._write_state(staged)
+            if self.args.should_save:
+                for write in self.checkpoint_writers:
+                    write(staged)
+                self._name_best_checkpoint(staged, final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of Python, of torch and of safetensors
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
+                raise
+            free = shutil.disk_usage(run_dir).free / 2**20
+            shutil.rmtree(staged, ignore_errors=True)
+            raise OSError(
+                f"{name} could not be written to {str(run_dir)!r}, which has {free:,.0f} MiB left: {error}. Earlier "
+                "checkpoints are whole: make room and train again with `resume_from_checkpoint=True`."
+            ) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()  # every process has written
+        if self.args.should_save:
+            publish(staged, final)
+            rotate(run_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            self._name_best_checkpoint(staged, final)
+        if self.args.push_to_hub:  # it uploads in the background, from a folder that stays
+            self._push_from_checkpoint(str(final))
+
+    def _name_best_checkpoint(self, staged: Path, final: Path):
+        """The best checkpoint by the name it will have, here and in the file."""
+        best_step = getattr(self.state, "best_global_step", None)
+        best = final.with_name(f"checkpoint-{best_step}") if best_step else None
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+        elif best is not None and best != final and best.is_dir() and self.args.save_strategy != "no":
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the model aside and move it in, file by file: what was there is whole until it is replaced."""
+        output_dir = Path(output_dir or self.args.output_dir)
+        if self._staging:
+            self._write_model(output_dir, output_dir, state_dict)
+            return
+        staged = output_dir / STAGING_NAME / "model"
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+        self._write_model(staged, output_dir, state_dict)
+        if self.args.should_save:
+            move_files(staged, output_dir)
+            with contextlib.suppress(OSError):
+                staged.parent.rmdir()
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        Train, from the start or from a checkpoint, after which everything is as if the run had never stopped.
+
+        Args:
+            resume_from_checkpoint (`str`, `Path` or `bool`, *optional*): a `checkpoint-*` folder, or `True` for the last
+                complete one in `output_dir`.
+
+        Returns:
+            `TrainOutput`.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it is incomplete.
+        """
+        if self.args.should_save:
+            clear_staging(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.args.world_size)
+        exhausted = self._read_state(folder)
+        self._finished = folder is not None and (exhausted or 0 < self.args.max_steps <= _global_step(folder))
+        eval_on_start = self.args.eval_on_start
+        self.args.eval_on_start = eval_on_start and folder is None  # the run has had it
+        if self._finished:  # there is no epoch any more, at whose beginning the Trainer would load them
+            self._load_rng_state(folder)
+        try:
+            return super().train(folder, *args, **kwargs)
+        finally:
+            self.args.eval_on_start = eval_on_start
+
+    def set_initial_training_values(self, *args, **kwargs):
+        values = super().set_initial_training_values(*args, **kwargs)
+        return (0, *values[1:]) if self._finished else values  # epochs
