@@ -134,7 +134,7 @@ def step_reward_trainer(folder: Path, num_pairs: int, meter: Meter) -> StepRewar
         resolution=16,
         per_device_train_batch_size=meter.pairs_per_step,
         gradient_accumulation_steps=1,
-        max_steps=10**9,
+        max_steps=10**6,  # after a pass over a stream, the Trainer counts up to this before the next one
         learning_rate=1e-6,
         logging_steps=50,
         save_steps=500,

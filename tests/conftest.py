@@ -19,7 +19,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_precision():
-    """`TrainingArguments` of transformers 4 leave `bf16` and `torch_compile` behind in the environment, and later ones obey."""
+    """`TrainingArguments` of transformers 4 leave `bf16`, `torch_compile` and `fsdp` in the environment, and later ones obey."""
     yield
-    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "DYNAMO_MODE"):
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "DYNAMO_MODE", "USE_FSDP"):
         os.environ.pop(f"ACCELERATE_{name}", None)

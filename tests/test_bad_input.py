@@ -1105,6 +1105,25 @@ def test_a_long_prompt_is_cut_with_one_warning(tmp_path, make):
     torch.testing.assert_close(first.prompt_embeds[:1], cut.prompt_embeds)
 
 
+def test_folders_of_a_config_may_be_paths(tmp_path):
+    config = SPOConfig(tmp_path, scoring_vae=tmp_path / "vae", dataset_name=tmp_path / "prompts", use_cpu=True)
+    assert (config.scoring_vae, config.dataset_name) == (str(tmp_path / "vae"), str(tmp_path / "prompts"))
+    with pytest.raises(TypeError, match="`beta` must be a number"):
+        SPOConfig(tmp_path, beta=tmp_path, use_cpu=True)
+
+
+def test_a_config_of_a_user_may_name_types_for_type_checkers_only(tmp_path):
+    """Its own fields are not looked at then; ours are."""
+
+    @dataclasses.dataclass
+    class Config(SPOConfig):
+        mine: "OnlyForTypeCheckers | None" = None  # noqa: F821
+
+    assert Config(tmp_path, beta=3, use_cpu=True).beta == 3
+    with pytest.raises(TypeError, match="`beta` must be a number"):
+        Config(tmp_path, beta="3", use_cpu=True)
+
+
 def test_strange_prompts_train_are_saved_and_resumed(tmp_path):
     """They pass through model cards, states, hashes and image logs, where encodings can fail."""
     prompts = [*STRANGE.values(), *PROMPTS]

@@ -203,6 +203,11 @@ class TestChoice:
             checkpoint_to_resume(run / "checkpoint-4", run)
         assert file in str(error.value) or (file == LORA and "weights are missing" in str(error.value))
 
+    def test_an_empty_file_of_a_callback_is_no_damage(self, run):
+        """Many mark what is finished like this."""
+        (run / "checkpoint-4" / "_SUCCESS").touch()
+        assert last_checkpoint(run) == str(run / "checkpoint-4")
+
     def test_what_was_passed_over_is_logged(self, run, caplog):
         (run / "checkpoint-4" / "optimizer.pt").unlink()
         import transformers

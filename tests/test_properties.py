@@ -24,6 +24,7 @@ import os
 import unicodedata
 from itertools import pairwise
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from packaging import version
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -869,6 +871,7 @@ LAYERS = {
 
 
 class TestExport:
+    @pytest.mark.skipif(version.parse(diffusers.__version__) < version.parse("0.42"), reason="reads attention only")
     @given(st.dictionaries(st.sampled_from(sorted(LAYERS)), st.integers(1, 3), min_size=1, max_size=12), seeds)
     @settings(max_examples=15)
     def test_diffusers_reads_kohyas_names_back_into_the_same_layers(self, tmp_path, ranks, seed):

@@ -651,3 +651,12 @@ class TestBadInput:
             make_trainer(tmp_path, eval_strategy="epoch")
         with pytest.raises(ValueError, match="no prompts to evaluate"):
             make_trainer(tmp_path).evaluate()
+
+    def test_a_reward_model_that_knows_fewer_timesteps(self, tmp_path):
+        """On a GPU nothing would notice: the embedding of a larger timestep exists, and means nothing."""
+        reward_model = StepAwareRewardModel.from_clip(tiny_clip(tmp_path))
+        reward_model.config.num_train_timesteps = 801  # of five steps, the first is at 801
+        with pytest.raises(ValueError, match="timesteps up to 801, and the reward model knows those up to 800"):
+            make_trainer(tmp_path, reward=reward_model)
+        reward_model.config.num_train_timesteps = 802
+        make_trainer(tmp_path, reward=reward_model)

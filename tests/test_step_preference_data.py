@@ -198,6 +198,13 @@ class TestDataset:
         dataset = dataset.to_iterable_dataset() if kind == "stream" else dataset
         assert [row["caption"] for row in prepare_preference_dataset(dataset)] == ["a red cat", "kept"]
 
+    @pytest.mark.parametrize("format", ["torch", "numpy"])
+    def test_a_formatted_dataset(self, format):
+        """Numbers are tensors or numpy's then."""
+        row = {**pickapic_row(num_example_per_prompt=4), "jpg_0": png("red"), "jpg_1": png("blue")}
+        dataset = prepare_preference_dataset(datasets.Dataset.from_list([row]).with_format(format))
+        assert StepPreferenceCollator(16)(list(dataset))["weights"].tolist() == [0.25]
+
     def test_images_stay_undecoded_so_that_a_broken_one_can_be_skipped(self):
         rows = [trl_row(), trl_row(prompt="broken")]
         dataset = datasets.Dataset.from_list(

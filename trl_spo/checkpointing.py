@@ -197,7 +197,7 @@ def _time_of(folder: Path) -> float:
 def _damage(path: Path) -> str | None:
     """What is wrong with a file, found without reading its tensors; nothing is unpickled."""
     size = path.stat().st_size
-    if size == 0:
+    if size == 0 and path.suffix in (".json", ".safetensors", ".pt", ".pth", ".bin"):  # others may be marks of users
         return "is empty"
     if path.suffix == ".json":
         try:

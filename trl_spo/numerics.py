@@ -23,7 +23,7 @@ What both trainers do about numbers that are not finite.
 Nothing is read from the device for this but one small tensor per optimizer step.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -101,9 +101,20 @@ class NonFiniteGuard:
         self._watched.append((what, finite.detach(), timesteps, prompts))
         self._num_watched += 0 if again else len(finite)
 
-    def check_step(self, step: int, parameters: Iterable[torch.nn.Parameter]) -> tuple[int, bool]:
+    def check_step(
+        self,
+        step: int,
+        parameters: Iterable[torch.nn.Parameter],
+        over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[int, bool]:
         """
         Look at the micro-batches and the gradients of an optimizer step.
+
+        Args:
+            step (`int`): the number of the step, for the messages.
+            parameters (iterable of `torch.nn.Parameter`): those with the gradients.
+            over_processes (callable, *optional*): sums a tensor over processes that hold a shard of each gradient. All
+                of them must skip a step if one does.
 
         Returns:
             The number of pairs that were not finite, and whether all gradients are.
@@ -111,14 +122,23 @@ class NonFiniteGuard:
         Raises:
             ValueError: if there were too many of either.
         """
+        parameters = list(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # of FSDP 2
+        gradients = [g for g in gradients if g.numel()]
         finite = [mask.all() for _, mask, _, _ in self._watched]
+        broken = None
         if gradients:  # the largest of all: a NaN or an infinity anywhere makes it one
-            finite.append(get_total_norm(gradients, norm_type=float("inf")).isfinite())
+            broken = ~get_total_norm(gradients, norm_type=float("inf")).isfinite()
+        if over_processes is not None:  # a process may have no shard, and must be there all the same
+            here = torch.zeros((), device=parameters[0].device) if broken is None else broken.float()
+            broken = over_processes(here) > 0
+        if broken is not None:
+            finite.append(~broken)
         flags = torch.stack([flag.to(finite[-1].device) for flag in finite]).tolist() if finite else []
         watched, num_watched = self._watched, self._num_watched
         self._watched, self._num_watched = [], 0
-        gradients_finite = bool(flags[len(watched)]) if gradients else True
+        gradients_finite = bool(flags[len(watched)]) if broken is not None else True
         found = []
         for (what, mask, timesteps, prompts), good in zip(watched, flags, strict=False):
             rows = [] if good else (~mask).nonzero().flatten().tolist()
@@ -154,7 +174,8 @@ class SkipNonFiniteSteps(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         parameters = list(model.parameters())
-        num_nonfinite, finite = self.trainer.guard.check_step(state.global_step + 1, parameters)
+        over_processes = self.trainer.accelerator.reduce if self.trainer.is_fsdp_enabled else None  # by default a sum
+        num_nonfinite, finite = self.trainer.guard.check_step(state.global_step + 1, parameters, over_processes)
         if not finite and self.trainer.accelerator.scaler is None:
             for parameter in parameters:
                 parameter.grad = None

@@ -483,6 +483,8 @@ def _weight(num_examples: Any) -> float:
     """Weight of a pair, given the number of pairs of its prompt."""
     if num_examples is None:
         return 1.0
+    if isinstance(num_examples, torch.Tensor) and num_examples.numel() == 1:  # of `dataset.with_format("torch")`
+        num_examples = num_examples.item()
     if not isinstance(num_examples, Real) or not 1 <= num_examples < math.inf:
         raise ValueError(f"`num_example_per_prompt` must be at least 1, got {num_examples!r}.")
     return 1.0 / num_examples

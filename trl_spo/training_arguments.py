@@ -92,8 +92,14 @@ class StepTrainingArguments(TrainingArguments):
         for name in ("max_steps", "gradient_accumulation_steps", "seed"):
             check_kind(name, getattr(self, name), int)
         for cls in type(self).__mro__[: type(self).__mro__.index(StepTrainingArguments)]:
-            for name, annotation in typing.get_type_hints(cls).items():
+            try:
+                annotations = typing.get_type_hints(cls)
+            except NameError:  # a subclass may name types that it imports for type checkers only
+                annotations = {}
+            for name, annotation in annotations.items():
                 if name in cls.__dict__.get("__annotations__", {}) and name in self.__dataclass_fields__:
+                    if isinstance(getattr(self, name), os.PathLike):  # a folder, where a path or Hub id belongs
+                        setattr(self, name, os.fspath(getattr(self, name)))
                     check_kind(name, getattr(self, name), annotation)
 
     @functools.cached_property
