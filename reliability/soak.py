@@ -46,7 +46,7 @@ from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfi
 
 WORDS = "a the red green blue cat dog bird on in of photo painting small large".split()
 MAX_GROWTH = 0.03  # of the resident set, from the second quarter of the run to the last
-MAX_DRIFT = 0.10  # of the CPU time per pair, likewise
+MAX_DRIFT = 0.15  # of the CPU time per pair, likewise
 
 
 class Meter(TrainerCallback):
@@ -151,12 +151,15 @@ def step_reward_trainer(folder: Path, num_pairs: int, meter: Meter) -> StepRewar
 
 
 def compare(samples: list[dict]) -> dict:
-    """Medians of the second quarter, after everything that is filled once, and of the last."""
+    """
+    The second quarter, after everything that is filled once, against the last: the peak of the resident set, which moves
+    with what a reader holds of a file, and the lower quartile of the cost, to which other processes can only add.
+    """
     quarter = len(samples) // 4
     early, late = samples[quarter : 2 * quarter], samples[3 * quarter :]
     result = {}
-    for name, limit in (("rss_mib", MAX_GROWTH), ("cpu_ms_per_pair", MAX_DRIFT)):
-        before, after = (float(np.median([sample[name] for sample in part])) for part in (early, late))
+    for name, limit, quantile in (("rss_mib", MAX_GROWTH, 1.0), ("cpu_ms_per_pair", MAX_DRIFT, 0.25)):
+        before, after = (float(np.quantile([sample[name] for sample in part], quantile)) for part in (early, late))
         result[name] = {
             "early": before,
             "late": after,
@@ -198,7 +201,7 @@ def main():
         )
     rss, cost = result["rss_mib"], result["cpu_ms_per_pair"]
     print(
-        f"{args.trainer}: resident set {rss['early']:.1f} -> {rss['late']:.1f} MiB ({rss['change']:+.2%}, "
+        f"{args.trainer}: peak resident set {rss['early']:.1f} -> {rss['late']:.1f} MiB ({rss['change']:+.2%}, "
         f"{result['rss_slope_mib_per_hour']:+.2f} MiB per hour), CPU per pair {cost['early']:.2f} -> {cost['late']:.2f} ms "
         f"({cost['change']:+.2%}), {meter.samples[-1]['step']} steps"
     )

@@ -214,10 +214,12 @@ def _damage(path: Path) -> str | None:
                 return "is cut off or no safetensors file"
         if 8 + length + end != size:
             return f"has {size} bytes instead of {8 + length + end}"
-    elif path.suffix in (".pt", ".pth", ".bin"):
+    elif (
+        STATE_NAME.fullmatch(path.name) or path.name == "training_args.bin"
+    ):  # others are callbacks' and not read here
         if not zipfile.is_zipfile(path):  # its index is at the end
             return "is cut off or was not written by `torch.save`"
-        if STATE_NAME.fullmatch(path.name):
+        if path.name != "training_args.bin":
             with safe_globals():  # what the Trainer allows besides tensors: numpy's part of the random state
                 foreign = get_unsafe_globals_in_checkpoint(path)
             if foreign:

@@ -410,6 +410,8 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
         if isinstance(kwargs.get("vae"), (str, Path)):
             kwargs["vae"] = AutoencoderKL.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
         return DiffusionPipeline.from_pretrained(path, **kwargs)
+    except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
+        raise
     except Exception as error:  # diffusers says of a broken folder what happens to break first
         found = "the folder is incomplete or broken"
         if not local.exists():

@@ -266,7 +266,7 @@ def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     """
     longest = LARGEST_ASPECT_RATIO * min(image.size)
     if max(image.size) > longest:
-        kept = [min(side, longest) for side in image.size]
+        kept = [min(side, longest + (side - longest) % 2) for side in image.size]  # the middle stays the middle
         left, top = ((side - part) // 2 for side, part in zip(image.size, kept, strict=True))
         image = image.crop((left, top, left + kept[0], top + kept[1]))
     scale = resolution / min(image.size)

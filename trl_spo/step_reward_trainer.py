@@ -608,12 +608,10 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
                 _, scores_0, scores_1, finite = self._score_pairs(model, inputs, timesteps, generator)
             loss = step_preference_loss(scores_0, scores_1, label_0, label_1)
             finite = finite & loss.isfinite()
-            if not finite.all():
-                left_out = [
-                    prompt for prompt, good in zip(inputs["prompts"], finite.tolist(), strict=True) if not good
-                ]
+            left_out = [prompt for prompt, good in zip(inputs["prompts"], finite.tolist(), strict=True) if not good]
+            if left_out:
                 logger.warning(f"Left out of the evaluation at timestep {timestep}, not finite: {left_out[:3]}.")
-            losses.append(loss[finite].mean() if finite.any() else loss.new_zeros(()))
+            losses.append(torch.where(finite, loss, 0.0).sum() / finite.sum().clamp(min=1))
             kept = torch.where(finite, weights, 0.0)
             pairs.append(torch.stack([scores_0, scores_1, label_0, label_1, kept], dim=-1))
         self._eval_batch += 1
