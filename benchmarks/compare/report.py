@@ -1,0 +1,579 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Tables and figures of the comparison from the JSON files that `run.py` left; trains and samples nothing.
+
+```shell
+python benchmarks/compare/report.py --output compare_output --report benchmarks/results/compare
+```
+
+Writes `report.md`, `report.json` (every number of it) and the figures. What is missing is left out and named.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its modules would hide others
+
+import torch
+from PIL import Image, ImageDraw
+
+from benchmarks.compare import run as study
+from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, two_way
+
+
+NAN = float("nan")
+REFERENCE, RIVAL = "spo", "dpo"
+CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "dpo", "ddpo", "sft")  # those of the figures with few lines
+FRONTS = {
+    "SPO (KL weight, beta)": ["spo", "spo_kl0", "spo_kl6", "spo_kl30", "spo_beta500", "spo_tuned"],
+    "Diffusion-DPO (beta)": ["dpo", "dpo_beta500", "dpo_beta20000"],
+    "fine-tuning": ["sft"],
+    "DDPO": ["ddpo"],
+}
+
+
+class Results:
+    """
+    Everything in an output folder.
+
+    Attributes:
+        plan (`dict`), base (`dict`): of the study.
+        runs (`dict[str, dict[int, dict]]`): by arm and seed.
+        missing (`list[str]`): arms of the study without a run.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        if not (output / "base.json").is_file():
+            raise FileNotFoundError(f"{output} has no base.json: run benchmarks/compare/run.py first.")
+        self.base = study.read_json(output / "base.json")
+        self.plan = self.base["plan"]
+        self.runs, self.missing = {}, []
+        for arm in study.ARMS:
+            found = sorted((output / "run" / arm).glob("*.json"), key=lambda path: int(path.stem))
+            if found:
+                self.runs[arm] = {int(path.stem): study.read_json(path) for path in found}
+            else:
+                self.missing.append(arm)
+        self.rewards = {}
+        for kind in ("step", "plain", "clean"):
+            for path in sorted((output / "reward" / kind).glob("*.json")):
+                self.rewards.setdefault(kind, {})[int(path.stem)] = study.read_json(path)
+        self.guidance = {}
+        for path in sorted((output / "guidance").glob("*/*.json")):
+            self.guidance.setdefault(path.parent.name, {})[int(path.stem)] = study.read_json(path)
+
+    def heldout(self, arm: str, seed: int, pick: str, metric: str) -> torch.Tensor:
+        """`(C, R)` scores of a run."""
+        return torch.tensor(self.runs[arm][seed]["heldout"][pick][metric], dtype=torch.float64)
+
+    def base_heldout(self, arm: str, seed: int, metric: str) -> torch.Tensor:
+        if metric == "reward":
+            return torch.tensor(self.runs[arm][seed]["heldout"]["base_reward"], dtype=torch.float64)
+        return torch.tensor(self.base["scores"]["heldout"][metric], dtype=torch.float64)
+
+    def seeds(self, arm: str, pick: str) -> list[int]:
+        return [seed for seed, result in self.runs[arm].items() if pick in result["heldout"]]
+
+    def change(self, arm: str, pick: str, metric: str) -> dict:
+        """Paired change against the base model, with its error over captions and seeds."""
+        rows = [
+            (self.heldout(arm, seed, pick, metric) - self.base_heldout(arm, seed, metric)).mean(1)
+            for seed in self.seeds(arm, pick)
+        ]
+        return two_way(torch.stack(rows))
+
+    def wins(self, arm: str, pick: str, metric: str) -> dict:
+        """Share of samples that beat the base model's of the same noise; a draw counts one half."""
+        seeds = self.seeds(arm, pick)
+        return two_way(
+            torch.stack(
+                [_wins(self.heldout(arm, seed, pick, metric), self.base_heldout(arm, seed, metric)) for seed in seeds]
+            )
+        )
+
+    def wins_against(self, arm: str, other: str, pick: str, metric: str) -> dict:
+        """Share of samples that beat those of another arm's run with the same seed."""
+        both = [seed for seed in self.seeds(arm, pick) if seed in self.seeds(other, pick)]
+        return two_way(
+            torch.stack(
+                [_wins(self.heldout(arm, s, pick, metric), self.heldout(other, s, pick, metric)) for s in both]
+            )
+        )
+
+    def diversity(self, arm: str, pick: str, metric: str) -> dict | None:
+        """Change of the mean pairwise distance of one caption's samples against the base model's, as a share of it."""
+        base = self.base["scores"]["heldout"].get(metric)
+        if base is None:
+            return None
+        base = torch.tensor(base, dtype=torch.float64)
+        rows = [
+            (torch.tensor(self.runs[arm][seed]["heldout"][pick][metric], dtype=torch.float64) - base) / base.mean()
+            for seed in self.seeds(arm, pick)
+        ]
+        return two_way(torch.stack(rows))
+
+    def against(self, arm: str, other: str, pick: str, metric: str) -> dict | None:
+        """Difference of two arms, paired by seed, caption and noise."""
+        both = [seed for seed in self.seeds(arm, pick) if seed in self.seeds(other, pick)]
+        if not both:
+            return None
+        rows = [(self.heldout(arm, s, pick, metric) - self.heldout(other, s, pick, metric)).mean(1) for s in both]
+        return two_way(torch.stack(rows))
+
+    def curves(self, arm: str, score: str, compute: str = "evaluations") -> list[tuple[list[float], list[float]]]:
+        """Validation curves of all seeds, from the base model on."""
+        result = []
+        for run in self.runs[arm].values():
+            points = [run["base"], *run["points"]]
+            result.append(([p[compute] for p in points], [p[score] for p in points]))
+        return result
+
+    def own_cost(self, arm: str, name: str) -> float:
+        """What the reward model of an arm cost (mean over seeds); 0 without one, or with the exact scorer."""
+        kind = study.ARMS[arm].reward
+        costs = [reward[name] for reward in self.rewards.get(kind, {}).values()]
+        return sum(costs) / len(costs) if costs else 0.0
+
+    def final_cost(self, arm: str, name: str) -> float:
+        """Mean over seeds of what a run had spent at the common budget."""
+        values = []
+        for run in self.runs[arm].values():
+            values += [point[name] for point in run["points"] if point["mark"] == run["picks"]["final"]]
+        return sum(values) / len(values)
+
+
+def _wins(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:  # (C, R) twice -> (C,)
+    return ((own > other).double() + 0.5 * (own == other).double()).mean(1)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def cell(value: dict | None, sign: str = "+", digits: int = 3) -> str:
+    if value is None:
+        return ""
+    mark = "*" if value["seeds"] == 1 else ""  # error over captions only
+    return f"{value['mean']:{sign}.{digits}f} ± {value['se']:.{digits}f}{mark}"
+
+
+def number(value: float, digits: int = 0) -> str:
+    return "never" if math.isinf(value) else "" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def main_table(results: Results, pick: str) -> tuple[str, dict]:
+    data, rows = {}, []
+    for arm in results.runs:
+        if not results.seeds(arm, pick):
+            continue
+        values = {metric: results.change(arm, pick, metric) for metric in (*EXACT, "reward")}
+        values["wins"] = results.wins(arm, pick, "utility")
+        values["diversity"] = results.diversity(arm, pick, "diversity")
+        values["latent_diversity"] = results.diversity(arm, pick, "latent_diversity")
+        data[arm] = values
+        rows.append(
+            [
+                study.ARMS[arm].title,
+                str(values["utility"]["seeds"]),
+                *(cell(values[metric]) for metric in EXACT),
+                cell(values["wins"], sign="", digits=2),
+                cell(values["reward"], digits=2),
+                cell(values["diversity"], digits=2),
+                cell(values["latent_diversity"], digits=2),
+            ]
+        )
+    head = ["method", "seeds", *EXACT, "win rate", "learned reward", "diversity of images", "of latents"]
+    return markdown(head, rows), data
+
+
+def cost_table(results: Results) -> tuple[str, dict]:
+    data, rows = {}, []
+    for arm in results.runs:
+        values = {name: results.final_cost(arm, name) for name in ("evaluations", "cpu_seconds", "updates")}
+        values["reward_evaluations"] = results.own_cost(arm, "evaluations")
+        values["reward_cpu_seconds"] = results.own_cost(arm, "cpu_seconds")
+        settings = next(iter(results.runs[arm].values()))["settings"]
+        values["settings"] = settings
+        totals = [run["total_seconds"] for run in results.runs[arm].values()]
+        values["total_cpu_seconds"], values["total_wall_seconds"] = (
+            sum(t) / len(t) for t in zip(*totals, strict=True)
+        )
+        data[arm] = values
+        names = ("evaluations", "reward_evaluations", "cpu_seconds", "reward_cpu_seconds", "updates")
+        rows.append([study.ARMS[arm].title, *(number(values[name]) for name in names)])
+    head = ["method", "UNet evaluations", "reward model: evaluations", "CPU s", "reward model: CPU s", "updates"]
+    return markdown(head, rows), data
+
+
+def against_table(results: Results, other: str, pick: str) -> tuple[str, dict]:
+    data, rows = {}, []
+    for arm in results.runs:
+        if arm == other or other not in results.runs:
+            continue
+        values = {metric: results.against(arm, other, pick, metric) for metric in EXACT}
+        if values["utility"] is None:
+            continue
+        data[arm] = values
+        values["wins"] = results.wins_against(arm, other, pick, "utility")
+        interval = "[{low:+.3f}, {high:+.3f}]".format(**values["utility"])
+        cells = [*(cell(values[metric]) for metric in EXACT), interval, cell(values["wins"], sign="", digits=2)]
+        rows.append([study.ARMS[arm].title, *cells])
+    return markdown(["method", *EXACT, "95% interval of utility", "win rate (utility)"], rows), data
+
+
+def reach_table(results: Results) -> tuple[str, dict]:
+    """The "20x" question."""
+    if RIVAL not in results.runs:
+        return "", {}
+    data, rows = {}, []
+    budgets = {name: results.final_cost(RIVAL, name) for name in ("evaluations", "cpu_seconds")}
+    for arm in results.runs:
+        row = [study.ARMS[arm].title]
+        for score in ("utility", "aesthetics"):
+            for compute, budget in budgets.items():
+                curves, rivals = (results.curves(name, score, compute) for name in (arm, RIVAL))
+                value = compute_to_reach(curves, rivals, budget)
+                extra = results.own_cost(arm, compute)
+                value["ratio_with_reward"] = budget / (value["compute"] + extra)
+                data.setdefault(arm, {})[f"{score}/{compute}"] = value
+                text = number(value["compute"])
+                if math.isfinite(value["compute"]):
+                    low, high, ratio = value["ratio_low"], value["ratio_high"], value["ratio"]
+                    text += f": {ratio:.1f}x ({low:.1f} to {high:.1f}; {value['ratio_with_reward']:.1f}x)"
+                row.append(text)
+        rows.append(row)
+    head = ["method"]
+    head += [f"{s}, {c}" for s in ("utility", "aesthetics") for c in ("UNet evaluations", "CPU seconds")]
+    return markdown(head, rows), data
+
+
+def equal_time_table(results: Results) -> tuple[str, dict]:
+    """Validation scores at one CPU time, the shortest that one of SPO's runs took for the budget."""
+    if REFERENCE not in results.runs:
+        return "", {}
+    limit = min(
+        point["cpu_seconds"]
+        for run in results.runs[REFERENCE].values()
+        for point in run["points"]
+        if point["mark"] == run["picks"]["final"]
+    )
+    data, rows = {"cpu_seconds": limit}, []
+    for arm in results.runs:
+        row, data[arm] = [study.ARMS[arm].title], {}
+        for score in EXACT:
+            values = [interpolate(x, y, limit) - y[0] for x, y in results.curves(arm, score, "cpu_seconds")]
+            values = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+            if not len(values):
+                row.append("")
+                continue
+            error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else NAN
+            data[arm][score] = {"mean": values.mean().item(), "se_seeds": error, "seeds": len(values)}
+            row.append(f"{values.mean():+.3f}" + (f" ± {error:.3f}" if len(values) > 1 else ""))
+        rows.append(row)
+    title = f"Change on validation captions after {limit:.0f} CPU seconds; standard error over seeds.\n\n"
+    return title + markdown(["method", *EXACT], rows), data
+
+
+def hacking_table(results: Results) -> tuple[str, dict]:
+    """From the best checkpoint on: does the learned reward still rise while the exact scores fall?"""
+    data, rows = {}, []
+    for arm, runs in results.runs.items():
+        values = {"peak": [], "reward": [], **{metric: [] for metric in EXACT}, "hacked": []}
+        for run in runs.values():
+            points = [run["base"], *run["points"]]
+            peak = max(points, key=lambda point: point["utility"])
+            last = points[-1]
+            values["peak"].append(peak["evaluations"] / last["evaluations"])
+            for name in ("reward", *EXACT):
+                values[name].append(last[name] - peak[name])
+            values["hacked"].append(float(last["reward"] > peak["reward"] and last["utility"] < peak["utility"]))
+        means = {name: sum(found) / len(found) for name, found in values.items()}
+        data[arm] = means
+        judge = {"step": "own", "plain": "own", "clean": "own"}.get(study.ARMS[arm].reward, "step-aware")
+        rows.append(
+            [study.ARMS[arm].title, judge, f"{means['peak']:.2f}", f"{means['reward']:+.2f}"]
+            + [f"{means[metric]:+.3f}" for metric in EXACT]
+            + [f"{sum(values['hacked']):.0f} of {len(runs)}"]
+        )
+    head = ["method", "judge", "best at share of the run", "learned reward since", *(f"{m} since" for m in EXACT)]
+    return markdown([*head, "reward up, utility down"], rows), data
+
+
+def accuracy_table(results: Results) -> tuple[str, dict]:
+    data, rows = {}, []
+    for kind, found in results.rewards.items():
+        for against in ("utility", "labels"):
+            by_step = {}
+            for step in next(iter(found.values()))["accuracy"]:
+                values = torch.tensor([r["accuracy"][step][against] for r in found.values()], dtype=torch.float64)
+                pairs = next(iter(found.values()))["accuracy"][step]["pairs"]
+                mean = values.mean().item()
+                over_seeds = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else NAN
+                over_pairs = math.sqrt(mean * (1 - mean) / pairs)
+                by_step[step] = {"mean": mean, "se_seeds": over_seeds, "se_pairs": over_pairs, "seeds": len(values)}
+            data.setdefault(kind, {})[against] = by_step
+            rows.append([kind, against, *(f"{value['mean']:.3f}" for value in by_step.values())])
+    if not rows:
+        return "", {}
+    steps = list(next(iter(data.values()))["utility"])
+    return markdown(["reward", "against", *(f"t = {step}" for step in steps)], rows), data
+
+
+def sweep_table(results: Results) -> tuple[str, dict]:
+    data, rows = {}, []
+    for method, candidates in study.SWEEPS.items():
+        scores = study.sweep_scores(results.output, method)
+        if not scores:
+            continue
+        best = study.chosen_settings(results.output, method)
+        for index, settings in enumerate(candidates):
+            if index in scores:
+                mean = sum(scores[index]) / len(scores[index])
+                data.setdefault(method, []).append({"settings": settings, "utility": scores[index], "mean": mean})
+                text = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+                each = ", ".join(f"{value:.3f}" for value in scores[index])
+                rows.append([method, text, f"{mean:.4f}", each, "chosen" if settings == best else ""])
+    return (markdown(["method", "settings", "best utility, mean", "each seed", ""], rows) if rows else ""), data
+
+
+def guidance_table(results: Results) -> tuple[str, dict]:
+    if "base" not in results.guidance:
+        return "", {}
+    data, rows = {}, []
+    base = results.guidance["base"][0]["scales"]
+    for arm, found in results.guidance.items():
+        title = "base model" if arm == "base" else study.ARMS[arm].title
+        for metric in EXACT:
+            row = [title, metric]
+            for scale in base:
+                own = torch.tensor([run["scales"][scale][metric] for run in found.values()], dtype=torch.float64).mean(
+                    2
+                )
+                value = two_way(own)
+                data.setdefault(arm, {}).setdefault(metric, {})[scale] = value
+                row.append(cell(value, sign=""))
+            rows.append(row)
+    return markdown(["model", "score", *(f"guidance {scale}" for scale in base)], rows), data
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def figures(results: Results, folder: Path) -> list[str]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = []
+    colours = dict(zip(CURVES, plt.get_cmap("tab10").colors, strict=False))
+
+    def save(figure, name):
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+        names.append(name)
+
+    def band(axis, curves, **style):
+        longest = max(max(x) for x, _ in curves)
+        grid = [longest * k / 60 for k in range(61)]
+        grid = [at for at in grid if at <= min(max(x) for x, _ in curves)]
+        table = torch.tensor([[interpolate(x, y, at) for at in grid] for x, y in curves], dtype=torch.float64)
+        mean = table.mean(0)
+        axis.plot(grid, mean, **style)
+        if len(curves) > 1:
+            error = table.std(0) / math.sqrt(len(curves))
+            axis.fill_between(grid, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
+
+    shown = [arm for arm in CURVES if arm in results.runs]
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5))
+    for row, (compute, label) in enumerate((("evaluations", "UNet evaluations"), ("cpu_seconds", "CPU seconds"))):
+        for axis, score in zip(axes[row], EXACT, strict=True):
+            for arm in shown:
+                band(axis, results.curves(arm, score, compute), color=colours[arm], label=study.ARMS[arm].title)
+            axis.set(xlabel=label, ylabel=f"{score}, validation captions")
+    axes[0, 0].legend(fontsize=7)
+    save(figure, "curves.png")
+
+    figure, axis = plt.subplots(figsize=(7.5, 6))
+    for k, (title, arms) in enumerate(FRONTS.items()):
+        for arm in [arm for arm in arms if arm in results.runs]:
+            changes = []
+            for score in ("aesthetics", "alignment"):
+                curves = results.curves(arm, score)
+                count = min(len(y) for _, y in curves)
+                changes.append([sum(y[i] - y[0] for _, y in curves) / len(curves) for i in range(count)])
+            first = arm == arms[0]
+            axis.plot(
+                *changes, "o-", markersize=3, color=f"C{k}", alpha=1 if first else 0.5, label=title if first else None
+            )
+            axis.annotate(arm, (changes[0][-1], changes[1][-1]), fontsize=6)
+    axis.set(xlabel="aesthetics, change", ylabel="alignment, change", title="Checkpoints on validation captions")
+    axis.axhline(0, color="grey", linewidth=0.5)
+    axis.legend(fontsize=8)
+    save(figure, "front.png")
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for arm in shown:
+        for axis, score in zip(axes, ("reward", "utility"), strict=True):
+            curves = [(x, [value - y[0] for value in y]) for x, y in results.curves(arm, score)]
+            band(axis, curves, color=colours[arm], label=study.ARMS[arm].title)
+            axis.set(xlabel="UNet evaluations", ylabel=f"{'learned reward' if score == 'reward' else score}, change")
+    axes[0].legend(fontsize=7)
+    save(figure, "hacking.png")
+
+    if results.rewards:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+        for axis, against in zip(axes, ("utility", "labels"), strict=True):
+            for kind, found in results.rewards.items():
+                curves = [
+                    ([int(s) for s in r["accuracy"]], [v[against] for v in r["accuracy"].values()])
+                    for r in found.values()
+                ]
+                mean = [sum(y[i] for _, y in curves) / len(curves) for i in range(len(curves[0][0]))]
+                axis.plot(curves[0][0], mean, "o-", markersize=3, label=kind)
+            axis.set(
+                xlabel="timestep",
+                title=f"agreement with {'exact utility' if against == 'utility' else 'noisy labels'}",
+            )
+        axes[0].legend()
+        save(figure, "reward_accuracy.png")
+
+    if "base" in results.guidance:
+        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+        table = guidance_table(results)[1]
+        for axis, metric in zip(axes, EXACT, strict=True):
+            for arm, values in table.items():
+                scales = [float(scale) for scale in values[metric]]
+                means, errors = ([value[key] for value in values[metric].values()] for key in ("mean", "se"))
+                title = "base model" if arm == "base" else study.ARMS[arm].title
+                axis.errorbar(scales, means, errors, marker="o", markersize=3, capsize=2, label=title)
+            axis.set(xlabel="guidance scale", ylabel=metric)
+        axes[0].legend(fontsize=7)
+        save(figure, "guidance.png")
+
+    names += sheet(results, folder)
+    return names
+
+
+def sheet(results: Results, folder: Path) -> list[str]:
+    """The same captions and noise under every model: one row each, of the lowest seed at the common budget."""
+    rows = [("base model", results.output / "samples.png")]
+    for arm, runs in results.runs.items():
+        rows.append((study.ARMS[arm].title, results.output / "run" / arm / str(min(runs)) / "final" / "samples.png"))
+    rows = [(title, Image.open(path).convert("RGB")) for title, path in rows if path.is_file()]
+    if not rows:
+        return []
+    scale, left = 2, 260
+    width, height = rows[0][1].width * scale, rows[0][1].height * scale
+    picture = Image.new("RGB", (left + width, (height + 4) * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (title, strip) in enumerate(rows):
+        draw.text((6, i * (height + 4) + height // 2 - 6), title, fill="black")
+        picture.paste(strip.resize((width, height), Image.NEAREST), (left, i * (height + 4)))
+    picture.save(folder / "samples.png")
+    return ["samples.png"]
+
+
+def for_json(value):
+    """Six digits after the point; no infinity and no nan, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: for_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def write_report(output: Path, folder: Path) -> str:
+    """
+    Args:
+        output (`Path`): what `run.py` wrote.
+        folder (`Path`): where the report goes.
+
+    Returns:
+        `str`: the main table in Markdown.
+    """
+    results = Results(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = results.plan
+    base = {m: two_way(torch.tensor(results.base["scores"]["heldout"][m]).mean(1)[None]) for m in EXACT}
+    count = sum(len(row) for row in results.base["scores"]["heldout"]["utility"])
+    data = {"plan": plan, "base": base, "missing": results.missing, "heldout_samples": count}
+    protocol = (
+        f"{count} held-out samples ({base['utility']['captions']} captions, {plan['heldout_repeats']} fixed seeds each), "
+        "DDIM, 10 steps, eta 1, guidance 1. Changes against the base model with the same noise, mean ± standard error "
+        "over captions and training seeds (* one seed: over captions only, too small)."
+    )
+    base_text = ", ".join(f"{metric} {cell(value, sign='')}" for metric, value in base.items())
+    parts = [f"# Comparison in the shapes world\n\n{protocol} Base model: {base_text}."]
+    sections = [
+        ("final", f"At {plan['budget']:,} UNet evaluations", lambda: main_table(results, "final")),
+        ("chosen", "Best checkpoint on validation captions", lambda: main_table(results, "chosen")),
+        ("long", "Methods that went on", lambda: main_table(results, "long")),
+        ("cost", "Cost", lambda: cost_table(results)),
+        ("against_spo", "Against SPO, at the budget", lambda: against_table(results, REFERENCE, "final")),
+        ("against_dpo", "Against Diffusion-DPO, at the budget", lambda: against_table(results, RIVAL, "final")),
+        ("equal_time", "At equal CPU time", lambda: equal_time_table(results)),
+        (
+            "reach",
+            "Compute to reach Diffusion-DPO's score at the budget (validation; ratio, 90% interval over seeds, ratio with "
+            "the reward model's training)",
+            lambda: reach_table(results),
+        ),
+        ("hacking", "After the best checkpoint (validation)", lambda: hacking_table(results)),
+        ("accuracy", "Order of held-out pairs by the reward models", lambda: accuracy_table(results)),
+        ("guidance", "Guidance scales (held-out)", lambda: guidance_table(results)),
+        ("sweep", "Sweeps (validation)", lambda: sweep_table(results)),
+    ]
+    tables = {}
+    for name, title, make in sections:
+        tables[name], data[name] = make()
+        if data[name]:
+            parts.append(f"## {title}\n\n{tables[name]}")
+    data["curves"] = {
+        arm: {str(seed): [run["base"], *run["points"]] for seed, run in runs.items()}
+        for arm, runs in results.runs.items()
+    }
+    parts += [f"![{name}]({name})" for name in figures(results, folder)]
+    if results.missing:
+        parts.append("Not run: " + ", ".join(results.missing) + ".")
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "report.json").write_text(json.dumps(for_json(data), indent=1, allow_nan=False))
+    return f"{protocol}\n\n{tables['final']}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("compare_output"), help="What run.py wrote.")
+    parser.add_argument("--report", type=Path, help="Where the report goes. Default: OUTPUT/report.")
+    args = parser.parse_args()
+    print(write_report(args.output, args.report or args.output / "report"))
+
+
+if __name__ == "__main__":
+    main()
