@@ -297,7 +297,7 @@ class TestStudy:
 
     def test_run_holds_what_the_report_needs(self, output):
         result = run.read_json(output / "run" / "sft" / "0.json")
-        assert [p["mark"] for p in result["points"]] == [384, 768, 1152, 1536, 1920]  # it goes on, see `Arm.stretch`
+        assert [p["mark"] for p in result["points"]] == [384, 768, 1536, 1920]  # it goes on, see `Arm.stretch`
         assert result["picks"]["final"] == 768 and result["picks"]["long"] == 1920
         scores = result["heldout"]["final"]["utility"]
         assert len(scores) == 103 and all(len(row) == PLAN["heldout_repeats"] for row in scores)

@@ -79,7 +79,7 @@ class BranchRecord:
 
 class NonFinite(NamedTuple):
     """
-    A pair that was given up because something of it is NaN or infinite.
+    A pair that was given up, or a finished image without a score, because something of it is NaN or infinite.
 
     Attributes:
         what (`str`): where it arose: "latents", "x_0 prediction", "decoded image" or "score".
@@ -332,8 +332,13 @@ def _check_arguments(
         raise ValueError(f"`num_branches` must be at least 1, or None for all, got {num_branches}.")
 
 
-def _branch_lengths(pipeline, start: int, end: int, num_inner_steps: int, eta: float) -> dict[int, int]:
-    """First step of each branch -> its steps: fewer than j where branching ends or a deterministic step follows."""
+def branch_lengths(pipeline: SPOPipeline, start: int, end: int, num_inner_steps: int, eta: float) -> dict[int, int]:
+    """
+    First step of each branch -> its steps: fewer than j where branching ends or a deterministic step follows.
+
+    Raises:
+        ValueError: if all steps from `start` to `end` are deterministic, so that no candidates would differ.
+    """
     lengths, step = {}, start
     while step < end:
         length = 0
@@ -342,6 +347,11 @@ def _branch_lengths(pipeline, start: int, end: int, num_inner_steps: int, eta: f
         if length:
             lengths[step] = length
         step += max(length, 1)
+    if not lengths:
+        raise ValueError(
+            f"Steps {start} to {end - 1} of the scheduler are deterministic (sigma = 0), so their candidates would be "
+            "equal. Branch earlier steps, or set `set_alpha_to_one=False` in the scheduler."
+        )
     return lengths
 
 
@@ -459,12 +469,7 @@ def stepwise_rollout(
     branch_embeds = embeds.repeat(num_candidates)
     deferred = defer_scoring and resample == "random"
 
-    lengths = _branch_lengths(pipeline, branch_start_step, end, num_inner_steps, eta)
-    if not lengths:
-        raise ValueError(
-            f"Steps {branch_start_step} to {end - 1} of the scheduler are deterministic (sigma = 0): their candidates "
-            "would be equal. Branch earlier steps, or set `set_alpha_to_one=False` in the scheduler."
-        )
+    lengths = branch_lengths(pipeline, branch_start_step, end, num_inner_steps, eta)
     last = num_inference_steps if branch_end_step is None else end
     if num_branches is not None and num_branches < len(lengths):
         drawn = torch.randperm(len(lengths), generator=generator, device=generator and generator.device)
@@ -539,8 +544,13 @@ def stepwise_rollout(
         final_scores = scores[-1][0] if extra else gather_candidates(branches[-1].scores, branches[-1].index.cpu())
 
     nonfinite = []
-    if not torch.cat([branch.scores for branch in branches]).isfinite().all():
+    all_scores = [*(branch.scores for branch in branches), *([final_scores[None]] if finished else [])]
+    if not torch.cat(all_scores).isfinite().all():
         nonfinite = _find_nonfinite(scorer, branches, plain_steps, timesteps)
+        named = {entry.prompt for entry in nonfinite}
+        for prompt, score in zip(prompts, final_scores if finished else [], strict=False):
+            if not score.isfinite() and prompt not in named:  # all pairs are whole, the finished image is not
+                nonfinite.append(NonFinite("score", last - 1, 0, prompt))
         if on_nonfinite == "raise":
             raise ValueError(
                 f"Not finite: {nonfinite[0]}"

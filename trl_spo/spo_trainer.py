@@ -47,7 +47,7 @@ from .model_card import describe_reward, read_samples, spo_model_card
 from .modeling_step_reward import StepAwareRewardModel
 from .numerics import NonFiniteGuard, SkipNonFiniteSteps
 from .pipeline_base import LORA_NAME, PromptEmbeds, load_scoring_vae, wrap_pipeline
-from .rollout import StepPairs, stepwise_rollout
+from .rollout import StepPairs, branch_lengths, stepwise_rollout
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_preference_data import EncodingCache, is_unicode
@@ -478,7 +478,10 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             reward_model.requires_grad_(False).eval().to(config.device)
             if config.reward_dtype is not None:
                 dtype = getattr(torch, config.reward_dtype)
-                reward_model.cast(dtype) if hasattr(reward_model, "cast") else reward_model.to(dtype)
+                if isinstance(reward_model, StepAwareRewardModel):
+                    reward_model.cast(dtype)
+                else:
+                    reward_model.to(dtype)
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
@@ -560,11 +563,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         """At least one branching step must have candidates that differ."""
         self.pipeline.set_timesteps(config.num_inference_steps)
         end = config.num_inference_steps if config.branch_end_step is None else config.branch_end_step
-        if not any(self.pipeline.step_is_stochastic(i, config.eta) for i in range(config.branch_start_step, end)):
-            raise ValueError(
-                f"Steps {config.branch_start_step} to {end - 1} of the scheduler are deterministic (sigma = 0), so their "
-                "candidates would be equal. Branch earlier steps, or set `set_alpha_to_one=False` in the scheduler."
-            )
+        branch_lengths(self.pipeline, config.branch_start_step, end, config.num_inner_steps, config.eta)
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 

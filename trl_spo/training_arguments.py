@@ -85,7 +85,11 @@ def check_kind(name: str, value: Any, annotation: Any) -> None:
 
 
 class StepTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] whose pickle, `training_args.bin` beside every saved model, has no token."""
+    """
+    [`~transformers.TrainingArguments`] that show no secret: neither in their pickle, `training_args.bin` beside every
+    saved model, nor in what trackers and `repr` get. They check the kind of each value of ours, and processes on the CPU
+    wait for each other no longer than `ddp_timeout`.
+    """
 
     def check_kinds(self) -> None:
         """[`check_kind`] of every field that a subclass declares, and of those of transformers that it compares."""

@@ -44,14 +44,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from examples.shapes import world
-from examples.shapes.demo import CLIP, SAMPLER
 from examples.shapes.preferences import ANNOTATOR_TEMPERATURE
+from examples.shapes.settings import CLIP, REWARD_SETTINGS, SAMPLER, SPO_SETTINGS, lora_config
 from trl_spo import (
     SPOConfig,
     SPOStableDiffusionPipeline,
@@ -65,31 +64,14 @@ from trl_spo import (
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}  # `SPOConfig`'s
 MAX_GRAD_NORM = 1.0
 
-# What each method runs with unless its arm says otherwise. Those of SPO are the demo's (examples/shapes/demo.py), the
-# others come from the sweep in `run.py`, on validation captions.
+# What each method runs with unless its arm says otherwise. Those of SPO are the demo's, the others are what the sweep in
+# `run.py` starts from.
 DEFAULTS = {
-    "spo": {
-        "branch_start_step": 2,
-        "branch_end_step": 8,
-        "num_candidates": 4,
-        "per_device_rollout_batch_size": 32,
-        "per_device_train_batch_size": 64,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-4,
-        "kl_coef": 12.0,
-        "preference_threshold": 0.1,
-    },
+    "spo": SPO_SETTINGS,
     "dpo": {"beta": 1000.0, "learning_rate": 1e-3, "batch_size": 128},
     "sft": {"learning_rate": 5e-4, "batch_size": 128},
     "ddpo": {"learning_rate": 1e-3, "samples_per_epoch": 64, "updates_per_epoch": 1},
 }
-
-
-def lora_config() -> LoraConfig:
-    """The adapter of the demo, for every method."""
-    return LoraConfig(
-        r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
-    )
 
 
 class SPOShapesPipeline(SPOStableDiffusionPipeline):
@@ -210,37 +192,29 @@ class Recorder:
 # ----------------------------------------------------------------------------------------------------------- rewards
 
 REWARDS = {
-    "step": {"step_conditioning": True, "timesteps": [0, 1, 101, 201, 301, 401, 501, 601, 701]},
-    "plain": {"step_conditioning": False, "timesteps": [0, 1, 101, 201, 301, 401, 501, 601, 701]},
+    "step": {"step_conditioning": True, "timesteps": REWARD_SETTINGS["timesteps"]},
+    "plain": {"step_conditioning": False, "timesteps": REWARD_SETTINGS["timesteps"]},
     "clean": {"step_conditioning": False, "timesteps": [0]},
+    "all": {"step_conditioning": True, "timesteps": [*REWARD_SETTINGS["timesteps"], 801]},
 }
-"""Learned rewards: step-aware; the same without step conditioning; of finished images only. Settings of the demo."""
+"""Learned rewards: step-aware; the same without step conditioning; of finished images only; for branching at all steps."""
 
 
 def train_reward_model(
     kind: str, pipeline, preferences, seed: int, steps: int, output_dir: Path
-) -> tuple[StepAwareRewardModel, Meter]:
+) -> tuple[StepAwareRewardModel, dict[str, float]]:
     """
     One of `REWARDS` from noisy preferences, starting from the world's CLIP.
 
     Returns:
-        `tuple`: the model, and what its training cost.
+        `tuple`: the model, and what its training cost: UNet `evaluations` and `cpu_seconds`.
     """
     recipe = REWARDS[kind]
     config = StepRewardConfig(
         output_dir=str(output_dir),
-        resolution=world.IMAGE_SIZE,
-        guidance_scale=SAMPLER["guidance_scale"],
-        timesteps=recipe["timesteps"],
+        **{**REWARD_SETTINGS, "timesteps": recipe["timesteps"]},
         eval_timesteps=[0],
         max_steps=steps,
-        per_device_train_batch_size=64,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        warmup_steps=10,
-        weight_decay=0.1,
-        lr_scheduler_type="cosine",
-        caption_loss_coef=0.5,  # preferences alone would let it forget the captions
         cache_latents=True,
         logging_steps=50,
         save_strategy="no",
@@ -254,7 +228,7 @@ def train_reward_model(
     trainer = StepRewardTrainer(config, pipeline, model, train_dataset=preferences)
     trainer.train()
     meter.close()
-    return trainer.model.eval(), meter
+    return trainer.model.eval(), {"evaluations": meter.evaluations, "cpu_seconds": meter.seconds[0]}
 
 
 def exact_reward(images: torch.Tensor, prompts: list[str], timesteps: torch.Tensor) -> torch.Tensor:

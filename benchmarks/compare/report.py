@@ -40,11 +40,12 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 
 
 NAN = float("nan")
+REWARDS = ("step", "plain", "clean", "all")
 REFERENCE, RIVAL = "spo", "dpo"
 CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "dpo", "ddpo", "sft")  # those of the figures with few lines
 FRONTS = {
-    "SPO (KL weight, beta)": ["spo", "spo_kl0", "spo_kl6", "spo_kl30", "spo_beta500", "spo_tuned"],
-    "Diffusion-DPO (beta)": ["dpo", "dpo_beta500", "dpo_beta20000"],
+    "SPO (KL weight, beta)": ["spo", "spo_kl0", "spo_kl4", "spo_kl30", "spo_beta500", "spo_tuned"],
+    "Diffusion-DPO (beta)": ["dpo", "dpo_beta200", "dpo_beta20000"],
     "fine-tuning": ["sft"],
     "DDPO": ["ddpo"],
 }
@@ -74,7 +75,7 @@ class Results:
             else:
                 self.missing.append(arm)
         self.rewards = {}
-        for kind in ("step", "plain", "clean"):
+        for kind in REWARDS:
             for path in sorted((output / "reward" / kind).glob("*.json")):
                 self.rewards.setdefault(kind, {})[int(path.stem)] = study.read_json(path)
         self.guidance = {}
@@ -312,7 +313,7 @@ def hacking_table(results: Results) -> tuple[str, dict]:
             values["hacked"].append(float(last["reward"] > peak["reward"] and last["utility"] < peak["utility"]))
         means = {name: sum(found) / len(found) for name, found in values.items()}
         data[arm] = means
-        judge = {"step": "own", "plain": "own", "clean": "own"}.get(study.ARMS[arm].reward, "step-aware")
+        judge = "own" if study.ARMS[arm].reward in REWARDS else "step-aware"
         rows.append(
             [study.ARMS[arm].title, judge, f"{means['peak']:.2f}", f"{means['reward']:+.2f}"]
             + [f"{means[metric]:+.3f}" for metric in EXACT]

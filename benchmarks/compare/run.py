@@ -47,35 +47,35 @@ if __name__ == "__main__":
 SWEEPS = {
     "spo": [
         {"learning_rate": 5e-4, "kl_coef": 12.0},
-        {"learning_rate": 5e-4, "kl_coef": 6.0},
-        {"learning_rate": 5e-4, "kl_coef": 30.0},
-        {"learning_rate": 2.5e-4, "kl_coef": 6.0},
         {"learning_rate": 1e-3, "kl_coef": 12.0},
-        {"learning_rate": 1e-3, "kl_coef": 30.0},
+        {"learning_rate": 2e-3, "kl_coef": 12.0},
+        {"learning_rate": 1e-3, "kl_coef": 4.0},
+        {"learning_rate": 1e-3, "kl_coef": 4.0, "branch_end_step": 6},
+        {"learning_rate": 1e-3, "kl_coef": 12.0, "gradient_accumulation_steps": 1},
     ],
     "dpo": [
-        {"beta": 1000.0, "learning_rate": 5e-4},
         {"beta": 1000.0, "learning_rate": 1e-3},
         {"beta": 1000.0, "learning_rate": 2e-3},
-        {"beta": 5000.0, "learning_rate": 5e-4},
+        {"beta": 1000.0, "learning_rate": 4e-3},
         {"beta": 5000.0, "learning_rate": 1e-3},
         {"beta": 5000.0, "learning_rate": 2e-3},
+        {"beta": 2000.0, "learning_rate": 1e-3, "batch_size": 64},
     ],
     "sft": [
-        {"learning_rate": 1e-4},
-        {"learning_rate": 2e-4},
         {"learning_rate": 5e-4},
         {"learning_rate": 1e-3},
         {"learning_rate": 2e-3},
+        {"learning_rate": 4e-3},
         {"learning_rate": 5e-4, "batch_size": 64},
+        {"learning_rate": 1e-3, "batch_size": 64},
     ],
     "ddpo": [
-        {"learning_rate": 5e-4, "samples_per_epoch": 64},
         {"learning_rate": 1e-3, "samples_per_epoch": 64},
         {"learning_rate": 2e-3, "samples_per_epoch": 64},
+        {"learning_rate": 4e-3, "samples_per_epoch": 64},
         {"learning_rate": 1e-3, "samples_per_epoch": 32},
         {"learning_rate": 2e-3, "samples_per_epoch": 32},
-        {"learning_rate": 2e-3, "samples_per_epoch": 64, "updates_per_epoch": 2},
+        {"learning_rate": 4e-3, "samples_per_epoch": 32},
     ],
 }
 
@@ -109,43 +109,47 @@ ARMS = {
     "spo": Arm("SPO, step-aware reward", main=True),
     "spo_plain": Arm("SPO, reward without step conditioning", reward="plain", main=True),
     "spo_clean": Arm("SPO, clean-image reward", reward="clean", main=True),
-    "spo_tuned": Arm("SPO, best of its sweep", tuned=True, main=True),
-    "dpo": Arm("Diffusion-DPO", "dpo", reward=None, tuned=True, stretch=2.5, main=True),
+    "spo_tuned": Arm("SPO, best of its sweep", tuned=True, stretch=2.0, main=True),
+    "dpo": Arm("Diffusion-DPO", "dpo", reward=None, tuned=True, stretch=5.0, main=True),
     "ddpo": Arm("DDPO (TRL), clean-image reward", "ddpo", reward="clean", tuned=True, stretch=2.5, main=True),
     "sft": Arm("fine-tuning on chosen images", "sft", reward=None, tuned=True, stretch=2.5, main=True),
     "spo_exact": Arm("SPO, exact scorer as reward", reward="exact"),
+    "spo_published": Arm(
+        "SPO as published: steps 2 to 10, no KL term, threshold 0.3",
+        settings={"branch_end_step": 10, "kl_coef": 0.0, "preference_threshold": 0.3},
+    ),
     "spo_winner": Arm("SPO, going on from the winner", settings={"resample": "chosen"}),
     "spo_loser": Arm("SPO, going on from the loser", settings={"resample": "rejected"}),
+    "spo_random_pair": Arm("SPO, two random candidates", settings={"pair": "random"}),
     "spo_k2": Arm("SPO, K = 2", settings={"num_candidates": 2}),
     "spo_k8": Arm("SPO, K = 8", settings={"num_candidates": 8, "per_device_rollout_batch_size": 16}),
-    "spo_random_pair": Arm("SPO, two random candidates", settings={"pair": "random"}),
-    "spo_1_7": Arm("SPO, steps 1 to 7", settings={"branch_start_step": 1, "branch_end_step": 7}),
-    "spo_2_6": Arm("SPO, steps 2 to 6", settings={"branch_end_step": 6}),
-    "spo_4_8": Arm("SPO, steps 4 to 8", settings={"branch_start_step": 4}),
+    "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}, stretch=2.0),
+    "spo_kl4": Arm("SPO, KL weight 4", settings={"kl_coef": 4.0}),
+    "spo_kl30": Arm("SPO, KL weight 30", settings={"kl_coef": 30.0}),
+    "spo_beta500": Arm("SPO, no KL term, beta 500", settings={"kl_coef": 0.0, "beta": 500.0}),
+    "spo_0_10": Arm("SPO, all steps", settings={"branch_start_step": 0, "branch_end_step": 10}, reward="all"),
     "spo_2_10": Arm("SPO, steps 2 to 10", settings={"branch_end_step": 10}),
     "spo_2_10_even": Arm(
         "SPO, steps 2 to 10, even weights", settings={"branch_end_step": 10, "timestep_weighting": "even"}
     ),
     "spo_even": Arm("SPO, even weights", settings={"timestep_weighting": "even"}),
-    "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}),
-    "spo_kl6": Arm("SPO, KL weight 6", settings={"kl_coef": 6.0}),
-    "spo_kl30": Arm("SPO, KL weight 30", settings={"kl_coef": 30.0}),
-    "spo_beta500": Arm("SPO, no KL term, beta 500", settings={"kl_coef": 0.0, "beta": 500.0}),
-    "dpo_beta500": Arm("Diffusion-DPO, beta 500", "dpo", {"beta": 500.0}, reward=None, tuned=True),
+    "spo_2_6": Arm("SPO, steps 2 to 6", settings={"branch_end_step": 6}),
+    "spo_4_8": Arm("SPO, steps 4 to 8", settings={"branch_start_step": 4}),
+    "dpo_beta200": Arm("Diffusion-DPO, beta 200", "dpo", {"beta": 200.0}, reward=None, tuned=True),
     "dpo_beta20000": Arm("Diffusion-DPO, beta 20000", "dpo", {"beta": 20000.0}, reward=None, tuned=True),
 }
 QUICK_ARMS = ["spo", "spo_plain", "dpo", "sft"]
 GUIDANCE_SCALES = [1.0, 1.5, 2.0, 3.0, 5.0]
 SHOWN = 12  # held-out images of each model that are kept as a picture
-REWARD_TIMESTEPS = [0, 1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+REWARD_TIMESTEPS = [0, 1, 101, 301, 501, 601, 701, 801]
 
 FULL = {
-    "budget": 40_000,  # UNet evaluations
-    "checkpoints": 8,
+    "budget": 24_000,  # UNet evaluations
+    "checkpoints": 6,
     "num_pairs": 2400,
     "reward_steps": 150,
     "validation_repeats": 4,
-    "heldout_repeats": 6,
+    "heldout_repeats": 5,
     "accuracy_pairs": 512,
     "guidance_repeats": 2,
 }
@@ -248,7 +252,7 @@ def arm_of(task: str) -> Arm:
 def rewards_of(task: str) -> list[str]:
     """Learned rewards that a run needs: its own, and the step-aware one, which judges those without."""
     own = arm_of(task).reward
-    return [own if own in ("step", "plain", "clean") else "step"]
+    return [own if own in ("step", "plain", "clean", "all") else "step"]
 
 
 def settings_of(output: Path, task: str) -> dict:
@@ -360,11 +364,10 @@ def work_reward(task: str, output: Path, plan: dict) -> dict:
     _, kind, seed = task.split("/")
     pipeline, folder = load_pipeline(), output / task
     preferences = load_from_disk(str(output / "preferences"))
-    model, meter = train_reward_model(kind, pipeline, preferences, int(seed), plan["reward_steps"], folder)
+    model, cost = train_reward_model(kind, pipeline, preferences, int(seed), plan["reward_steps"], folder)
     model.save_pretrained(folder)
     fresh = load_from_disk(str(output / "heldout_pairs"))
     accuracy = label_accuracy(wrap_pipeline(pipeline), model, fresh, REWARD_TIMESTEPS)
-    cost = {"evaluations": meter.evaluations, "cpu_seconds": meter.seconds[0]}
     return {"accuracy": accuracy, **cost}
 
 
@@ -398,8 +401,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
 
     pipeline = load_pipeline()
     stretch = arm.stretch if task.startswith("run") else 1
-    count = round(plan["checkpoints"] * stretch)
-    marks = [round(plan["budget"] * (i + 1) / plan["checkpoints"]) for i in range(count)]
+    marks = checkpoint_marks(plan["budget"], plan["checkpoints"], stretch)
     recorder = Recorder(pipeline.unet, marks, lambda: summary(validation(pipeline, judge)))
     pairs = load_pairs(output) if arm.method in ("dpo", "sft") else None
     base_point = {
@@ -449,6 +451,13 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     reward_on_base = heldout.score(base["heldout"], judge)["reward"]
     result["heldout"]["base_reward"] = as_lists(heldout, {"reward": reward_on_base})["reward"]
     return result
+
+
+def checkpoint_marks(budget: int, checkpoints: int, stretch: float) -> list[int]:
+    """UNet evaluations at which a run is looked at: evenly up to the budget, half as often beyond it."""
+    count = round(checkpoints * stretch)
+    steps = [*range(1, checkpoints + 1), *range(checkpoints + 2, count, 2), *([count] if count > checkpoints else [])]
+    return [round(budget * step / checkpoints) for step in steps]
 
 
 def find_twin(output: Path, task: str, settings: dict) -> str | None:
@@ -528,7 +537,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="Four methods, one seed, a small budget.")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"Of {', '.join(ARMS)}.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Training seeds. Default: 0 1 2; quick: 0.")
-    parser.add_argument("--main_seeds", type=int, nargs="+", help="Those of the main arms. Default: 0 1 2 3 4.")
+    parser.add_argument("--main_seeds", type=int, nargs="+", help="Those of the main arms. Default: --seeds.")
     parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[100, 101], help="Training seeds of the sweeps.")
     parser.add_argument("--no_sweep", action="store_true", help="Leave the sweeps out: settings of `DEFAULTS`.")
     parser.add_argument("--jobs", type=int, default=2, help="Processes at a time, with one thread each.")
@@ -539,9 +548,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help=f"Default: {FULL[name]}; quick: {QUICK[name]}.")
     args = parser.parse_args(argv)
     args.output = args.output or Path("compare_quick" if args.quick else "compare_output")
-    if args.main_seeds is None:
-        args.main_seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
+    args.main_seeds = args.main_seeds or args.seeds
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     return args

@@ -32,7 +32,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a shared machine
 
 import torch
-from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
@@ -42,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script 
 from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set, load_pipeline
 from examples.shapes.preferences import make_preferences
+from examples.shapes.settings import CLIP, REWARD_SETTINGS, SAMPLER, SPO_SETTINGS, lora_config
 from trl_spo import (
     SPOConfig,
     SPOTrainer,
@@ -58,8 +58,6 @@ from trl_spo.visualization import (
 )
 
 
-CLIP = Path(__file__).parent / "weights" / "clip"
-SAMPLER = {"num_inference_steps": 10, "guidance_scale": 1.0}
 METRICS = {
     "aesthetics": lambda images, prompts: world.aesthetics_score(images),
     "alignment": world.alignment_score,
@@ -72,8 +70,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, default=150)
     parser.add_argument("--spo_steps", type=int, default=28)
-    parser.add_argument("--spo_lr", type=float, default=5e-4)
-    parser.add_argument("--kl_coef", type=float, default=12.0)
+    parser.add_argument("--spo_lr", type=float, default=SPO_SETTINGS["learning_rate"])
+    parser.add_argument("--kl_coef", type=float, default=SPO_SETTINGS["kl_coef"])
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -141,23 +139,13 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
     """Returns the reward model, and its accuracy by timestep before and after training."""
     preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed, progress="train pairs")
     evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1, progress="fresh pairs")
-    timesteps = [1, 101, 201, 301, 401, 501, 601, 701]
     reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
     config = StepRewardConfig(
         output_dir=str(args.output_dir / "reward_model"),
-        resolution=world.IMAGE_SIZE,
-        guidance_scale=SAMPLER["guidance_scale"],
-        timesteps=[0, *timesteps],
+        **REWARD_SETTINGS,
         eval_timesteps=[0, 101, 301, 501, 701],
         max_steps=args.reward_steps,
-        per_device_train_batch_size=64,
         per_device_eval_batch_size=128,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        warmup_steps=10,
-        weight_decay=0.1,
-        lr_scheduler_type="cosine",
-        caption_loss_coef=0.5,  # preferences alone would let it forget the captions
         logging_steps=25,
         save_strategy="no",
         report_to="none",
@@ -177,18 +165,9 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
 def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoint]:
     config = SPOConfig(
         output_dir=str(args.output_dir),
-        **SAMPLER,
-        branch_start_step=2,  # before that, a reward model of this size can hardly tell predictions apart
-        branch_end_step=8,  # the step before the last has 50 times the loss weight and nothing to learn
-        num_candidates=4,
-        per_device_rollout_batch_size=32,
-        per_device_train_batch_size=64,
-        gradient_accumulation_steps=2,
+        **{**SAMPLER, **SPO_SETTINGS, "learning_rate": args.spo_lr, "kl_coef": args.kl_coef},
         per_device_eval_batch_size=106,
         max_steps=args.spo_steps,
-        learning_rate=args.spo_lr,
-        kl_coef=args.kl_coef,  # holds alignment: of the drift, the part that no preference asks for dies out
-        preference_threshold=0.1,
         logging_steps=2,
         eval_strategy="steps",
         eval_steps=7,
@@ -207,9 +186,7 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
         train_dataset=list(world.captions("train")),
         eval_dataset=prompts,
         metrics=METRICS,
-        peft_config=LoraConfig(
-            r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
-        ),
+        peft_config=lora_config(),
     )
     chooser = BestCheckpoint(args.output_dir)
     trainer.add_callback(chooser)
