@@ -117,7 +117,9 @@ def measured_peak_bytes(function: Callable, device: str = "cpu") -> int:
 
 
 class Models:
-    """Pipeline with adapter, reward model and embeddings of a preset, real or without memory."""
+    """
+    Pipeline with adapter, reward model and embeddings of a preset: real, on fake tensors, or (`device="meta"`) shapes only.
+    """
 
     def __init__(self, name: str, dtype: torch.dtype, real: bool = False, device: str = "cpu"):
         self.preset: Preset = PRESETS[name]
@@ -140,7 +142,7 @@ class Models:
         for module in self.modules():
             if real:
                 module.to(device)
-            else:
+            elif device != "meta":
                 with self.fake_mode:
                     module.to_empty(device=device)
         self.pipeline.set_timesteps(20)
