@@ -1,4 +1,4 @@
-.PHONY: demo test test-ddpo reliability coverage mutation docs upstream quality style clean
+.PHONY: demo test test-ddpo compare compare-quick reliability coverage mutation docs upstream quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -37,6 +37,12 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
 
+compare: $(STAMP) $(DDPO_STAMP)  ## every method and ablation in the shapes world: about three hours on two cores, resumable
+	$(BIN)/python benchmarks/compare/run.py --output compare_output
+
+compare-quick: $(STAMP)  ## four methods, one seed: at most a quarter of an hour, a table last
+	$(BIN)/python benchmarks/compare/run.py --output compare_quick --quick
+
 reliability: $(STAMP)  ## kills, faults, two processes, bad input: up to half an hour, then a table
 	$(BIN)/python reliability/run.py
 
@@ -74,5 +80,5 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo_output reliability_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf demo_output compare_quick reliability_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path "./.venv*/*" -exec rm -rf {} +

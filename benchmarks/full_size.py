@@ -178,7 +178,7 @@ def plan(name: str, tflops: float | None = None) -> dict:
         "stages_exaflop": work,
         "spo": found,
         "reward": {"tflops": reward_rate, "hours": reward_hours},
-        "evaluation": {"hours": evaluation},
+        "evaluation": {"tflops": rates[0.5], "hours": evaluation},
         "paper_hours": paper,
     }
 
@@ -197,12 +197,12 @@ def describe(name: str, result: dict) -> str:
     work = result["stages_exaflop"]
     row("reward model", *work["reward model"].values(), result["reward"]["tflops"], result["reward"]["hours"])
     for share, value in result["spo"].items():
-        title = f"SPO, {share:.0%} of the pairs valid"
+        title = f"SPO, {float(share):.0%} of the pairs valid"
         row(title, value["exaflop"], value["public_exaflop"], value["tflops"], value["hours"])
     row(
         "evaluation of one model",
         *work["evaluation of one model"].values(),
-        result["spo"][0.5]["tflops"],
+        result["evaluation"]["tflops"],
         result["evaluation"]["hours"],
     )
     return "\n".join(lines)

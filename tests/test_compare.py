@@ -338,6 +338,96 @@ class TestStudy:
         assert run.settings_of(tmp_path, "run/spo_k2/7")["kl_coef"] == 12.0
 
 
+class TestReport:
+    """Tables from invented runs whose right answers are known."""
+
+    @pytest.fixture
+    def results(self, tmp_path):
+        def points(slope, cpu, count):
+            rows = []
+            for i in range(1, count + 1):
+                scores = {
+                    "aesthetics": 0.5 + slope * i,
+                    "alignment": 0.8 - 0.5 * slope * i,
+                    "utility": 0.65 + slope * i / 4,
+                }
+                point = {
+                    "mark": 100 * i,
+                    "evaluations": 100 * i,
+                    "cpu_seconds": cpu * i,
+                    "updates": i,
+                    "reward": 1.0 * i,
+                }
+                rows.append({**point, **scores})
+            return rows
+
+        base = {"evaluations": 0, "cpu_seconds": 0.0, "updates": 0, "reward": 0.0}
+        base |= {"aesthetics": 0.5, "alignment": 0.8, "utility": 0.65}
+        heldout = {name: [[0.5, 0.5], [0.5, 0.5]] for name in ("utility", "aesthetics", "alignment", "reward")}
+        for arm, slope, cpu, count in (("spo", 0.02, 30.0, 2), ("dpo", 0.01, 10.0, 10)):
+            for seed in (0, 1):
+                rows = points(slope * (1 + 0.2 * seed), cpu, count)
+                value = {
+                    "points": rows,
+                    "base": base,
+                    "picks": {"final": 200},
+                    "settings": {},
+                    "total_seconds": [1, 1],
+                }
+                value["heldout"] = {"final": heldout, "base_reward": heldout["reward"]}
+                run.write_json(tmp_path / "run" / arm / f"{seed}.json", value)
+        reward = {"accuracy": {}, "evaluations": 50, "cpu_seconds": 20.0}
+        run.write_json(tmp_path / "reward" / "step" / "0.json", reward)
+        run.write_json(tmp_path / "base.json", {"scores": {"heldout": heldout}, "plan": {**PLAN, "budget": 200}})
+        return report.Results(tmp_path)
+
+    def test_equal_time(self, results):
+        data = report.equal_time_table(results)[1]
+        assert data["cpu_seconds"] == {"alone": 60.0, "with the reward model": 80.0}
+        for name in data["cpu_seconds"]:  # SPO has 60 seconds of its own in both
+            assert data["spo"][name]["aesthetics"]["mean"] == pytest.approx(0.02 * 2 * 1.1)
+        assert data["dpo"]["alone"]["aesthetics"]["mean"] == pytest.approx(0.01 * 6 * 1.1)
+        assert data["dpo"]["with the reward model"]["aesthetics"]["mean"] == pytest.approx(0.01 * 8 * 1.1)
+        expected = torch.tensor([0.06, 0.072], dtype=torch.float64).std().item() / math.sqrt(2)
+        assert data["dpo"]["alone"]["aesthetics"]["se_seeds"] == pytest.approx(expected)
+
+    def test_front(self, results):
+        table, data = report.front_table(results)
+        assert data["spo"]["0.02"] == {
+            "mean": pytest.approx(-0.01),
+            "se_seeds": pytest.approx(0, abs=1e-9),
+            "seeds": 2,
+        }
+        assert data["spo"]["0.04"]["seeds"] == 2 and "0.06" not in data["spo"]  # 0.04 and 0.048 at the end
+        assert data["dpo"]["0.08"]["mean"] == pytest.approx(-0.04)
+        assert "not reached" in table
+
+    def test_compute_to_reach_counts_the_reward_model(self, results):
+        value = report.reach_table(results)[1]["spo"]["aesthetics/evaluations"]
+        assert value["compute"] == pytest.approx(100)  # what the rival has after 200
+        assert value["ratio"] == pytest.approx(2) and value["ratio_with_reward"] == pytest.approx(200 / 150)
+
+    def test_alignment_where_a_gain_is_first_reached(self):
+        aesthetics, alignment = [0.0, 0.05, 0.10, 0.02], [0.0, -0.01, -0.03, 0.0]
+        assert report.alignment_at(aesthetics, alignment, 0.075) == pytest.approx(-0.02)
+        assert report.alignment_at(aesthetics, alignment, 0.05) == pytest.approx(-0.01)
+        assert math.isnan(report.alignment_at(aesthetics, alignment, 0.2))
+
+    def test_tables_of_a_page_are_replaced(self):
+        page = "# T\n<!-- table cost -->\nold | table\n<!-- end -->\ntext <!-- end --> stays\n"
+        filled = report.fill_page(page, {"cost": "| a |\n|---|"})
+        assert filled == "# T\n<!-- table cost -->\n\n| a |\n|---|\n\n<!-- end -->\ntext <!-- end --> stays\n"
+        assert report.fill_page(filled, {"cost": "| a |\n|---|"}) == filled
+        with pytest.raises(KeyError, match="cost"):
+            report.fill_page(page, {"cost": "", "front": "| a |"})
+
+
+def test_checkpoints():
+    """Evenly up to the budget, half as often beyond, the end always."""
+    assert run.checkpoint_marks(600, 6, 1.0) == [100, 200, 300, 400, 500, 600]
+    assert run.checkpoint_marks(600, 3, 2.5) == [200, 400, 600, 1000, 1400, 1600]
+
+
 def table_is_last(text: str) -> bool:
     last = text.rstrip().splitlines()[-1]
     return last.startswith("| ") and "fine-tuning" in last

@@ -118,6 +118,7 @@ OF_OTHERS = {  # names of other libraries that appear in the pages and nowhere i
     *"fuse_lora unload_lora_weights set_adapters convert_state_dict_to_kohya image_samples_hook".split(),
     *"gather_tensor_with_diff_shape spm_task spm_criterion compare_funcs ddim_with_logprob".split(),
     *"multi_sample_pipeline pick_a_pic_spm_dataset step_aware_preference_model time_conditioned_clip".split(),
+    "validation_unique",  # a split of Pick-a-Pic
 }
 
 

@@ -175,6 +175,23 @@ class TestRollout:
         pairs = self.rollout(pipeline, first_is_nan, pair="random", on_nonfinite="skip")
         assert len(pairs.nonfinite) == 3 and len(pairs) == 6 and PROMPTS[0] not in pairs.prompts
 
+    def test_a_finished_image_without_a_score_is_named(self, tmp_path):
+        """Its last step is deterministic, so no pair hangs on that score; the mean that is logged does."""
+        pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=ddim_scheduler(set_alpha_to_one=True)))
+
+        def broken(images, prompts, timesteps):
+            scores = brightness_reward(images, prompts, timesteps)
+            bad = [prompt == PROMPTS[1] and int(t) == 0 for prompt, t in zip(prompts, timesteps, strict=True)]
+            return torch.where(torch.tensor(bad), NAN, scores)
+
+        good = self.rollout(pipeline)
+        pairs = self.rollout(pipeline, broken, on_nonfinite="skip")
+        assert [(n.what, n.step, n.timestep, n.prompt) for n in pairs.nonfinite] == [("score", 4, 0, PROMPTS[1])]
+        assert pairs.final_scores.isnan().tolist() == [False, True, False]
+        assert all(torch.equal(a, b) for a, b in zip(good.tensors().values(), pairs.tensors().values(), strict=True))
+        with pytest.raises(ValueError, match="Not finite: score at step 4"):
+            self.rollout(pipeline, broken)
+
     def test_deterministic_steps_only(self, tmp_path):
         pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=ddim_scheduler(set_alpha_to_one=True)))
         with pytest.raises(ValueError, match="Steps 4 to 4 of the scheduler are deterministic"):

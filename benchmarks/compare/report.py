@@ -16,15 +16,19 @@
 Tables and figures of the comparison from the JSON files that `run.py` left; trains and samples nothing.
 
 ```shell
-python benchmarks/compare/report.py --output compare_output --report benchmarks/results/compare
+python benchmarks/compare/report.py --output compare_output
+python benchmarks/compare/report.py --output compare_output --report benchmarks/results/compare --page docs/results.md
 ```
 
-Writes `report.md`, `report.json` (every number of it) and the figures. What is missing is left out and named.
+Writes `report.md`, `report.json` (every number of it) and the figures. What is missing is left out and named. With `--page`
+the tables also replace those between `<!-- table NAME -->` and `<!-- end -->` of a page, and the figures go to
+`images/compare` beside it.
 """
 
 import argparse
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -42,13 +46,19 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 NAN = float("nan")
 REWARDS = ("step", "plain", "clean", "all")
 REFERENCE, RIVAL = "spo", "dpo"
-CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "dpo", "ddpo", "sft")  # those of the figures with few lines
-FRONTS = {
-    "SPO (KL weight, beta)": ["spo", "spo_kl0", "spo_kl4", "spo_kl30", "spo_beta500", "spo_tuned"],
-    "Diffusion-DPO (beta)": ["dpo", "dpo_beta200", "dpo_beta20000"],
-    "fine-tuning": ["sft"],
-    "DDPO": ["ddpo"],
+CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "spo_tuned", "dpo", "ddpo", "sft")
+GROUPS = {
+    "methods": ["spo", "spo_tuned", "spo_published", "dpo", "ddpo", "sft"],
+    "reward": ["spo", "spo_plain", "spo_clean", "spo_exact"],
+    "what the next step starts from, which pair": ["spo", "spo_winner", "spo_loser", "spo_random_pair"],
+    "number of candidates": ["spo_k2", "spo", "spo_k8"],
+    "steps that branch": ["spo", "spo_0_10", "spo_2_10", "spo_2_6", "spo_4_8"],
+    "timestep weights": ["spo", "spo_even", "spo_2_10", "spo_2_10_even"],
+    "SPO's leash": ["spo_kl0", "spo_kl4", "spo", "spo_kl30", "spo_beta500"],
+    "Diffusion-DPO's beta": ["dpo_beta200", "dpo", "dpo_beta20000"],
 }
+"""Arms that differ in one thing, for the figures with a panel each."""
+GAINS = (0.02, 0.04, 0.06, 0.08)
 
 
 class Results:
@@ -272,30 +282,73 @@ def reach_table(results: Results) -> tuple[str, dict]:
 
 
 def equal_time_table(results: Results) -> tuple[str, dict]:
-    """Validation scores at one CPU time, the shortest that one of SPO's runs took for the budget."""
+    """
+    Validation scores at one CPU time: the shortest that a run of SPO took for the budget, and that with the training of its
+    reward model. In the second, runs with a learned reward have so much less for themselves.
+    """
     if REFERENCE not in results.runs:
         return "", {}
-    limit = min(
+    alone = min(
         point["cpu_seconds"]
         for run in results.runs[REFERENCE].values()
         for point in run["points"]
         if point["mark"] == run["picks"]["final"]
     )
-    data, rows = {"cpu_seconds": limit}, []
+    limits = {"alone": alone, "with the reward model": alone + results.own_cost(REFERENCE, "cpu_seconds")}
+    data, rows = {"cpu_seconds": limits}, []
     for arm in results.runs:
         row, data[arm] = [study.ARMS[arm].title], {}
-        for score in EXACT:
-            values = [interpolate(x, y, limit) - y[0] for x, y in results.curves(arm, score, "cpu_seconds")]
-            values = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
-            if not len(values):
-                row.append("")
-                continue
-            error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else NAN
-            data[arm][score] = {"mean": values.mean().item(), "se_seeds": error, "seeds": len(values)}
-            row.append(f"{values.mean():+.3f}" + (f" ± {error:.3f}" if len(values) > 1 else ""))
+        for name, limit in limits.items():
+            own = limit - results.own_cost(arm, "cpu_seconds") if name != "alone" else limit
+            for score in EXACT:
+                values = [interpolate(x, y, own) - y[0] for x, y in results.curves(arm, score, "cpu_seconds")]
+                values = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+                if len(values) < len(results.runs[arm]):  # some seed was not trained for so long
+                    row.append("")
+                    continue
+                error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else NAN
+                found = {"mean": values.mean().item(), "se_seeds": error, "seeds": len(values)}
+                data[arm].setdefault(name, {})[score] = found
+                row.append(f"{values.mean():+.3f}" + (f" ± {error:.3f}" if len(values) > 1 else ""))
         rows.append(row)
-    title = f"Change on validation captions after {limit:.0f} CPU seconds; standard error over seeds.\n\n"
-    return title + markdown(["method", *EXACT], rows), data
+    head = ["method", *(f"{score}, {limit:.0f} s" for limit in limits.values() for score in EXACT)]
+    text = "Change on validation captions; standard error over seeds. First SPO's own CPU time, then with the reward model's."
+    return f"{text}\n\n{markdown(head, rows)}", data
+
+
+def front_table(results: Results) -> tuple[str, dict]:
+    """What each arm pays in alignment for the same gain of aesthetics, along its checkpoints."""
+    data, rows = {}, []
+    for arm in results.runs:
+        row = [study.ARMS[arm].title]
+        for gain in GAINS:
+            paid = [alignment_at(*curves, gain) for curves in zip(*changes(results, arm), strict=True)]
+            paid = torch.tensor([value for value in paid if not math.isnan(value)], dtype=torch.float64)
+            count, total = len(paid), len(results.runs[arm])
+            if not count:
+                row.append("not reached")
+                continue
+            error = paid.std().item() / math.sqrt(count) if count > 1 else NAN
+            data.setdefault(arm, {})[str(gain)] = {"mean": paid.mean().item(), "se_seeds": error, "seeds": count}
+            text = f"{paid.mean():+.3f}" + (f" ± {error:.3f}" if count > 1 else "")
+            row.append(text if count == total else f"{text} ({count} of {total})")
+        rows.append(row)
+    return markdown(["alignment at aesthetics of", *(f"+{gain:.2f}" for gain in GAINS)], rows), data
+
+
+def changes(results: Results, arm: str) -> tuple[list[list[float]], list[list[float]]]:
+    """Changes of aesthetics and of alignment at the checkpoints of each seed, from the base model on."""
+    curves = [[y for _, y in results.curves(arm, score)] for score in ("aesthetics", "alignment")]
+    return tuple([[value - y[0] for value in y] for y in found] for found in curves)
+
+
+def alignment_at(aesthetics: list[float], alignment: list[float], gain: float) -> float:
+    """Alignment where the path of checkpoints first reaches a gain of aesthetics; `nan` if it never does."""
+    points = list(zip(aesthetics, alignment, strict=True))
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if x0 < gain <= x1:
+            return y0 + (y1 - y0) * (gain - x0) / (x1 - x0)
+    return NAN
 
 
 def hacking_table(results: Results) -> tuple[str, dict]:
@@ -419,23 +472,42 @@ def figures(results: Results, folder: Path) -> list[str]:
     axes[0, 0].legend(fontsize=7)
     save(figure, "curves.png")
 
-    figure, axis = plt.subplots(figsize=(7.5, 6))
-    for k, (title, arms) in enumerate(FRONTS.items()):
-        for arm in [arm for arm in arms if arm in results.runs]:
-            changes = []
-            for score in ("aesthetics", "alignment"):
-                curves = results.curves(arm, score)
-                count = min(len(y) for _, y in curves)
-                changes.append([sum(y[i] - y[0] for _, y in curves) / len(curves) for i in range(count)])
-            first = arm == arms[0]
-            axis.plot(
-                *changes, "o-", markersize=3, color=f"C{k}", alpha=1 if first else 0.5, label=title if first else None
-            )
-            axis.annotate(arm, (changes[0][-1], changes[1][-1]), fontsize=6)
-    axis.set(xlabel="aesthetics, change", ylabel="alignment, change", title="Checkpoints on validation captions")
-    axis.axhline(0, color="grey", linewidth=0.5)
-    axis.legend(fontsize=8)
-    save(figure, "front.png")
+    groups = {title: [arm for arm in arms if arm in results.runs] for title, arms in GROUPS.items()}
+    groups = {title: arms for title, arms in groups.items() if arms}
+
+    def panels(name, draw, xlabel, ylabel):
+        rows = math.ceil(len(groups) / 4)
+        figure, axes = plt.subplots(rows, 4, figsize=(17, 4.2 * rows), sharex=True, sharey=True, squeeze=False)
+        for axis, (title, arms) in zip(axes.flat, groups.items(), strict=False):
+            for k, arm in enumerate(arms):
+                draw(axis, arm, {"color": f"C{k}", "label": study.ARMS[arm].title})
+            axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        for axis in axes.flat[len(groups) :]:
+            axis.set_visible(False)
+        save(figure, name)
+
+    def within_budget(arm, score):
+        limit, found = 1.1 * results.plan["budget"], []
+        for x, y in results.curves(arm, score):
+            count = sum(at <= limit for at in x)
+            found.append((x[:count], [value - y[0] for value in y[:count]]))
+        return found
+
+    def draw_front(axis, arm, style):
+        paths = [
+            [sum(column) / len(column) for column in zip(*seeds, strict=False)] for seeds in changes(results, arm)
+        ]
+        axis.plot(*paths, "o-", markersize=3, **style)
+
+    panels(
+        "ablations.png",
+        lambda axis, arm, style: band(axis, within_budget(arm, "utility"), **style),
+        "UNet evaluations",
+        "utility, change (validation captions)",
+    )
+    panels("front.png", draw_front, "aesthetics, change", "alignment, change (validation captions)")
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     for arm in shown:
@@ -546,6 +618,11 @@ def write_report(output: Path, folder: Path) -> str:
             "the reward model's training)",
             lambda: reach_table(results),
         ),
+        (
+            "front",
+            "Alignment paid for aesthetics (validation; mean ± standard error over the seeds that get there)",
+            lambda: front_table(results),
+        ),
         ("hacking", "After the best checkpoint (validation)", lambda: hacking_table(results)),
         ("accuracy", "Order of held-out pairs by the reward models", lambda: accuracy_table(results)),
         ("guidance", "Guidance scales (held-out)", lambda: guidance_table(results)),
@@ -556,6 +633,7 @@ def write_report(output: Path, folder: Path) -> str:
         tables[name], data[name] = make()
         if data[name]:
             parts.append(f"## {title}\n\n{tables[name]}")
+    data["tables"] = tables
     data["curves"] = {
         arm: {str(seed): [run["base"], *run["points"]] for seed, run in runs.items()}
         for arm, runs in results.runs.items()
@@ -568,12 +646,37 @@ def write_report(output: Path, folder: Path) -> str:
     return f"{protocol}\n\n{tables['final']}"
 
 
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill_page(page: str, tables: dict[str, str]) -> str:
+    """
+    A page with its tables replaced.
+
+    Raises:
+        KeyError: if the page names a table that there is not.
+    """
+    missing = [name for _, name, _ in TABLE.findall(page) if not tables.get(name)]
+    if missing:
+        raise KeyError(f"The page asks for {missing}, and the report has {[n for n, text in tables.items() if text]}.")
+    return TABLE.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}", page)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("compare_output"), help="What run.py wrote.")
     parser.add_argument("--report", type=Path, help="Where the report goes. Default: OUTPUT/report.")
+    parser.add_argument("--page", type=Path, help="A Markdown page whose tables and figures are replaced.")
     args = parser.parse_args()
-    print(write_report(args.output, args.report or args.output / "report"))
+    folder = args.report or args.output / "report"
+    print(write_report(args.output, folder))
+    if args.page:
+        tables = json.loads((folder / "report.json").read_text())["tables"]
+        args.page.write_text(fill_page(args.page.read_text(), tables))
+        images = args.page.parent / "images" / "compare"
+        images.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.png"):
+            path.replace(images / path.name)
 
 
 if __name__ == "__main__":

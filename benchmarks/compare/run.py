@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this folder: its modules would hide others of the same name
 
-# Every method tries six settings on two seeds of their own, judged by the utility of their best checkpoint on validation
+# Every method tries six settings on a seed of their own, judged by the utility of their best checkpoint on validation
 # captions. SPO's contain the demo's. (Settings that are not named are those of `methods.DEFAULTS`.)
 SWEEPS = {
     "spo": [
@@ -538,7 +538,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"Of {', '.join(ARMS)}.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Training seeds. Default: 0 1 2; quick: 0.")
     parser.add_argument("--main_seeds", type=int, nargs="+", help="Those of the main arms. Default: --seeds.")
-    parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[100, 101], help="Training seeds of the sweeps.")
+    parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[100], help="Training seeds of the sweeps.")
     parser.add_argument("--no_sweep", action="store_true", help="Leave the sweeps out: settings of `DEFAULTS`.")
     parser.add_argument("--jobs", type=int, default=2, help="Processes at a time, with one thread each.")
     parser.add_argument("--ddpo_python", type=Path, default=ROOT / ".venv-ddpo" / "bin" / "python")
