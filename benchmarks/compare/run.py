@@ -93,7 +93,7 @@ class Arm:
         tuned (`bool`): whether the method's settings are those that its sweep chose.
         stretch (`float`): budget in multiples of the others'. Methods that need less time per UNet evaluation go on, so
             that their curves also reach the others' CPU time; scores at the common budget are read on the way.
-        main (`bool`): runs with all `--main_seeds`, and over guidance scales.
+        main (`bool`): runs with all `--main_seeds`.
     """
 
     title: str
@@ -123,6 +123,8 @@ ARMS = {
     "spo_random_pair": Arm("SPO, two random candidates", settings={"pair": "random"}),
     "spo_k2": Arm("SPO, K = 2", settings={"num_candidates": 2}),
     "spo_k8": Arm("SPO, K = 8", settings={"num_candidates": 8, "per_device_rollout_batch_size": 16}),
+    "spo_j2": Arm("SPO, branches of 2 steps", settings={"num_inner_steps": 2}),
+    "spo_j3": Arm("SPO, branches of 3 steps", settings={"num_inner_steps": 3}),
     "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}, stretch=2.0),
     "spo_kl4": Arm("SPO, KL weight 4", settings={"kl_coef": 4.0}),
     "spo_kl30": Arm("SPO, KL weight 30", settings={"kl_coef": 30.0}),
@@ -139,6 +141,7 @@ ARMS = {
     "dpo_beta20000": Arm("Diffusion-DPO, beta 20000", "dpo", {"beta": 20000.0}, reward=None, tuned=True),
 }
 QUICK_ARMS = ["spo", "spo_plain", "dpo", "sft"]
+GUIDED_ARMS = ["spo", "spo_tuned", "dpo"]  # measured over guidance scales, as the base model is
 GUIDANCE_SCALES = [1.0, 1.5, 2.0, 3.0, 5.0]
 SHOWN = 12  # held-out images of each model that are kept as a picture
 REWARD_TIMESTEPS = [0, 1, 101, 301, 501, 601, 701, 801]
@@ -237,7 +240,9 @@ def stages(args: argparse.Namespace) -> list[list[str]]:
     if not args.quick:
         guided = [task.split("/") for task in runs]
         guidance = ["guidance/base/0"]
-        guidance += [f"guidance/{arm}/{seed}" for _, arm, seed in guided if ARMS[arm].main and int(seed) in args.seeds]
+        guidance += [
+            f"guidance/{arm}/{seed}" for _, arm, seed in guided if arm in GUIDED_ARMS and int(seed) in args.seeds
+        ]
     return [["base"], list(dict.fromkeys(rewards)), sweep, runs, guidance]
 
 
