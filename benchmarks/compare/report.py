@@ -51,11 +51,11 @@ GROUPS = {
     "methods": ["spo", "spo_tuned", "spo_published", "dpo", "ddpo", "sft"],
     "reward": ["spo", "spo_plain", "spo_clean", "spo_exact"],
     "what the next step starts from, which pair": ["spo", "spo_winner", "spo_loser", "spo_random_pair"],
-    "candidates K, steps of a branch j": ["spo", "spo_k2", "spo_k8", "spo_j2", "spo_j3"],
+    "candidates K, steps of a branch j": ["spo", "spo_k2", "spo_k8", "spo_j2"],
     "steps that branch": ["spo", "spo_0_10", "spo_2_10", "spo_2_6", "spo_4_8"],
-    "timestep weights": ["spo", "spo_even", "spo_2_10", "spo_2_10_even"],
+    "timestep weights": ["spo", "spo_2_10", "spo_2_10_even"],
     "SPO's leash": ["spo_kl0", "spo_kl4", "spo", "spo_kl30", "spo_beta500"],
-    "Diffusion-DPO's beta": ["dpo_beta200", "dpo", "dpo_beta20000"],
+    "Diffusion-DPO's beta": ["dpo_beta200", "dpo"],
 }
 """Arms that differ in one thing, for the figures with a panel each."""
 GAINS = (0.02, 0.04, 0.06, 0.08)

@@ -124,7 +124,6 @@ ARMS = {
     "spo_k2": Arm("SPO, K = 2", settings={"num_candidates": 2}),
     "spo_k8": Arm("SPO, K = 8", settings={"num_candidates": 8, "per_device_rollout_batch_size": 16}),
     "spo_j2": Arm("SPO, branches of 2 steps", settings={"num_inner_steps": 2}),
-    "spo_j3": Arm("SPO, branches of 3 steps", settings={"num_inner_steps": 3}),
     "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}, stretch=2.0),
     "spo_kl4": Arm("SPO, KL weight 4", settings={"kl_coef": 4.0}),
     "spo_kl30": Arm("SPO, KL weight 30", settings={"kl_coef": 30.0}),
@@ -134,11 +133,9 @@ ARMS = {
     "spo_2_10_even": Arm(
         "SPO, steps 2 to 10, even weights", settings={"branch_end_step": 10, "timestep_weighting": "even"}
     ),
-    "spo_even": Arm("SPO, even weights", settings={"timestep_weighting": "even"}),
     "spo_2_6": Arm("SPO, steps 2 to 6", settings={"branch_end_step": 6}),
     "spo_4_8": Arm("SPO, steps 4 to 8", settings={"branch_start_step": 4}),
     "dpo_beta200": Arm("Diffusion-DPO, beta 200", "dpo", {"beta": 200.0}, reward=None, tuned=True),
-    "dpo_beta20000": Arm("Diffusion-DPO, beta 20000", "dpo", {"beta": 20000.0}, reward=None, tuned=True),
 }
 QUICK_ARMS = ["spo", "spo_plain", "dpo", "sft"]
 GUIDED_ARMS = ["spo", "spo_tuned", "dpo"]  # measured over guidance scales, as the base model is
