@@ -110,8 +110,8 @@ ARMS = {
     "spo_plain": Arm("SPO, reward without step conditioning", reward="plain", main=True),
     "spo_clean": Arm("SPO, clean-image reward", reward="clean", main=True),
     "spo_tuned": Arm("SPO, best of its sweep", tuned=True, stretch=2.0, main=True),
-    "dpo": Arm("Diffusion-DPO", "dpo", reward=None, tuned=True, stretch=5.0, main=True),
-    "ddpo": Arm("DDPO (TRL), clean-image reward", "ddpo", reward="clean", tuned=True, stretch=2.5, main=True),
+    "dpo": Arm("Diffusion-DPO", "dpo", reward=None, tuned=True, stretch=7.0, main=True),
+    "ddpo": Arm("DDPO (TRL), clean-image reward", "ddpo", reward="clean", tuned=True, stretch=3.5, main=True),
     "sft": Arm("fine-tuning on chosen images", "sft", reward=None, tuned=True, stretch=2.5, main=True),
     "spo_exact": Arm("SPO, exact scorer as reward", reward="exact"),
     "spo_published": Arm(
@@ -123,17 +123,14 @@ ARMS = {
     "spo_random_pair": Arm("SPO, two random candidates", settings={"pair": "random"}),
     "spo_k2": Arm("SPO, K = 2", settings={"num_candidates": 2}),
     "spo_k8": Arm("SPO, K = 8", settings={"num_candidates": 8, "per_device_rollout_batch_size": 16}),
-    "spo_j2": Arm("SPO, branches of 2 steps", settings={"num_inner_steps": 2}),
     "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}, stretch=2.0),
     "spo_kl4": Arm("SPO, KL weight 4", settings={"kl_coef": 4.0}),
-    "spo_kl30": Arm("SPO, KL weight 30", settings={"kl_coef": 30.0}),
     "spo_beta500": Arm("SPO, no KL term, beta 500", settings={"kl_coef": 0.0, "beta": 500.0}),
     "spo_0_10": Arm("SPO, all steps", settings={"branch_start_step": 0, "branch_end_step": 10}, reward="all"),
     "spo_2_10": Arm("SPO, steps 2 to 10", settings={"branch_end_step": 10}),
     "spo_2_10_even": Arm(
         "SPO, steps 2 to 10, even weights", settings={"branch_end_step": 10, "timestep_weighting": "even"}
     ),
-    "spo_2_6": Arm("SPO, steps 2 to 6", settings={"branch_end_step": 6}),
     "spo_4_8": Arm("SPO, steps 4 to 8", settings={"branch_start_step": 4}),
     "dpo_beta200": Arm("Diffusion-DPO, beta 200", "dpo", {"beta": 200.0}, reward=None, tuned=True),
 }
