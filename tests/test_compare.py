@@ -29,6 +29,7 @@ import torch
 from benchmarks.compare import methods, report, run
 from benchmarks.compare.evaluate import compute_to_reach, interpolate, pairwise_distance, two_way
 from examples.shapes.base_scores import load_pipeline
+from examples.shapes.settings import SPO_SETTINGS
 
 from .testing_utils import state_of
 
@@ -319,8 +320,7 @@ class TestStudy:
 
     def test_every_method_tries_as_many_settings(self):
         assert len({len(settings) for settings in run.SWEEPS.values()}) == 1
-        demo = {name: methods.DEFAULTS["spo"][name] for name in ("learning_rate", "kl_coef")}
-        assert demo in run.SWEEPS["spo"]
+        assert run.SWEEPS["spo"][0] == {name: SPO_SETTINGS[name] for name in ("learning_rate", "kl_coef")}
 
     def test_equal_settings_are_run_once(self, output):
         settings = run.read_json(output / "run" / "sft" / "0.json")["settings"]

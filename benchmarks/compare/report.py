@@ -46,15 +46,15 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 NAN = float("nan")
 REWARDS = ("step", "plain", "clean", "all")
 REFERENCE, RIVAL = "spo", "dpo"
-CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "spo_tuned", "dpo", "ddpo", "sft")
+CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "spo_demo", "dpo", "ddpo", "sft")
 GROUPS = {
-    "methods": ["spo", "spo_tuned", "spo_published", "dpo", "ddpo", "sft"],
+    "methods": ["spo", "spo_demo", "spo_published", "dpo", "ddpo", "sft"],
     "reward": ["spo", "spo_plain", "spo_clean", "spo_exact"],
     "what the next step starts from, which pair": ["spo", "spo_winner", "spo_loser", "spo_random_pair"],
     "number of candidates": ["spo_k2", "spo", "spo_k8"],
     "steps that branch": ["spo", "spo_0_10", "spo_2_10", "spo_4_8"],
     "timestep weights": ["spo", "spo_2_10", "spo_2_10_even"],
-    "SPO's leash": ["spo_kl0", "spo_kl4", "spo", "spo_beta500"],
+    "SPO's leash": ["spo", "spo_kl0", "spo_kl12", "spo_beta500"],
     "Diffusion-DPO's beta": ["dpo_beta200", "dpo"],
 }
 """Arms that differ in one thing, for the figures with a panel each."""

@@ -43,7 +43,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not this folder: its modules would hide others of the same name
 
 # Every method tries six settings on a seed of their own, judged by the utility of their best checkpoint on validation
-# captions. SPO's contain the demo's. (Settings that are not named are those of `methods.DEFAULTS`.)
+# captions. The first of SPO's are the demo's. (Settings that are not named are those of `methods.DEFAULTS`.)
 SWEEPS = {
     "spo": [
         {"learning_rate": 5e-4, "kl_coef": 12.0},
@@ -51,7 +51,7 @@ SWEEPS = {
         {"learning_rate": 2e-3, "kl_coef": 12.0},
         {"learning_rate": 1e-3, "kl_coef": 4.0},
         {"learning_rate": 1e-3, "kl_coef": 4.0, "branch_end_step": 6},
-        {"learning_rate": 1e-3, "kl_coef": 12.0, "gradient_accumulation_steps": 1},
+        {"learning_rate": 1e-3, "kl_coef": 1.5},
     ],
     "dpo": [
         {"beta": 1000.0, "learning_rate": 1e-3},
@@ -90,30 +90,28 @@ class Arm:
         method (`str`): see `methods.train`.
         settings (`dict`): what differs from the method's defaults.
         reward (`str`, *optional*): one of `methods.REWARDS`, or `"exact"`.
-        tuned (`bool`): whether the method's settings are those that its sweep chose.
+        tuned (`bool`): whether the method's other settings are those that its sweep chose, and not its defaults.
         stretch (`float`): budget in multiples of the others'. Methods that need less time per UNet evaluation go on, so
             that their curves also reach the others' CPU time; scores at the common budget are read on the way.
-        main (`bool`): runs with all `--main_seeds`.
     """
 
     title: str
     method: str = "spo"
     settings: dict = dataclasses.field(default_factory=dict)
     reward: str | None = "step"
-    tuned: bool = False
+    tuned: bool = True
     stretch: float = 1.0
-    main: bool = False
 
 
 ARMS = {
-    "spo": Arm("SPO, step-aware reward", main=True),
-    "spo_plain": Arm("SPO, reward without step conditioning", reward="plain", main=True),
-    "spo_clean": Arm("SPO, clean-image reward", reward="clean", main=True),
-    "spo_tuned": Arm("SPO, best of its sweep", tuned=True, stretch=2.0, main=True),
-    "dpo": Arm("Diffusion-DPO", "dpo", reward=None, tuned=True, stretch=7.0, main=True),
-    "ddpo": Arm("DDPO (TRL), clean-image reward", "ddpo", reward="clean", tuned=True, stretch=3.5, main=True),
-    "sft": Arm("fine-tuning on chosen images", "sft", reward=None, tuned=True, stretch=2.5, main=True),
+    "spo": Arm("SPO, step-aware reward", stretch=2.0),
+    "spo_plain": Arm("SPO, reward without step conditioning", reward="plain"),
+    "spo_clean": Arm("SPO, clean-image reward", reward="clean"),
+    "dpo": Arm("Diffusion-DPO", "dpo", reward=None, stretch=7.0),
+    "ddpo": Arm("DDPO (TRL), clean-image reward", "ddpo", reward="clean", stretch=3.5),
+    "sft": Arm("fine-tuning on chosen images", "sft", reward=None, stretch=2.5),
     "spo_exact": Arm("SPO, exact scorer as reward", reward="exact"),
+    "spo_demo": Arm("SPO, settings of the demo", settings=SWEEPS["spo"][0]),
     "spo_published": Arm(
         "SPO as published: steps 2 to 10, no KL term, threshold 0.3",
         settings={"branch_end_step": 10, "kl_coef": 0.0, "preference_threshold": 0.3},
@@ -124,18 +122,18 @@ ARMS = {
     "spo_k2": Arm("SPO, K = 2", settings={"num_candidates": 2}),
     "spo_k8": Arm("SPO, K = 8", settings={"num_candidates": 8, "per_device_rollout_batch_size": 16}),
     "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}, stretch=2.0),
-    "spo_kl4": Arm("SPO, KL weight 4", settings={"kl_coef": 4.0}),
+    "spo_kl12": Arm("SPO, KL weight 12", settings={"kl_coef": 12.0}),
     "spo_beta500": Arm("SPO, no KL term, beta 500", settings={"kl_coef": 0.0, "beta": 500.0}),
     "spo_0_10": Arm("SPO, all steps", settings={"branch_start_step": 0, "branch_end_step": 10}, reward="all"),
     "spo_2_10": Arm("SPO, steps 2 to 10", settings={"branch_end_step": 10}),
     "spo_2_10_even": Arm(
         "SPO, steps 2 to 10, even weights", settings={"branch_end_step": 10, "timestep_weighting": "even"}
     ),
-    "spo_4_8": Arm("SPO, steps 4 to 8", settings={"branch_start_step": 4}),
-    "dpo_beta200": Arm("Diffusion-DPO, beta 200", "dpo", {"beta": 200.0}, reward=None, tuned=True),
+    "spo_4_8": Arm("SPO, steps 4 to 8", settings={"branch_start_step": 4, "branch_end_step": 8}),
+    "dpo_beta200": Arm("Diffusion-DPO, beta 200", "dpo", {"beta": 200.0}, reward=None),
 }
 QUICK_ARMS = ["spo", "spo_plain", "dpo", "sft"]
-GUIDED_ARMS = ["spo", "spo_tuned", "dpo"]  # measured over guidance scales, as the base model is
+GUIDED_ARMS = ["spo", "dpo"]  # measured over guidance scales, like the base model
 GUIDANCE_SCALES = [1.0, 1.5, 2.0, 3.0, 5.0]
 SHOWN = 12  # held-out images of each model that are kept as a picture
 REWARD_TIMESTEPS = [0, 1, 101, 301, 501, 601, 701, 801]
@@ -211,12 +209,7 @@ def sweep_scores(output: Path, method: str) -> dict[int, list[float]]:
 def stages(args: argparse.Namespace) -> list[list[str]]:
     """Names of the work, in stages that wait for one another. A name is the path of its result."""
     arms = args.only or (QUICK_ARMS if args.quick else list(ARMS))
-    seeds = dict.fromkeys(arms, args.seeds)
-    if not args.quick:
-        seeds = {arm: args.main_seeds if ARMS[arm].main else args.seeds for arm in arms}
-    runs = [
-        f"run/{arm}/{seed}" for seed in sorted({*args.seeds, *args.main_seeds}) for arm in arms if seed in seeds[arm]
-    ]
+    runs = [f"run/{arm}/{seed}" for seed in args.seeds for arm in arms]
     methods = [method for method in SWEEPS if any(ARMS[arm].method == method and ARMS[arm].tuned for arm in arms)]
     sweep = []
     if not (args.quick or args.no_sweep):
@@ -245,7 +238,7 @@ def arm_of(task: str) -> Arm:
     if kind == "run":
         return ARMS[name]
     reward = {"spo": "step", "ddpo": "clean"}.get(name)
-    return Arm(task, name, SWEEPS[name][int(rest[0])], reward=reward)
+    return Arm(task, name, SWEEPS[name][int(rest[0])], reward=reward, tuned=False)
 
 
 def rewards_of(task: str) -> list[str]:
@@ -536,7 +529,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="Four methods, one seed, a small budget.")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), metavar="ARM", help=f"Of {', '.join(ARMS)}.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Training seeds. Default: 0 1 2; quick: 0.")
-    parser.add_argument("--main_seeds", type=int, nargs="+", help="Those of the main arms. Default: --seeds.")
     parser.add_argument("--sweep_seeds", type=int, nargs="+", default=[100], help="Training seeds of the sweeps.")
     parser.add_argument("--no_sweep", action="store_true", help="Leave the sweeps out: settings of `DEFAULTS`.")
     parser.add_argument("--jobs", type=int, default=2, help="Processes at a time, with one thread each.")
@@ -548,7 +540,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.output = args.output or Path("compare_quick" if args.quick else "compare_output")
     args.seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
-    args.main_seeds = args.main_seeds or args.seeds
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     return args
