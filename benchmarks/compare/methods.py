@@ -64,12 +64,11 @@ from trl_spo import (
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}  # `SPOConfig`'s
 MAX_GRAD_NORM = 1.0
 
-# What each method runs with unless its arm says otherwise. Those of SPO are the demo's, the others are what the sweep in
-# `run.py` starts from.
+# What each method runs with without a sweep: what the sweeps of `run.py` chose.
 DEFAULTS = {
-    "spo": SPO_SETTINGS,
-    "dpo": {"beta": 1000.0, "learning_rate": 1e-3, "batch_size": 128},
-    "sft": {"learning_rate": 5e-4, "batch_size": 128},
+    "spo": {**SPO_SETTINGS, "learning_rate": 1e-3, "kl_coef": 1.5},
+    "dpo": {"beta": 1000.0, "learning_rate": 4e-3, "batch_size": 128},
+    "sft": {"learning_rate": 2e-3, "batch_size": 128},
     "ddpo": {"learning_rate": 1e-3, "samples_per_epoch": 64, "updates_per_epoch": 1},
 }
 
@@ -423,7 +422,8 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
 
     Args:
         reward ([`StepAwareRewardModel`]): the clean-image reward.
-        settings (`dict`): `learning_rate`, `samples_per_epoch` (trajectories, a multiple of 32), `updates_per_epoch`.
+        settings (`dict`): `learning_rate`, `samples_per_epoch` (trajectories, a multiple of 32), `updates_per_epoch`,
+            `samples_per_prompt` (1 unless given; more: each caption so often in a row, and TRL's per-prompt advantages).
 
     Raises:
         ImportError: if this TRL has no DDPO (the last one that has is 0.23.1).
@@ -433,6 +433,7 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
 
     PartialState()  # TRL's trainer logs before it has an accelerator, and accelerate refuses that
     samples, updates = settings["samples_per_epoch"], settings["updates_per_epoch"]
+    repeats = settings.get("samples_per_prompt", 1)
     config = DDPOConfig(
         num_epochs=1,
         seed=seed,
@@ -451,16 +452,21 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
         train_max_grad_norm=MAX_GRAD_NORM,
         train_clip_range=settings.get("clip_range", 1e-4),
         train_cfg=False,
+        per_prompt_stat_tracking=repeats > 1,
+        per_prompt_stat_tracking_buffer_size=4 * repeats,
+        per_prompt_stat_tracking_min_count=repeats,
         mixed_precision="no",
         save_freq=10**9,
         project_kwargs={"project_dir": str(output_dir / "ddpo")},
     )
     prompts = world.captions("train")
     chooser = torch.Generator().manual_seed(seed)
-    seen = []
+    seen, waiting = [], []
 
     def prompt_function():
-        return prompts[int(torch.randint(len(prompts), (), generator=chooser))], {}
+        if not waiting:
+            waiting.extend([prompts[int(torch.randint(len(prompts), (), generator=chooser))]] * repeats)
+        return waiting.pop(), {}
 
     def reward_function(images, texts, metadata):
         rewards = reward.score(images.float() * 2 - 1, list(texts), torch.zeros(len(images), dtype=torch.long))

@@ -55,7 +55,6 @@ GROUPS = {
     "steps that branch": ["spo", "spo_0_10", "spo_2_10", "spo_4_8"],
     "timestep weights": ["spo", "spo_2_10", "spo_2_10_even"],
     "SPO's leash": ["spo", "spo_kl0", "spo_kl12", "spo_beta500"],
-    "Diffusion-DPO's beta": ["dpo_beta200", "dpo"],
 }
 """Arms that differ in one thing, for the figures with a panel each."""
 GAINS = (0.02, 0.04, 0.06, 0.08)
