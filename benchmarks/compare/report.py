@@ -46,15 +46,15 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 NAN = float("nan")
 REWARDS = ("step", "plain", "clean", "all")
 REFERENCE, RIVAL = "spo", "dpo"
-CURVES = ("spo", "spo_plain", "spo_clean", "spo_exact", "spo_demo", "dpo", "ddpo", "sft")
+CURVES = ("spo", "spo_clean", "spo_mixed", "spo_exact", "dpo", "ddpo", "sft")
 GROUPS = {
     "methods": ["spo", "spo_demo", "spo_published", "dpo", "ddpo", "sft"],
-    "reward": ["spo", "spo_plain", "spo_clean", "spo_exact"],
+    "reward": ["spo", "spo_plain", "spo_clean", "spo_mixed", "spo_exact"],
     "what the next step starts from, which pair": ["spo", "spo_winner", "spo_loser", "spo_random_pair"],
     "number of candidates": ["spo_k2", "spo", "spo_k8"],
     "steps that branch": ["spo", "spo_0_10", "spo_2_10", "spo_4_8"],
     "timestep weights": ["spo", "spo_2_10", "spo_2_10_even"],
-    "SPO's leash": ["spo", "spo_kl0", "spo_kl12", "spo_beta500"],
+    "weight of the KL term": ["spo", "spo_kl0", "spo_demo"],
 }
 """Arms that differ in one thing, for the figures with a panel each."""
 GAINS = (0.02, 0.04, 0.06, 0.08)
@@ -159,7 +159,7 @@ class Results:
 
     def own_cost(self, arm: str, name: str) -> float:
         """What the reward model of an arm cost (mean over seeds); 0 without one, or with the exact scorer."""
-        kind = study.ARMS[arm].reward
+        kind = {"mixed": "step"}.get(study.ARMS[arm].reward, study.ARMS[arm].reward)
         costs = [reward[name] for reward in self.rewards.get(kind, {}).values()]
         return sum(costs) / len(costs) if costs else 0.0
 

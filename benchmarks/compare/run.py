@@ -91,7 +91,7 @@ class Arm:
         title (`str`): its name in tables.
         method (`str`): see `methods.train`.
         settings (`dict`): what differs from the method's defaults.
-        reward (`str`, *optional*): one of `methods.REWARDS`, or `"exact"`.
+        reward (`str`, *optional*): one of `methods.REWARDS`, `"mixed"` (see `methods.with_clip`) or `"exact"`.
         tuned (`bool`): whether the method's other settings are those that its sweep chose, and not its defaults.
         stretch (`float`): budget in multiples of the others'. Methods that need less time per UNet evaluation go on, so
             that their curves also reach the others' CPU time; scores at the common budget are read on the way.
@@ -112,6 +112,7 @@ ARMS = {
     "dpo": Arm("Diffusion-DPO", "dpo", reward=None, stretch=7.0),
     "ddpo": Arm("DDPO (TRL), clean-image reward", "ddpo", reward="clean", stretch=3.5),
     "sft": Arm("fine-tuning on chosen images", "sft", reward=None, stretch=2.5),
+    "spo_mixed": Arm("SPO, step-aware reward + 0.5 CLIP", reward="mixed"),
     "spo_exact": Arm("SPO, exact scorer as reward", reward="exact"),
     "spo_demo": Arm("SPO, settings of the demo", settings=SWEEPS["spo"][0]),
     "spo_published": Arm(
@@ -124,8 +125,6 @@ ARMS = {
     "spo_k2": Arm("SPO, K = 2", settings={"num_candidates": 2}),
     "spo_k8": Arm("SPO, K = 8", settings={"num_candidates": 8, "per_device_rollout_batch_size": 16}),
     "spo_kl0": Arm("SPO, no KL term", settings={"kl_coef": 0.0}),
-    "spo_kl12": Arm("SPO, KL weight 12", settings={"kl_coef": 12.0}),
-    "spo_beta500": Arm("SPO, no KL term, beta 500", settings={"kl_coef": 0.0, "beta": 500.0}),
     "spo_0_10": Arm("SPO, all steps", settings={"branch_start_step": 0, "branch_end_step": 10}, reward="all"),
     "spo_2_10": Arm("SPO, steps 2 to 10", settings={"branch_end_step": 10}),
     "spo_2_10_even": Arm(
@@ -372,7 +371,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     from safetensors.torch import load_file
 
     from benchmarks.compare.evaluate import Evaluation
-    from benchmarks.compare.methods import Recorder, exact_reward, load_pairs, restore_adapter, train
+    from benchmarks.compare.methods import Recorder, exact_reward, load_pairs, restore_adapter, train, with_clip
     from examples.shapes.base_scores import load_pipeline
     from trl_spo import StepAwareRewardModel
     from trl_spo.visualization import to_pil
@@ -385,7 +384,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     (learned,) = rewards_of(task)
     judge = StepAwareRewardModel.from_pretrained(output / "reward" / learned / str(seed)).eval()
     judge.requires_grad_(False)
-    reward = exact_reward if arm.reward == "exact" else judge
+    reward = {"exact": exact_reward, "mixed": with_clip(judge)}.get(arm.reward, judge)
     validation = Evaluation("validation", plan["validation_repeats"])
     base = load_file(output / "base.safetensors")
 
