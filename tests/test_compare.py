@@ -25,11 +25,15 @@ import types
 
 import pytest
 import torch
+from datasets import load_from_disk
 
 from benchmarks.compare import methods, report, run
-from benchmarks.compare.evaluate import compute_to_reach, interpolate, pairwise_distance, two_way
+from benchmarks.compare.evaluate import compute_to_reach, exact_scores, interpolate, pairwise_distance, two_way
+from examples.shapes import world
 from examples.shapes.base_scores import load_pipeline
-from examples.shapes.settings import SPO_SETTINGS
+from examples.shapes.preferences import decode_image
+from examples.shapes.settings import CLIP, SPO_SETTINGS
+from trl_spo import StepAwareRewardModel
 
 from .testing_utils import state_of
 
@@ -303,6 +307,34 @@ class TestStudy:
         scores = result["heldout"]["final"]["utility"]
         assert len(scores) == 103 and all(len(row) == PLAN["heldout_repeats"] for row in scores)
         assert (output / "run" / "sft" / "0" / "final" / "pytorch_lora_weights.safetensors").is_file()
+
+    def test_order_of_predictions(self, output):
+        """At timestep 0 a prediction is the image itself, so the share can be counted from the images."""
+        run.work("order/0", output, PLAN)
+        order = run.read_json(output / "order" / "0.json")["order"]
+        assert set(order) == {"step", "CLIP, untrained"} and set(order["step"]) == {"0", "101", "301", "501", "701"}
+        model = StepAwareRewardModel.from_pretrained(output / "reward" / "step" / "0").eval()
+        pairs = load_from_disk(str(output / "heldout_pairs"))
+        images = [torch.stack([decode_image(data) for data in pairs[f"jpg_{i}"]]) for i in (0, 1)]
+        with torch.no_grad():
+            scores = [model.score(image * 2 - 1, pairs["caption"], torch.zeros(len(pairs)).long()) for image in images]
+        exact = [exact_scores(image, pairs["caption"])["alignment"] for image in images]
+        share = ((scores[0] > scores[1]) == (exact[0] > exact[1])).double().mean().item()
+        assert order["step"]["0"] == {
+            "aesthetics": pytest.approx(0.5, abs=0.5),
+            "alignment": share,
+            "pairs": len(pairs),
+        }
+
+    def test_reward_with_its_clip(self, output):
+        model = StepAwareRewardModel.from_pretrained(output / "reward" / "step" / "0").eval()
+        clip = StepAwareRewardModel.from_clip(CLIP, processor=CLIP).eval()
+        images, prompts, steps = torch.rand(2, 3, 32, 32), list(world.captions("train")[:2]), torch.tensor([101, 101])
+        with torch.no_grad():
+            expected = [m.score(images * 2 - 1, prompts, steps) for m in (model, clip)]
+            mixed = methods.with_clip(model, 0.25)(images, prompts, steps)
+        assert torch.allclose(mixed, expected[0] + 0.25 * expected[1], atol=1e-4)
+        assert not torch.equal(*expected)  # one step of training
 
     def test_report_says_what_the_runs_say(self, output, tmp_path):
         table = report.write_report(output, tmp_path)

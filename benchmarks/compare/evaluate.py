@@ -165,6 +165,47 @@ def label_accuracy(pipeline, reward_model, dataset, timesteps: list[int], batch_
     return result
 
 
+@torch.no_grad()
+def prediction_order(pipeline, reward_models: dict, dataset, timesteps: list[int], batch_size: int = 64) -> dict:
+    """
+    How often reward models order two predictions of x_0 as the exact scores *of these predictions* do; this is what a
+    rollout asks them. ([`label_accuracy`] asks for the order of the finished images, which is what they are taught.)
+
+    Args:
+        pipeline ([`SPOPipeline`]): makes the predictions; the base model.
+        reward_models (`dict[str, StepAwareRewardModel]`): by name.
+        dataset (`datasets.Dataset`): pairs of `examples.shapes.preferences`.
+
+    Returns:
+        `dict`: by name and timestep (as text) the shares for `aesthetics` and `alignment`, and `pairs`, their number.
+    """
+    collator = StepPreferenceCollator(world.IMAGE_SIZE)
+    agree: dict = {}
+    for start in range(0, len(dataset), batch_size):
+        batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+        prompts = batch["prompts"]
+        for timestep in timesteps:
+            steps = torch.full((len(prompts),), timestep, dtype=torch.long)
+            generator = torch.Generator().manual_seed(start)
+            images = noised_pair_images(pipeline, batch, steps, guidance_scale=1.0, generator=generator)
+            exact = [exact_scores((image / 2 + 0.5).clamp(0, 1), prompts) for image in images]
+            for name, model in reward_models.items():
+                scores = [model.score(image, prompts, steps) for image in images]
+                for metric in ("aesthetics", "alignment"):
+                    same = (scores[0] > scores[1]) == (exact[0][metric] > exact[1][metric])
+                    agree.setdefault(name, {}).setdefault(str(timestep), {}).setdefault(metric, []).append(same)
+    return {
+        name: {
+            timestep: {
+                **{metric: torch.cat(found).double().mean().item() for metric, found in shares.items()},
+                "pairs": len(dataset),
+            }
+            for timestep, shares in by_step.items()
+        }
+        for name, by_step in agree.items()
+    }
+
+
 # ------------------------------------------------------------------------------------------------------- statistics
 
 

@@ -395,6 +395,23 @@ def accuracy_table(results: Results) -> tuple[str, dict]:
     return markdown(["reward", "against", *(f"t = {step}" for step in steps)], rows), data
 
 
+def order_table(results: Results) -> tuple[str, dict]:
+    """What the reward models see in predictions of x_0."""
+    found = [study.read_json(path)["order"] for path in sorted((results.output / "order").glob("*.json"))]
+    if not found:
+        return "", {}
+    data, rows = {}, []
+    for name, by_step in found[0].items():
+        for metric in ("aesthetics", "alignment"):
+            row = [name, metric]
+            for step in by_step:
+                values = torch.tensor([seed[name][step][metric] for seed in found], dtype=torch.float64)
+                data.setdefault(name, {}).setdefault(metric, {})[step] = values.tolist()
+                row.append(f"{values.mean():.3f}")
+            rows.append(row)
+    return markdown(["reward", "exact score", *(f"t = {step}" for step in next(iter(found[0].values())))], rows), data
+
+
 def sweep_table(results: Results) -> tuple[str, dict]:
     data, rows = {}, []
     for method, candidates in study.SWEEPS.items():
@@ -624,6 +641,7 @@ def write_report(output: Path, folder: Path) -> str:
         ),
         ("hacking", "After the best checkpoint (validation)", lambda: hacking_table(results)),
         ("accuracy", "Order of held-out pairs by the reward models", lambda: accuracy_table(results)),
+        ("order", "Order of two predictions by the reward models (held-out)", lambda: order_table(results)),
         ("guidance", "Guidance scales (held-out)", lambda: guidance_table(results)),
         ("sweep", "Sweeps (validation)", lambda: sweep_table(results)),
     ]

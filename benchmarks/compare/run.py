@@ -21,8 +21,9 @@ python benchmarks/compare/run.py --output compare_quick --quick     # four metho
 python benchmarks/compare/report.py --output compare_output         # tables and figures from what is there
 ```
 
-Stages: preference pairs and scores of the base model; reward models, each kind once per seed; a sweep of the same number
-of settings for each method, judged on validation captions; the runs; samples at other guidance scales; the report. Each
+Stages: preference pairs and scores of the base model; reward models, each kind once per seed; a sweep of settings for each
+method, judged on validation captions; the runs; samples at other guidance scales, and what the rewards see in predictions;
+the report. Each
 piece of work is a process of its own with one thread, `--jobs` at a time, and leaves one JSON file; what has its file is
 not done again, so a second call goes on where the first one stopped. Held-out captions are only ever measured.
 """
@@ -230,7 +231,8 @@ def stages(args: argparse.Namespace) -> list[list[str]]:
         guidance += [
             f"guidance/{arm}/{seed}" for _, arm, seed in guided if arm in GUIDED_ARMS and int(seed) in args.seeds
         ]
-    return [["base"], list(dict.fromkeys(rewards)), sweep, runs, guidance]
+    order = [] if args.quick else [f"order/{seed}" for seed in args.seeds]
+    return [["base"], list(dict.fromkeys(rewards)), sweep, runs, [*guidance, *order]]
 
 
 def arm_of(task: str) -> Arm:
@@ -285,9 +287,9 @@ def work(task: str, output: Path, plan: dict):
     logging.set_verbosity_error()
     kind, *names = task.split("/")
     start = [time.process_time(), time.perf_counter()]
-    result = {"base": work_base, "reward": work_reward, "run": work_run, "sweep": work_run, "guidance": work_guidance}[
-        kind
-    ](task, output, plan)
+    kinds = {"base": work_base, "reward": work_reward, "sweep": work_run, "run": work_run}
+    kinds |= {"guidance": work_guidance, "order": work_order}
+    result = kinds[kind](task, output, plan)
     if "copy_of" not in result:
         result["total_seconds"] = [time.process_time() - start[0], time.perf_counter() - start[1]]
     write_json(output / f"{task}.json", {**result, "task": task, "plan": plan})
@@ -481,6 +483,24 @@ def work_guidance(task: str, output: Path, plan: dict) -> dict:
         del values["images"]
         result[str(scale)] = as_lists(heldout, values)
     return {"arm": arm, "scales": result}
+
+
+def work_order(task: str, output: Path, plan: dict) -> dict:
+    """What the reward models of a seed, and the CLIP they were trained from, see in predictions."""
+    from datasets import load_from_disk
+
+    from benchmarks.compare.evaluate import prediction_order
+    from examples.shapes.base_scores import load_pipeline
+    from examples.shapes.settings import CLIP
+    from trl_spo import StepAwareRewardModel, wrap_pipeline
+
+    seed = task.split("/")[1]
+    folders = {path.parent.name: path for path in sorted((output / "reward").glob(f"*/{seed}")) if path.is_dir()}
+    models = {name: StepAwareRewardModel.from_pretrained(path).eval() for name, path in folders.items()}
+    models["CLIP, untrained"] = StepAwareRewardModel.from_clip(CLIP, processor=CLIP).eval()
+    fresh = load_from_disk(str(output / "heldout_pairs"))
+    steps = [step for step in REWARD_TIMESTEPS if step in (0, 101, 301, 501, 701)]
+    return {"order": prediction_order(wrap_pipeline(load_pipeline()), models, fresh, steps)}
 
 
 # ------------------------------------------------------------------------------------------------------------ running
