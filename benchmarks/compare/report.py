@@ -46,9 +46,9 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 NAN = float("nan")
 REWARDS = ("step", "plain", "clean", "all")
 REFERENCE, RIVAL = "spo", "dpo"
-CURVES = ("spo", "spo_clean", "spo_mixed", "spo_exact", "dpo", "ddpo", "sft")
+CURVES = ("spo", "spo_clean", "spo_mended", "spo_exact", "dpo", "ddpo", "sft")
 GROUPS = {
-    "methods": ["spo", "spo_demo", "spo_published", "dpo", "ddpo", "sft"],
+    "methods": ["spo", "spo_mended", "spo_published", "dpo", "ddpo", "sft"],
     "reward": ["spo", "spo_plain", "spo_clean", "spo_mixed", "spo_exact"],
     "what the next step starts from, which pair": ["spo", "spo_winner", "spo_loser", "spo_random_pair"],
     "number of candidates": ["spo_k2", "spo", "spo_k8"],
