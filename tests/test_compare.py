@@ -22,6 +22,7 @@ import json
 import math
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch

@@ -261,6 +261,8 @@ def reach_table(results: Results) -> tuple[str, dict]:
     data, rows = {}, []
     budgets = {name: results.final_cost(RIVAL, name) for name in ("evaluations", "cpu_seconds")}
     for arm in results.runs:
+        if arm == RIVAL:
+            continue
         row = [study.ARMS[arm].title]
         for score in ("utility", "aesthetics"):
             for compute, budget in budgets.items():
@@ -282,16 +284,17 @@ def reach_table(results: Results) -> tuple[str, dict]:
 
 def equal_time_table(results: Results) -> tuple[str, dict]:
     """
-    Validation scores at one CPU time: the shortest that a run of SPO took for the budget, and that with the training of its
-    reward model. In the second, runs with a learned reward have so much less for themselves.
+    Validation scores at one CPU time: the shortest that a run of SPO took for the budget, and that with the training of a
+    step-aware reward model. In the second, runs with a learned reward have so much less for themselves.
     """
     if REFERENCE not in results.runs:
         return "", {}
     alone = min(
         point["cpu_seconds"]
-        for run in results.runs[REFERENCE].values()
+        for arm, runs in results.runs.items()
+        for run in runs.values()
         for point in run["points"]
-        if point["mark"] == run["picks"]["final"]
+        if study.ARMS[arm].method == "spo" and point["mark"] == run["picks"]["final"]
     )
     limits = {"alone": alone, "with the reward model": alone + results.own_cost(REFERENCE, "cpu_seconds")}
     data, rows = {"cpu_seconds": limits}, []
@@ -311,7 +314,10 @@ def equal_time_table(results: Results) -> tuple[str, dict]:
                 row.append(f"{values.mean():+.3f}" + (f" ± {error:.3f}" if len(values) > 1 else ""))
         rows.append(row)
     head = ["method", *(f"{score}, {limit:.0f} s" for limit in limits.values() for score in EXACT)]
-    text = "Change on validation captions; standard error over seeds. First SPO's own CPU time, then with the reward model's."
+    text = (
+        "Change on validation captions; standard error over seeds. First the CPU time of SPO alone, then with the training of "
+        "its reward model. Empty: not trained for so long."
+    )
     return f"{text}\n\n{markdown(head, rows)}", data
 
 
@@ -467,6 +473,10 @@ def figures(results: Results, folder: Path) -> list[str]:
         plt.close(figure)
         names.append(name)
 
+    def thousands(axis):
+        axis.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+
     def band(axis, curves, **style):
         longest = max(max(x) for x, _ in curves)
         grid = [longest * k / 60 for k in range(61)]
@@ -485,6 +495,8 @@ def figures(results: Results, folder: Path) -> list[str]:
             for arm in shown:
                 band(axis, results.curves(arm, score, compute), color=colours[arm], label=study.ARMS[arm].title)
             axis.set(xlabel=label, ylabel=f"{score}, validation captions")
+            if compute == "evaluations":
+                thousands(axis)
     axes[0, 0].legend(fontsize=7)
     save(figure, "curves.png")
 
@@ -502,6 +514,8 @@ def figures(results: Results, folder: Path) -> list[str]:
             axis.legend(fontsize=7)
         for axis in axes.flat[len(groups) :]:
             axis.set_visible(False)
+        if xlabel == "UNet evaluations":
+            thousands(axes[0, 0])  # the axes are shared
         save(figure, name)
 
     def within_budget(arm, score):
@@ -531,6 +545,7 @@ def figures(results: Results, folder: Path) -> list[str]:
             curves = [(x, [value - y[0] for value in y]) for x, y in results.curves(arm, score)]
             band(axis, curves, color=colours[arm], label=study.ARMS[arm].title)
             axis.set(xlabel="UNet evaluations", ylabel=f"{'learned reward' if score == 'reward' else score}, change")
+            thousands(axis)
     axes[0].legend(fontsize=7)
     save(figure, "hacking.png")
 

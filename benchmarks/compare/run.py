@@ -117,7 +117,7 @@ ARMS = {
     "spo_exact": Arm("SPO, exact scorer as reward", reward="exact"),
     "spo_demo": Arm("SPO, settings of the demo", settings=SWEEPS["spo"][0]),
     "spo_published": Arm(
-        "SPO as published: steps 2 to 10, no KL term, threshold 0.3",
+        "SPO as published",
         settings={"branch_end_step": 10, "kl_coef": 0.0, "preference_threshold": 0.3},
     ),
     "spo_winner": Arm("SPO, going on from the winner", settings={"resample": "chosen"}),
