@@ -21,8 +21,8 @@ python benchmarks/compare/report.py --output compare_output --report benchmarks/
 ```
 
 Writes `report.md`, `report.json` (every number of it) and the figures. What is missing is left out and named. With `--page`
-the tables also replace those between `<!-- table NAME -->` and `<!-- end -->` of a page, and the figures go to
-`images/compare` beside it.
+the tables replace those between `<!-- table NAME -->` and `<!-- end -->` of a page, the figures go to `images/compare`
+beside it, and `report.md` is not kept.
 """
 
 import argparse
@@ -709,6 +709,7 @@ def main():
         images.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.png"):
             path.replace(images / path.name)
+        (folder / "report.md").unlink()  # the page is the report now
 
 
 if __name__ == "__main__":
