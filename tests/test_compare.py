@@ -22,7 +22,6 @@ import json
 import math
 import shutil
 import types
-from pathlib import Path
 
 import pytest
 import torch
