@@ -37,7 +37,7 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
 
-compare: $(STAMP) $(DDPO_STAMP)  ## every method and ablation in the shapes world: about three hours on two cores, resumable
+compare: $(STAMP) $(DDPO_STAMP)  ## every method and ablation in the shapes world: about two hours on two cores, resumable
 	$(BIN)/python benchmarks/compare/run.py --output compare_output
 
 compare-quick: $(STAMP)  ## four methods, one seed: at most a quarter of an hour, a table last

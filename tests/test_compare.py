@@ -22,6 +22,7 @@ import json
 import math
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -465,3 +466,10 @@ def test_checkpoints():
 def table_is_last(text: str) -> bool:
     last = text.rstrip().splitlines()[-1]
     return last.startswith("| ") and "fine-tuning" in last
+
+
+def test_the_page_has_the_tables_of_the_report():
+    root = Path(__file__).parent.parent
+    tables = json.loads((root / "benchmarks" / "results" / "compare" / "report.json").read_text())["tables"]
+    page = (root / "docs" / "results.md").read_text()
+    assert report.TABLE.search(page) and report.fill_page(page, tables) == page
