@@ -467,8 +467,8 @@ def figures(results: Results, folder: Path) -> list[str]:
     names = []
     colours = dict(zip(CURVES, plt.get_cmap("tab10").colors, strict=False))
 
-    def save(figure, name):
-        figure.tight_layout()
+    def save(figure, name, bottom=0.0):
+        figure.tight_layout(rect=(0, bottom, 1, 1))
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)
         names.append(name)
@@ -497,8 +497,8 @@ def figures(results: Results, folder: Path) -> list[str]:
             axis.set(xlabel=label, ylabel=f"{score}, validation captions")
             if compute == "evaluations":
                 thousands(axis)
-    axes[0, 0].legend(fontsize=7)
-    save(figure, "curves.png")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    save(figure, "curves.png", bottom=0.07)
 
     groups = {title: [arm for arm in arms if arm in results.runs] for title, arms in GROUPS.items()}
     groups = {title: arms for title, arms in groups.items() if arms}
