@@ -64,12 +64,13 @@ from trl_spo import (
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}  # `SPOConfig`'s
 MAX_GRAD_NORM = 1.0
 
-# What each method runs with without a sweep: what the sweeps of `run.py` chose.
+# What each method runs with without a sweep: what the sweeps of `run.py` chose (for DDPO they chose `samples_per_prompt` 8,
+# too).
 DEFAULTS = {
     "spo": {**SPO_SETTINGS, "learning_rate": 1e-3, "kl_coef": 1.5},
-    "dpo": {"beta": 1000.0, "learning_rate": 4e-3, "batch_size": 128},
+    "dpo": {"beta": 300.0, "learning_rate": 4e-3, "batch_size": 128},
     "sft": {"learning_rate": 2e-3, "batch_size": 128},
-    "ddpo": {"learning_rate": 1e-3, "samples_per_epoch": 64, "updates_per_epoch": 1},
+    "ddpo": {"learning_rate": 2e-3, "samples_per_epoch": 64, "updates_per_epoch": 1},
 }
 
 
@@ -235,7 +236,7 @@ def exact_reward(images: torch.Tensor, prompts: list[str], timesteps: torch.Tens
     return world.utility(images, prompts) / ANNOTATOR_TEMPERATURE
 
 
-CLIP_WEIGHT = 0.5  # of the one value that was tried, on validation captions
+CLIP_WEIGHT = 0.5  # the only value that was tried, on validation captions
 
 
 def with_clip(reward_model: StepAwareRewardModel, weight: float = CLIP_WEIGHT) -> Callable:

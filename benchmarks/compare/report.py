@@ -44,7 +44,6 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 
 
 NAN = float("nan")
-REWARDS = ("step", "plain", "clean", "all")
 REFERENCE, RIVAL = "spo", "dpo"
 CURVES = ("spo", "spo_clean", "spo_mended", "spo_exact", "dpo", "ddpo", "sft")
 GROUPS = {
@@ -84,7 +83,7 @@ class Results:
             else:
                 self.missing.append(arm)
         self.rewards = {}
-        for kind in REWARDS:
+        for kind in study.LEARNED_REWARDS:
             for path in sorted((output / "reward" / kind).glob("*.json")):
                 self.rewards.setdefault(kind, {})[int(path.stem)] = study.read_json(path)
         self.guidance = {}
@@ -371,7 +370,7 @@ def hacking_table(results: Results) -> tuple[str, dict]:
             values["hacked"].append(float(last["reward"] > peak["reward"] and last["utility"] < peak["utility"]))
         means = {name: sum(found) / len(found) for name, found in values.items()}
         data[arm] = means
-        judge = "own" if study.ARMS[arm].reward in REWARDS else "step-aware"
+        judge = "own" if study.ARMS[arm].reward in study.LEARNED_REWARDS else "step-aware"
         rows.append(
             [study.ARMS[arm].title, judge, f"{means['peak']:.2f}", f"{means['reward']:+.2f}"]
             + [f"{means[metric]:+.3f}" for metric in EXACT]

@@ -45,7 +45,8 @@ if __name__ == "__main__":
 
 # Settings are tried on a seed of their own, judged by the utility of their best checkpoint on validation captions; rivals
 # try as many as SPO, Diffusion-DPO one more. The last ones of SPO, Diffusion-DPO and DDPO were added after the others had
-# been seen: their best was at the edge. The first of SPO's are the demo's. (Settings that are not named are those of `methods.DEFAULTS`.)
+# been seen: their best was at the edge. The first of SPO's are the demo's. (Settings that are not named are those of
+# `methods.DEFAULTS`.)
 SWEEPS = {
     "spo": [
         {"learning_rate": 5e-4, "kl_coef": 12.0},
@@ -81,6 +82,9 @@ SWEEPS = {
         {"learning_rate": 2e-3, "samples_per_epoch": 64, "samples_per_prompt": 8},
     ],
 }
+
+
+LEARNED_REWARDS = ("step", "plain", "clean", "all")  # of `methods.REWARDS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +254,7 @@ def arm_of(task: str) -> Arm:
 def rewards_of(task: str) -> list[str]:
     """Learned rewards that a run needs: its own, and the step-aware one, which judges those without."""
     own = arm_of(task).reward
-    return [own if own in ("step", "plain", "clean", "all") else "step"]
+    return [own if own in LEARNED_REWARDS else "step"]
 
 
 def settings_of(output: Path, task: str) -> dict:
@@ -390,7 +394,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     (learned,) = rewards_of(task)
     judge = StepAwareRewardModel.from_pretrained(output / "reward" / learned / str(seed)).eval()
     judge.requires_grad_(False)
-    reward = {"exact": exact_reward, "mixed": with_clip(judge)}.get(arm.reward, judge)
+    reward = with_clip(judge) if arm.reward == "mixed" else exact_reward if arm.reward == "exact" else judge
     validation = Evaluation("validation", plan["validation_repeats"])
     base = load_file(output / "base.safetensors")
 
