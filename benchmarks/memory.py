@@ -46,7 +46,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import PRESETS, Preset, build_pipeline, clip_config
 from trl_spo import StepAwareRewardModel, StepAwareRewardModelConfig, spo_loss, wrap_pipeline
-from trl_spo.memory import (
+from trl_spo.pipelines.base import SPOPipeline
+from trl_spo.pipelines.conditioning import PromptEmbeds
+from trl_spo.step_distribution import gaussian_log_prob
+from trl_spo.training.memory import (
     GIB,
     denoiser_bytes,
     module_bytes,
@@ -55,8 +58,6 @@ from trl_spo.memory import (
     samples_within,
     scoring_bytes,
 )
-from trl_spo.pipeline_base import PromptEmbeds, SPOPipeline
-from trl_spo.step_distribution import gaussian_log_prob
 
 
 GUIDANCE_SCALE = 5.0

@@ -64,10 +64,11 @@ def documented(namespace: dict, module: str) -> dict[str, object]:
 def read_modules() -> list[Module]:
     """All modules of the package itself; the programs in `scripts` document themselves with `--help`."""
     modules = []
-    for path in sorted(PACKAGE.glob("*.py")):
-        if path.stem == "__init__":
+    for path in sorted(PACKAGE.rglob("*.py")):
+        *folders, stem = path.relative_to(PACKAGE).with_suffix("").parts
+        if stem == "__init__" or "scripts" in folders:
             continue
-        name = f"{trl_spo.__name__}.{path.stem}"
+        name = ".".join((trl_spo.__name__, *folders, stem))
         module = importlib.import_module(name)
         modules.append(Module(name, module.__doc__ or "", documented(vars(module), name)))
     return modules
@@ -93,14 +94,16 @@ def methods_of(cls: type) -> dict[str, tuple[str, object]]:
 def build_index(modules: list[Module]) -> dict[str, str]:
     """Every name that has an entry in the reference -> its full name. Methods are `Class.method`."""
     index = {}
+    short: dict[str, list[str]] = {}
     for module in modules:
         for name, value in module.members.items():
-            index[f"{module.name}.{name}"] = f"{module.name}.{name}"
+            members = [name]
             if inspect.isclass(value):
-                index |= {f"{module.name}.{name}.{m}": f"{module.name}.{name}.{m}" for m in methods_of(value)}
-    short: dict[str, list[str]] = {}
-    for full in index:
-        short.setdefault(full.split(".", 2)[2], []).append(full)
+                members += [f"{name}.{method}" for method in methods_of(value)]
+            for member in members:
+                full = f"{module.name}.{member}"
+                index[full] = full
+                short.setdefault(member, []).append(full)
     return index | {name: fulls[0] for name, fulls in short.items() if len(fulls) == 1}
 
 
@@ -115,7 +118,7 @@ def resolver(index: dict[str, str]) -> Callable[[str], str]:
         owner, _, member = name.rpartition(".")
         if name.startswith(EXTERNAL) or (owner in index and hasattr(_load(index[owner]), member)):
             return f"`{name}`"  # of another library, or inherited from one
-        if name in vars(importlib.import_module("trl_spo.pipeline_base")):  # TRL's own, where TRL has it
+        if name in vars(importlib.import_module("trl_spo.pipelines.ddpo")):  # TRL's own, where TRL has it
             return f"`{name}`"
         raise ValueError(f"A docstring refers to [`{target}`], which the API reference does not have.")
 

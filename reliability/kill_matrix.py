@@ -72,7 +72,7 @@ from trl_spo import (  # noqa: E402  # noqa: E402
     rollout,
     spo_trainer,
 )
-from trl_spo.checkpointing import STAGING_NAME, last_checkpoint  # noqa: E402
+from trl_spo.training.checkpointing import STAGING_NAME, last_checkpoint  # noqa: E402
 
 
 # Seconds and what follows from them; the summary at the end counts the steps of its own call only.

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Mutation testing of the pure modules and of the statistics in `evaluation`: change one thing in a function, run the tests
+Mutation testing of the pure modules and of `evaluation.statistics`: change one thing in a function, run the tests
 that reach the function, and expect one of them to fail. A change that no test notices is a survivor; a survivor is a
 missing test, or a change that cannot be noticed, and then `surviving_mutants.json` says why.
 
@@ -55,7 +55,7 @@ MODULES = {  # module -> its test files, and the functions to mutate if not all 
     "pair_selection": (["tests/test_pair_selection.py"], None),
     "step_distribution": (["tests/test_step_distribution.py"], None),
     "scheduling_ddim": (["tests/test_scheduling_ddim.py"], None),
-    "evaluation": (
+    "evaluation.statistics": (
         [*(f"tests/test_evaluation.py::test_{name}" for name in STATISTICS_TESTS), "tests/test_statistics.py"],
         "mean_and_se win_rate compare prompt_means student_t_quantile mean_interval wilson_interval "
         "paired_statistics".split(),
@@ -157,7 +157,7 @@ def run_mutmut(names: list[str], jobs: int) -> None:
         diff = get_diff_for_mutant(name, path=data.path).splitlines()[3:]
         results.append(
             {
-                "module": data.path.stem,
+                "module": ".".join(Path(data.path).with_suffix("").parts[1:]),  # below `trl_spo`
                 "function": mutmut.mangled_name_from_mutant_name(name).rpartition(".")[2].removeprefix("x_"),
                 "original": " ".join(line[1:].strip() for line in diff if line[0] == "-"),
                 "mutant": " ".join(line[1:].strip() for line in diff if line[0] == "+"),
@@ -175,7 +175,7 @@ def make_tree(folder: Path, modules: list[str], extra_tests: list[str]) -> list[
     tests = sorted({test for module in modules for test in MODULES[module][0]}) + extra_tests
     quoted = {
         "source_paths": ["trl_spo"],
-        "only_mutate": [f"trl_spo/{module}.py" for module in modules],
+        "only_mutate": [f"trl_spo/{module.replace('.', '/')}.py" for module in modules],
         "pytest_add_cli_args": ["-p", "no:cacheprovider"],
         "pytest_add_cli_args_test_selection": tests,
     }

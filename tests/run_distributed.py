@@ -38,7 +38,7 @@ from transformers import CLIPTextModel, TrainerCallback
 
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
-from trl_spo.rollout import StepPairs
+from trl_spo.step_pairs import StepPairs
 
 
 RANK = int(os.environ.get("RANK", 0))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline
-from trl_spo.evaluation import EvaluationProtocol, evaluate_pipeline
+from trl_spo.evaluation.evaluate import EvaluationProtocol, evaluate_pipeline
 
 
 PROTOCOL = EvaluationProtocol("short", num_inference_steps=3, guidance_scale=2.0, seed=5)

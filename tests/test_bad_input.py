@@ -64,16 +64,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
-from trl_spo.pipeline_base import load_scoring_vae
-from trl_spo.rollout import stepwise_rollout
-from trl_spo.spo_trainer import read_prompts
-from trl_spo.step_preference_data import (
+from trl_spo.images import read_image
+from trl_spo.pipelines.autoencoder import load_scoring_vae
+from trl_spo.preference_dataset import (
     StepPreferenceCollator,
     check_images,
     load_preference_dataset,
     prepare_preference_dataset,
-    read_image,
 )
+from trl_spo.prompts import read_prompts
+from trl_spo.rollout import stepwise_rollout
 
 from .testing_utils import (
     PROMPTS,

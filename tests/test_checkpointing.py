@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_spo import EMACallback, SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
-from trl_spo.callbacks import EMA_NAME
-from trl_spo.checkpointing import (
+from trl_spo.pair_loader import PairLoader
+from trl_spo.training.checkpointing import (
     STAGING_NAME,
     checkpoint_problems,
     checkpoint_to_resume,
@@ -46,7 +46,7 @@ from trl_spo.checkpointing import (
     rotate,
     write_text,
 )
-from trl_spo.spo_trainer import PairLoader
+from trl_spo.training.ema import EMA_NAME
 
 from .testing_utils import PROMPTS, brightness_reward, changed, state_of, tiny_clip, tiny_sd_pipeline
 
@@ -210,7 +210,7 @@ class TestChoice:
 
     def test_what_was_passed_over_is_logged(self, run, monkeypatch):
         warnings = []
-        monkeypatch.setattr("trl_spo.checkpointing.logger.warning", warnings.append)
+        monkeypatch.setattr("trl_spo.training.checkpointing.logger.warning", warnings.append)
         (run / "checkpoint-4" / "optimizer.pt").unlink()
         last_checkpoint(run)
         assert len(warnings) == 1 and "checkpoint-4 is passed over: optimizer.pt is missing" in warnings[0]
@@ -245,7 +245,7 @@ class TestChoice:
 
     def test_processes(self, run, monkeypatch):
         warnings = []
-        monkeypatch.setattr("trl_spo.checkpointing.logger.warning", warnings.append)
+        monkeypatch.setattr("trl_spo.training.checkpointing.logger.warning", warnings.append)
         assert checkpoint_to_resume(True, run, world_size=2) == str(run / "checkpoint-4")
         assert len(warnings) == 1 and "was written by 1 process(es) and this run has 2" in warnings.pop()
         folder = run / "checkpoint-4"
@@ -386,7 +386,7 @@ class TestTrainers:
         def killed(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("trl_spo.checkpointing.os.replace", killed)
+        monkeypatch.setattr("trl_spo.training.checkpointing.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             trainer.save_model()
         assert weights.read_bytes() == before
@@ -418,7 +418,7 @@ def test_the_best_checkpoint_has_its_final_name(tmp_path):
 
 def test_the_average_is_in_the_checkpoint_when_it_gets_its_name(tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr("trl_spo.checkpointing.sync_folder", lambda folder: found.append(names(folder)))
+    monkeypatch.setattr("trl_spo.training.checkpointing.sync_folder", lambda folder: found.append(names(folder)))
     trainer = spo_trainer(tmp_path, max_steps=2)
     EMACallback(trainer, decay=0.5)
     trainer.train()

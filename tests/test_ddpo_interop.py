@@ -33,7 +33,7 @@ from trl_spo import (
     spo_config_from_ddpo,
     wrap_pipeline,
 )
-from trl_spo.pipeline_base import DDPOStableDiffusionPipeline
+from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
 
 from .testing_utils import PROMPTS, tiny_sd_pipeline
 

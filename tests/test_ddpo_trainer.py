@@ -33,7 +33,7 @@ from trl_spo import (
     reward_from_ddpo,
     spo_config_from_ddpo,
 )
-from trl_spo.pipeline_base import DDPOPipelineOutput, DDPOSchedulerOutput
+from trl_spo.pipelines.ddpo import DDPOPipelineOutput, DDPOSchedulerOutput
 
 from .test_ddpo_interop import WITHOUT_COUNTERPART, ddpo_settings
 from .testing_utils import (

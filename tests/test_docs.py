@@ -32,8 +32,8 @@ import torch
 from transformers import TrainingArguments
 
 from trl_spo import SPOConfig, StepRewardConfig
-from trl_spo.evaluation import PROTOCOLS
-from trl_spo.metrics import METRICS
+from trl_spo.evaluation.evaluate import PROTOCOLS
+from trl_spo.evaluation.metrics import METRICS
 from trl_spo.scripts import cli
 
 
@@ -236,7 +236,9 @@ def test_metrics_protocols_and_modules_are_listed():
     assert first_cells(evaluation, "Protocols") == set(PROTOCOLS)
     assert set(METRICS) <= first_cells(evaluation, "Metrics")
     listed = first_cells(ROOT / "CONTRIBUTING.md", "The house")
-    assert listed == {path.stem for path in (ROOT / "trl_spo").glob("*.py")} - {"__init__"} | {"scripts/"}
+    package = ROOT / "trl_spo"
+    modules = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")}
+    assert listed == {name for name in modules if "__init__" not in name and "scripts/" not in name} | {"scripts/"}
 
 
 # --- Python blocks ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import is_bitsandbytes_available
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
-from trl_spo.callbacks import EMA_NAME, EMACallback
+from trl_spo.training.ema import EMA_NAME, EMACallback
 
 from .testing_utils import (
     PROMPTS,

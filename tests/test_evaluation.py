@@ -27,24 +27,21 @@ import torch
 from PIL import Image
 
 from trl_spo import StepAwareRewardModel, wrap_pipeline
-from trl_spo.evaluation import (
-    PROTOCOLS,
-    EvaluationProtocol,
+from trl_spo.evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
+from trl_spo.evaluation.metrics import PickScore
+from trl_spo.evaluation.sheets import before_after_sheet
+from trl_spo.evaluation.statistics import (
     compare,
     comparison_table,
-    evaluate_pipeline,
-    generate_images,
     mean_and_se,
     mean_interval,
     paired_statistics,
     prompt_means,
-    score_images,
     student_t_quantile,
     wilson_interval,
     win_rate,
 )
-from trl_spo.metrics import PickScore
-from trl_spo.visualization import before_after_sheet
+from trl_spo.sampling import generate_images, score_images
 
 from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 

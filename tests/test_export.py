@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
 from trl_spo.export import export_kohya, merge_lora, read_lora
-from trl_spo.pipeline_base import LORA_NAME
+from trl_spo.pipelines.adapters import LORA_NAME
 
 from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 from trl_spo import SPOConfig, SPOTrainer
-from trl_spo.checkpointing import checkpoint_problems
+from trl_spo.training.checkpointing import checkpoint_problems
 
 from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
 

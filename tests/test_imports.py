@@ -26,9 +26,14 @@ import trl_spo
 
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
-    "training_arguments spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses numerics "
-    "pipeline_base pipeline_stable_diffusion pipeline_stable_diffusion_xl export model_card modeling_step_reward memory rollout "
-    "step_preference_data metrics evaluation checkpointing visualization callbacks step_reward_trainer spo_trainer ddpo_interop"
+    "training.arguments spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses "
+    "training.numerics training.running_means images prompts hub_files "
+    "pipelines.ddpo pipelines.conditioning pipelines.adapters pipelines.base pipelines.autoencoder "
+    "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.auto pipelines.encoding_cache "
+    "rewards.step_aware_clip step_pairs rollout noised_pairs sampling preference_dataset "
+    "training.checkpointing training.model_card training.memory training.ema training.callbacks pair_loader "
+    "step_reward_trainer spo_trainer ddpo_interop export "
+    "evaluation.statistics evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()
 SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo/scripts`, above everything
 CONTRACT = (
@@ -50,7 +55,20 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
 
 
 def modules() -> list[str]:
-    return sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+    """Dotted names below the package, such as `rollout` and `pipelines.base`."""
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    return sorted(".".join(path.parts) for path in paths if path.parts[0] != "scripts")
+
+
+def package_imports(module: str) -> list[str]:
+    """What a module imports from the package, as dotted names, whatever the number of leading dots."""
+    parents, found = module.split(".")[:-1], []
+    for level, name in imports_of(PACKAGE / f"{module.replace('.', '/')}.py"):
+        if level:
+            found.append(".".join([*parents[: len(parents) + 1 - level], name]))
+        elif name.startswith("trl_spo."):
+            found.append(name.removeprefix("trl_spo."))
+    return found
 
 
 def test_every_module_has_its_place():
@@ -59,8 +77,7 @@ def test_every_module_has_its_place():
 
 @pytest.mark.parametrize("module", modules())
 def test_imports_point_one_way(module):
-    siblings = [name for level, name in imports_of(PACKAGE / f"{module}.py") if level == 1]
-    upward = [name for name in siblings if ORDER.index(name) >= ORDER.index(module)]
+    upward = [name for name in package_imports(module) if ORDER.index(name) >= ORDER.index(module)]
     assert not upward, f"{module} imports {upward}, which come after it"
 
 
@@ -73,7 +90,7 @@ def test_scripts_are_above_the_package_and_in_order():
         siblings = [name for level, name in imports if level == 1 and name]
         assert all(SCRIPTS.index(name) < SCRIPTS.index(module) for name in siblings), (module, siblings)
     for module in modules():
-        assert not [name for _, name in imports_of(PACKAGE / f"{module}.py") if "scripts" in name.split(".")]
+        assert not [name for name in package_imports(module) if "scripts" in name.split(".")]
 
 
 def project_files() -> list[Path]:

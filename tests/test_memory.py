@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import main, measured_peak_bytes
 from trl_spo import StepAwareRewardModel, wrap_pipeline
-from trl_spo.memory import (
+from trl_spo.training.memory import (
     FALLBACK_CHUNK,
     GIB,
     denoiser_bytes,
@@ -415,8 +415,8 @@ def test_a_model_that_cannot_be_estimated_does_not_end_the_run(pipeline, caplog)
         def score(self, images, timesteps, text_features):
             return images.mean(dim=(1, 2, 3)) * (2 if images.mean() > 0.5 else 1)
 
-    logger = logging.getLogger("diffusers.trl_spo.memory")
-    root = logging.getLogger("trl_spo.memory")
+    logger = logging.getLogger("diffusers.trl_spo.training.memory")
+    root = logging.getLogger("trl_spo.training.memory")
     for one in (logger, root):
         one.addHandler(caplog.handler)
     try:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 
-from trl_spo.metrics import (
+from trl_spo.evaluation.metrics import (
     METRICS,
     AestheticScore,
     CLIPScore,

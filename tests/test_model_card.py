@@ -26,7 +26,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_spo import SPOConfig, StepRewardConfig, wrap_pipeline
-from trl_spo.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
+from trl_spo.training.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
 
 from .testing_utils import ddim_scheduler, tiny_sd_pipeline
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from trl_spo import StepAwareRewardModel, StepAwareRewardModelConfig
-from trl_spo.modeling_step_reward import CLIP_MEAN, CLIP_STD, prepare_images
+from trl_spo.rewards.step_aware_clip import CLIP_MEAN, CLIP_STD, prepare_images
 
 from .testing_utils import PROMPTS, tiny_clip
 
@@ -413,7 +413,7 @@ class TestSavingAndLoading:
             calls.append((args, kwargs))
             return str(tmp_path / "file.bin")
 
-        monkeypatch.setattr("trl_spo.modeling_step_reward.hf_hub_download", download)
+        monkeypatch.setattr("trl_spo.hub_files.hf_hub_download", download)
         StepAwareRewardModel.from_original_checkpoint(
             "owner/repo", clip=clip_path, filename="file.bin", revision="v1", token="secret"
         )

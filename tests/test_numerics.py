@@ -35,7 +35,7 @@ from trl_spo import (
     stepwise_rollout,
     wrap_pipeline,
 )
-from trl_spo.numerics import MAX_SKIPPED_STEPS, NonFiniteGuard, is_finite
+from trl_spo.training.numerics import MAX_SKIPPED_STEPS, NonFiniteGuard, is_finite
 
 from .testing_utils import PROMPTS, brightness_reward, ddim_scheduler, state_of, tiny_clip, tiny_sd_pipeline
 

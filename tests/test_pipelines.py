@@ -32,7 +32,8 @@ from diffusers import (
 from peft import LoraConfig
 
 from trl_spo import SPOStableDiffusionPipeline, SPOStableDiffusionXLPipeline, wrap_pipeline
-from trl_spo.pipeline_base import DDPOStableDiffusionPipeline, PromptEmbeds
+from trl_spo.pipelines.conditioning import PromptEmbeds
+from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
 
 from .testing_utils import (
     PROMPTS,

@@ -39,7 +39,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from trl_spo import StepRewardConfig, StepRewardTrainer, stepwise_rollout, wrap_pipeline
-from trl_spo.evaluation import (
+from trl_spo.evaluation.statistics import (
     compare,
     mean_and_se,
     mean_interval,
@@ -50,8 +50,8 @@ from trl_spo.evaluation import (
     win_rate,
 )
 from trl_spo.export import export_kohya, read_lora
+from trl_spo.images import image_to_tensor, read_image
 from trl_spo.losses import spo_loss, step_preference_loss
-from trl_spo.modeling_step_reward import StepAwareRewardModel
 from trl_spo.pair_selection import (
     draw_two_candidates,
     gather_candidates,
@@ -59,19 +59,18 @@ from trl_spo.pair_selection import (
     select_pairs,
     select_random_pairs,
 )
-from trl_spo.rollout import StepPairs
-from trl_spo.scheduling_ddim import ddim_step_stats
-from trl_spo.spo_trainer import PromptColumn, read_prompts
-from trl_spo.step_distribution import gaussian_kl, gaussian_log_prob, sample_candidates
-from trl_spo.step_preference_data import (
+from trl_spo.preference_dataset import (
     StepPreferenceCollator,
     find_preference_columns,
-    image_to_tensor,
     is_labelled,
     preference_labels,
     prepare_preference_dataset,
-    read_image,
 )
+from trl_spo.prompts import PromptColumn, read_prompts
+from trl_spo.rewards.step_aware_clip import StepAwareRewardModel
+from trl_spo.scheduling_ddim import ddim_step_stats
+from trl_spo.step_distribution import gaussian_kl, gaussian_log_prob, sample_candidates
+from trl_spo.step_pairs import StepPairs
 
 from .test_export import sdxl_unet
 from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline

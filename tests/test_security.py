@@ -40,11 +40,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
-from trl_spo import metrics as scores
+from trl_spo.evaluation import metrics as scores
 from trl_spo.export import export_kohya, merge_lora
-from trl_spo.model_card import hub_id
-from trl_spo.pipeline_base import load_scoring_vae
-from trl_spo.step_preference_data import StepPreferenceCollator, read_image
+from trl_spo.images import read_image
+from trl_spo.pipelines.autoencoder import load_scoring_vae
+from trl_spo.preference_dataset import StepPreferenceCollator
+from trl_spo.training.model_card import hub_id
 
 from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline
 
@@ -559,9 +560,9 @@ class TestPrompts:
         assert parsed.text.count("# heading") == 0
 
     def test_evaluation_and_samples(self, models, place):
-        from trl_spo.evaluation import EvaluationProtocol, evaluate_pipeline
+        from trl_spo.evaluation.evaluate import EvaluationProtocol, evaluate_pipeline
+        from trl_spo.evaluation.sheets import before_after_sheet
         from trl_spo.scripts import sample
-        from trl_spo.visualization import before_after_sheet
 
         nasty = [prompt for prompt in NASTY if "\0" not in prompt]
         with Writes() as writes:

@@ -25,7 +25,7 @@ from diffusers import AutoencoderTiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, stepwise_rollout, wrap_pipeline
-from trl_spo.spo_trainer import PromptColumn, read_prompts
+from trl_spo.prompts import PromptColumn, read_prompts
 
 from .testing_utils import PROMPTS, brightness_reward, ddim_scheduler, tiny_clip, tiny_sd_pipeline
 

@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 from trl import TrlParser
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
-from trl_spo.evaluation import score_images
+from trl_spo.sampling import score_images
 
 from .testing_utils import (
     PROMPTS,

@@ -23,7 +23,7 @@ import warnings
 import pytest
 import torch
 
-from trl_spo.evaluation import (
+from trl_spo.evaluation.statistics import (
     compare,
     mean_and_se,
     mean_interval,

@@ -32,14 +32,14 @@ import torch
 from PIL import Image
 
 from trl_spo import StepAwareRewardModel, wrap_pipeline
-from trl_spo.step_preference_data import (
-    EncodingCache,
+from trl_spo.images import image_to_tensor
+from trl_spo.noised_pairs import noised_pair_images
+from trl_spo.pipelines.encoding_cache import EncodingCache
+from trl_spo.preference_dataset import (
     StepPreferenceCollator,
     check_images,
     find_preference_columns,
-    image_to_tensor,
     load_preference_dataset,
-    noised_pair_images,
     preference_labels,
     prepare_preference_dataset,
     relabel_preferences,
@@ -396,14 +396,14 @@ class TestLoading:
     def test_a_hub_id_reaches_load_dataset(self, monkeypatch):
         calls = []
         monkeypatch.setattr(
-            "trl_spo.step_preference_data.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs))
+            "trl_spo.preference_dataset.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs))
         )
         load_preference_dataset("yuvalkirstain/pickapic_v1", "test_unique", streaming=True)
         assert calls == [(("yuvalkirstain/pickapic_v1",), {"split": "test_unique", "streaming": True})]
 
     @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/nowhere/pairs"])
     def test_a_missing_path_is_not_sought_on_the_hub(self, name, monkeypatch):
-        monkeypatch.setattr("trl_spo.step_preference_data.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
+        monkeypatch.setattr("trl_spo.preference_dataset.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
         with pytest.raises(FileNotFoundError, match="nowhere"):
             load_preference_dataset(name)
 

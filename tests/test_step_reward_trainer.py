@@ -28,8 +28,9 @@ from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 
 from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
-from trl_spo.step_preference_data import StepPreferenceCollator, noised_pair_images, relabel_preferences
-from trl_spo.step_reward_trainer import caption_contrastive_loss
+from trl_spo.losses import caption_contrastive_loss
+from trl_spo.noised_pairs import noised_pair_images
+from trl_spo.preference_dataset import StepPreferenceCollator, relabel_preferences
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline
 

@@ -25,20 +25,19 @@ import torch
 from PIL import Image, ImageColor, ImageFont
 
 from trl_spo import SPOConfig, SPOTrainer, stepwise_rollout, wrap_pipeline
-from trl_spo.visualization import (
+from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
+from trl_spo.evaluation.sheets import (
     LOSE,
     NEXT,
     WIN,
-    ImageLoggingCallback,
     _fit_lines,
     _font,
     _printable,
     before_after_sheet,
     candidate_tree,
-    plot_accuracy_by_timestep,
-    plot_curves,
-    to_pil,
 )
+from trl_spo.images import to_pil
+from trl_spo.training.callbacks import ImageLoggingCallback
 
 from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
 

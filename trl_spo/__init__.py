@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _import_structure = {
-    "callbacks": ["EMACallback"],
+    "training.ema": ["EMACallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
-    "evaluation": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
+    "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
     "export": ["export_kohya", "merge_lora"],
-    "metrics": ["load_metric"],
-    "modeling_step_reward": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
+    "evaluation.metrics": ["load_metric"],
+    "rewards.step_aware_clip": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
-    "pipeline_base": ["wrap_pipeline"],
-    "pipeline_stable_diffusion": ["SPOStableDiffusionPipeline"],
-    "pipeline_stable_diffusion_xl": ["SPOStableDiffusionXLPipeline"],
-    "rollout": ["StepPairs", "stepwise_rollout"],
+    "pipelines.auto": ["wrap_pipeline"],
+    "pipelines.stable_diffusion": ["SPOStableDiffusionPipeline"],
+    "pipelines.stable_diffusion_xl": ["SPOStableDiffusionXLPipeline"],
+    "rollout": ["stepwise_rollout"],
+    "step_pairs": ["StepPairs"],
     "scheduling_ddim": ["ddim_step_stats"],
     "spo_config": ["SPOConfig"],
     "losses": ["spo_loss", "step_preference_loss"],
@@ -42,24 +43,25 @@ _import_structure = {
 }
 
 if TYPE_CHECKING:
-    from .callbacks import EMACallback
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
-    from .evaluation import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
+    from .evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
+    from .evaluation.metrics import load_metric
     from .export import export_kohya, merge_lora
     from .losses import spo_loss, step_preference_loss
-    from .metrics import load_metric
-    from .modeling_step_reward import StepAwareRewardModel, StepAwareRewardModelConfig
     from .pair_selection import PairSelection, select_pairs
-    from .pipeline_base import wrap_pipeline
-    from .pipeline_stable_diffusion import SPOStableDiffusionPipeline
-    from .pipeline_stable_diffusion_xl import SPOStableDiffusionXLPipeline
-    from .rollout import StepPairs, stepwise_rollout
+    from .pipelines.auto import wrap_pipeline
+    from .pipelines.stable_diffusion import SPOStableDiffusionPipeline
+    from .pipelines.stable_diffusion_xl import SPOStableDiffusionXLPipeline
+    from .rewards.step_aware_clip import StepAwareRewardModel, StepAwareRewardModelConfig
+    from .rollout import stepwise_rollout
     from .scheduling_ddim import ddim_step_stats
     from .spo_config import SPOConfig
     from .spo_trainer import SPOTrainer
     from .step_distribution import gaussian_log_prob
+    from .step_pairs import StepPairs
     from .step_reward_config import StepRewardConfig
     from .step_reward_trainer import StepRewardTrainer
+    from .training.ema import EMACallback
 
 _module_of = {name: module for module, names in _import_structure.items() for name in names}
 __all__ = [*_module_of, "__version__"]

@@ -20,18 +20,19 @@ ask only for what the objects offer, so they also serve code that was written fo
 pipelines no adapter is needed: [`wrap_pipeline`] takes TRL's, and TRL's trainer takes ours.
 """
 
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import is_torch_tf32_available, logging
+from transformers.utils import is_torch_tf32_available
 
 from .spo_config import SPOConfig
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # DDPOConfig -> SPOConfig, settings that mean the same and keep their value.
 _SAME = {
@@ -52,6 +53,8 @@ _SAME = {
     "train_cfg": "train_cfg",
     "num_checkpoint_limit": "save_total_limit",
 }
+
+
 # Settings whose value is translated by `spo_config_from_ddpo`.
 _TRANSLATED = {
     "run_name",

@@ -38,13 +38,16 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .pipeline_base import LORA_NAME, SPOPipeline, load_diffusers_pipeline
+from .hub_files import load_diffusers_pipeline
+from .pipelines.adapters import LORA_NAME
+from .pipelines.base import SPOPipeline
 
 
 logger = logging.get_logger(__name__)
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the configuration of adapters
 BASES = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # -> kohya's `ss_base_model_version`
+
 
 # Layers of a residual block and around the blocks, in diffusers' and in the original UNet's naming.
 LDM_RESNET = {

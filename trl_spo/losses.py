@@ -23,6 +23,37 @@ import torch
 import torch.nn.functional as F
 
 
+def caption_contrastive_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, prompts: list[str]
+) -> torch.Tensor:
+    r"""
+    CLIP's symmetric contrastive loss (https://huggingface.co/papers/2103.00020, section 2.3) per pair: each image must
+    find its caption among those of the batch, and each caption its image. The same caption further down the batch is
+    no negative; a batch with one distinct caption has loss 0.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised image features.
+        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised text features.
+        logit_scale (`torch.Tensor` of shape `()`):
+            Factor of the cosines.
+        prompts (`list[str]`):
+            The captions, to tell which are equal.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    ids = torch.tensor([numbers[prompt] for prompt in prompts], device=image_embeds.device)
+    targets = torch.arange(len(ids), device=ids.device)
+    repeats = (ids[:, None] == ids) & (targets[:, None] != targets)
+    logits = (logit_scale * image_embeds @ text_embeds.T).masked_fill(repeats, float("-inf"))  # (images, captions)
+    image_losses = F.cross_entropy(logits, targets, reduction="none")
+    text_losses = F.cross_entropy(logits.T, targets, reduction="none")
+    return (image_losses + text_losses) / 2
+
+
 class SPOLossOutput(NamedTuple):
     """
     Per-pair values of [`spo_loss`].

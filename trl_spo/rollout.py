@@ -30,12 +30,10 @@ Differences from the public implementation:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-from .numerics import is_finite
 from .pair_selection import (
     PairSelection,
     draw_two_candidates,
@@ -45,131 +43,11 @@ from .pair_selection import (
     select_pairs,
     select_random_pairs,
 )
-from .pipeline_base import PromptEmbeds, SPOPipeline
+from .pipelines.base import SPOPipeline
+from .pipelines.conditioning import PromptEmbeds
 from .step_distribution import sample_candidates
-
-
-@dataclass
-class BranchRecord:
-    """
-    What happened at one branching step. B prompts, K candidates. Scores and indices are on the CPU.
-
-    Attributes:
-        step (`int`): index of the (first) step of the branch in the schedule.
-        timestep (`int`): t of the latents that branch.
-        scored_timestep (`int`): timestep at which the candidates were scored; 0 for final images.
-        scores (`torch.Tensor` of shape `(K, B)`): float32.
-        selection ([`PairSelection`]): winner, loser and validity per prompt.
-        next_index (`torch.Tensor` of shape `(B,)`): the candidate that went on.
-        latents (`torch.Tensor` of shape `(B, ...)`, *optional*): x_t; only with `return_trajectory=True`.
-        candidates (`torch.Tensor` of shape `(K, B, ...)`, *optional*): what was scored, as latents.
-        pred_original_samples (`torch.Tensor` of shape `(K, B, ...)`, *optional*): their predicted x_0.
-    """
-
-    step: int
-    timestep: int
-    scored_timestep: int
-    scores: torch.Tensor
-    selection: PairSelection
-    next_index: torch.Tensor
-    latents: torch.Tensor | None = None
-    candidates: torch.Tensor | None = None
-    pred_original_samples: torch.Tensor | None = None
-
-
-class NonFinite(NamedTuple):
-    """
-    A pair that was given up, or a finished image without a score, because something of it is NaN or infinite.
-
-    Attributes:
-        what (`str`): where it arose: "latents", "x_0 prediction", "decoded image" or "score".
-        step (`int`): index of the denoising step in the schedule.
-        timestep (`int`): the timestep at which `what` was computed.
-        prompt (`str`): the prompt.
-    """
-
-    what: str
-    step: int
-    timestep: int
-    prompt: str
-
-    def __str__(self) -> str:
-        return f"{self.what} at step {self.step}, timestep {self.timestep}, prompt {self.prompt!r}"
-
-
-@dataclass
-class StepPairs:
-    """
-    Win-lose pairs of denoising transitions, N in all, valid ones only.
-
-    Attributes:
-        latents (`torch.Tensor` of shape `(N, ...)`): x_t of the winner's transition.
-        chosen_prev_latents (`torch.Tensor` of shape `(N, ...)`): its x_{t-1}, bit for bit the one that was scored (or,
-            inside a multi-step branch, that led to it).
-        rejected_latents (`torch.Tensor` of shape `(N, ...)`): x_t of the loser's transition.
-        rejected_prev_latents (`torch.Tensor` of shape `(N, ...)`): its x_{t-1}.
-        shared (`torch.Tensor` of shape `(N,)`, bool): whether both transitions start from the same x_t.
-        timesteps (`torch.Tensor` of shape `(N,)`, int64): t.
-        prompt_index (`torch.Tensor` of shape `(N,)`, int64): row of the prompt in the rollout batch.
-        chosen_scores, rejected_scores (`torch.Tensor` of shape `(N,)`): of the reward model.
-        prompts (list of `str`): the N prompts.
-        branches (list of [`BranchRecord`]): every branching step of the rollout, valid or not.
-        final_latents (`torch.Tensor` of shape `(B, ...)`, *optional*): x_0 of the trajectories, if they were finished.
-        final_scores (`torch.Tensor` of shape `(B,)`, *optional*): their scores at timestep 0.
-        nonfinite (list of [`NonFinite`]): pairs that were given up, one entry per prompt and branch.
-    """
-
-    latents: torch.Tensor
-    chosen_prev_latents: torch.Tensor
-    rejected_latents: torch.Tensor
-    rejected_prev_latents: torch.Tensor
-    shared: torch.Tensor
-    timesteps: torch.Tensor
-    prompt_index: torch.Tensor
-    chosen_scores: torch.Tensor
-    rejected_scores: torch.Tensor
-    prompts: list[str]
-    branches: list[BranchRecord] = field(default_factory=list)
-    final_latents: torch.Tensor | None = None
-    final_scores: torch.Tensor | None = None
-    nonfinite: list[NonFinite] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    @classmethod
-    def tensor_names(cls) -> list[str]:
-        """Names of the per-pair tensors."""
-        of_rollout = ("prompts", "branches", "final_latents", "final_scores", "nonfinite")
-        return [f.name for f in fields(cls) if f.name not in of_rollout]
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The per-pair tensors by name."""
-        return {name: getattr(self, name) for name in self.tensor_names()}
-
-    def __getitem__(self, index: torch.Tensor | slice) -> "StepPairs":
-        """Pairs by index tensor or slice; the record of the rollout stays behind."""
-        rows = torch.arange(len(self))[index.cpu() if torch.is_tensor(index) else index]
-        return StepPairs(
-            **{name: value[rows.to(value.device)] for name, value in self.tensors().items()},
-            prompts=[self.prompts[i] for i in rows.tolist()],
-        )
-
-    def to(self, device, non_blocking: bool = False) -> "StepPairs":
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors().items()}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> "StepPairs":
-        """In page-locked memory, from where copies to a GPU do not stop the host."""
-        return replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
-
-    @classmethod
-    def cat(cls, parts: list["StepPairs"]) -> "StepPairs":
-        """One collection from several, in order; records of rollouts stay behind."""
-        return cls(
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.tensor_names()},
-            prompts=[prompt for part in parts for prompt in part.prompts],
-        )
+from .step_pairs import BranchRecord, NonFinite, StepPairs
+from .training.numerics import is_finite
 
 
 class _Scorer:

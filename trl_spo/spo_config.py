@@ -14,7 +14,7 @@
 
 from dataclasses import dataclass, field
 
-from .training_arguments import StepTrainingArguments
+from .training.arguments import StepTrainingArguments
 
 
 _DTYPES = (None, "float32", "float16", "bfloat16")

@@ -14,7 +14,7 @@
 
 from dataclasses import dataclass, field
 
-from .training_arguments import StepTrainingArguments
+from .training.arguments import StepTrainingArguments
 
 
 @dataclass(repr=False)  # of its own it would show the token

@@ -22,28 +22,28 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .checkpointing import CheckpointingMixin, check_output_dir, write_text
-from .losses import step_preference_loss
-from .model_card import step_reward_model_card
-from .modeling_step_reward import StepAwareRewardModel, StepRewardOutput
-from .numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
-from .pipeline_base import wrap_pipeline
-from .step_preference_data import (
-    EncodingCache,
+from .losses import caption_contrastive_loss, step_preference_loss
+from .noised_pairs import noised_pair_images
+from .pipelines.auto import wrap_pipeline
+from .pipelines.encoding_cache import EncodingCache
+from .preference_dataset import (
     StepPreferenceCollator,
     check_images,
     load_preference_dataset,
-    noised_pair_images,
     preference_labels,
     prepare_preference_dataset,
     score_clean_images,
 )
+from .rewards.step_aware_clip import StepAwareRewardModel, StepRewardOutput
 from .step_reward_config import StepRewardConfig
+from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text
+from .training.model_card import step_reward_model_card
+from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
+from .training.running_means import RunningAverages
 
 
 logger = logging.get_logger(__name__)
@@ -51,63 +51,6 @@ logger = logging.get_logger(__name__)
 STATE_NAME = "step_reward_state.json"
 TRAIN, EVAL = 0, 1  # keep the random numbers of training and evaluation apart
 STREAM_SHUFFLE_BUFFER = 1000  # pairs, with their undecoded images
-
-
-def caption_contrastive_loss(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, prompts: list[str]
-) -> torch.Tensor:
-    r"""
-    CLIP's symmetric contrastive loss (https://huggingface.co/papers/2103.00020, section 2.3) per pair: each image must
-    find its caption among those of the batch, and each caption its image. The same caption further down the batch is
-    no negative; a batch with one distinct caption has loss 0.
-
-    Args:
-        image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-            Normalised image features.
-        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-            Normalised text features.
-        logit_scale (`torch.Tensor` of shape `()`):
-            Factor of the cosines.
-        prompts (`list[str]`):
-            The captions, to tell which are equal.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`.
-    """
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    ids = torch.tensor([numbers[prompt] for prompt in prompts], device=image_embeds.device)
-    targets = torch.arange(len(ids), device=ids.device)
-    repeats = (ids[:, None] == ids) & (targets[:, None] != targets)
-    logits = (logit_scale * image_embeds @ text_embeds.T).masked_fill(repeats, float("-inf"))  # (images, captions)
-    image_losses = F.cross_entropy(logits, targets, reduction="none")
-    text_losses = F.cross_entropy(logits.T, targets, reduction="none")
-    return (image_losses + text_losses) / 2
-
-
-class RunningAverages:
-    """Averages of named values over steps and processes. Stays on the device until it is read."""
-
-    def __init__(self, names: list[str], accelerator):
-        self.names = names
-        self.accelerator = accelerator
-        self.reset()
-
-    def reset(self):
-        self.sums = torch.zeros(len(self.names), 2, device=self.accelerator.device)
-
-    def add(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None):
-        values = values.detach().float().flatten()
-        mask = torch.ones_like(values) if mask is None else mask.to(values).flatten()
-        mask = mask * values.isfinite()
-        self.sums[self.names.index(name)] += torch.stack(
-            [(torch.where(mask > 0, values, 0.0) * mask).sum(), mask.sum()]
-        )
-
-    def pop(self) -> dict[str, float]:
-        """The averages since the last call; names without a value are left out. Every process must call it."""
-        sums = self.accelerator.reduce(self.sums, "sum").tolist()
-        self.reset()
-        return {name: total / count for name, (total, count) in zip(self.names, sums, strict=True) if count > 0}
 
 
 class _PositionCallback(TrainerCallback):

@@ -29,8 +29,10 @@ import torch
 from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.preferences import _denoise, encode_prompts
-from trl_spo.evaluation import score_images, student_t_quantile
-from trl_spo.step_preference_data import StepPreferenceCollator, noised_pair_images
+from trl_spo.evaluation.statistics import student_t_quantile
+from trl_spo.noised_pairs import noised_pair_images
+from trl_spo.preference_dataset import StepPreferenceCollator
+from trl_spo.sampling import score_images
 
 
 STEPS, ETA = 10, 1.0

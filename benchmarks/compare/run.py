@@ -312,8 +312,8 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
     from examples.shapes.base_scores import load_pipeline
     from examples.shapes.preferences import make_preferences
     from trl_spo import wrap_pipeline
-    from trl_spo.step_preference_data import StepPreferenceCollator
-    from trl_spo.visualization import to_pil
+    from trl_spo.images import to_pil
+    from trl_spo.preference_dataset import StepPreferenceCollator
 
     pipeline = load_pipeline()
     preferences = make_preferences(pipeline, plan["num_pairs"], split="train", seed=0)
@@ -384,7 +384,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     from benchmarks.compare.methods import Recorder, exact_reward, load_pairs, restore_adapter, train, with_clip
     from examples.shapes.base_scores import load_pipeline
     from trl_spo import StepAwareRewardModel
-    from trl_spo.visualization import to_pil
+    from trl_spo.images import to_pil
 
     arm, seed, settings = arm_of(task), int(task.rsplit("/", 1)[1]), settings_of(output, task)
     twin = find_twin(output, task, settings)

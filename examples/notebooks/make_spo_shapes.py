@@ -52,9 +52,10 @@ sys.path.insert(0, "../..")  # the repository, for `examples.shapes`
 from examples.shapes import world
 from examples.shapes.base_scores import load_pipeline
 from trl_spo import SPOConfig, SPOTrainer
-from trl_spo.evaluation import compare, comparison_table
+from trl_spo.evaluation.curves import plot_curves
+from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
+from trl_spo.evaluation.statistics import compare, comparison_table
 from trl_spo.export import export_kohya
-from trl_spo.visualization import before_after_sheet, candidate_tree, plot_curves
 
 
 logging.set_verbosity_error()

@@ -49,13 +49,9 @@ from trl_spo import (
     StepRewardConfig,
     StepRewardTrainer,
 )
-from trl_spo.evaluation import compare, comparison_table
-from trl_spo.visualization import (
-    before_after_sheet,
-    candidate_tree,
-    plot_accuracy_by_timestep,
-    plot_curves,
-)
+from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
+from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
+from trl_spo.evaluation.statistics import compare, comparison_table
 
 
 METRICS = {

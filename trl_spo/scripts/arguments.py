@@ -103,7 +103,7 @@ class PipelineArguments:
 
     def load_pipeline(self, **kwargs):
         """The pipeline that the arguments name; `kwargs` go to `from_pretrained` and come first."""
-        from ..pipeline_base import wrap_pipeline
+        from ..pipelines.auto import wrap_pipeline
 
         if self.vae_name_or_path is not None:
             kwargs.setdefault("vae", self.vae_name_or_path)
@@ -199,7 +199,7 @@ class RewardModelArguments:
 
     def load(self):
         """The [`StepAwareRewardModel`] that the arguments name."""
-        from ..modeling_step_reward import StepAwareRewardModel
+        from ..rewards.step_aware_clip import StepAwareRewardModel
 
         if self.reward_model_name_or_path is not None:
             return StepAwareRewardModel.from_pretrained(self.reward_model_name_or_path)
@@ -281,7 +281,7 @@ class SamplerArguments:
 
     def read_prompts(self) -> list[str]:
         """The prompts that the arguments name."""
-        from ..spo_trainer import read_prompts
+        from ..prompts import read_prompts
 
         if self.prompts is None:
             raise SystemExit("There are no prompts: name a .txt file with one per line, or a dataset, with --prompts.")

@@ -43,10 +43,10 @@ class EvaluateArguments:
 
     Args:
         protocol (`str`, *optional*, defaults to `"spo-paper"`):
-            Name of a protocol in `trl_spo.evaluation.PROTOCOLS`. Options of the sampler that are given change it, and
+            Name of a protocol in `trl_spo.evaluation.evaluate.PROTOCOLS`. Options of the sampler that are given change it, and
             the report says so.
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hps_v2.1", "image_reward", "aesthetic"]`):
-            Names of `trl_spo.metrics.METRICS`, and `step_reward` for the reward model of the other arguments, which
+            Names of `trl_spo.evaluation.metrics.METRICS`, and `step_reward` for the reward model of the other arguments, which
             judges finished images at timestep 0.
         metric_options (`dict`, *optional*):
             Per metric, arguments of its `from_pretrained`, such as folders instead of Hub ids. JSON on the command line.
@@ -85,7 +85,7 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 def make_protocol(name: str, sampler_args: SamplerArguments):
     """The named [`EvaluationProtocol`] with the sampler options that were given, which become part of its name."""
-    from ..evaluation import PROTOCOLS
+    from ..evaluation.evaluate import PROTOCOLS
 
     if name not in PROTOCOLS:
         raise SystemExit(f"There is no protocol {name!r}; there are {', '.join(PROTOCOLS)}.")
@@ -101,7 +101,7 @@ def make_protocol(name: str, sampler_args: SamplerArguments):
 
 def load_metrics(arguments: EvaluateArguments, reward_args: RewardModelArguments, device) -> dict:
     """The metrics by name, in the order given."""
-    from ..metrics import METRICS, load_metric
+    from ..evaluation.metrics import METRICS, load_metric
 
     unknown = [name for name in arguments.metrics if name not in (*METRICS, STEP_REWARD)]
     if unknown:
@@ -122,9 +122,10 @@ def main(
     evaluate_args: EvaluateArguments,
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
-    from ..evaluation import evaluate_pipeline, generate_images
-    from ..pipeline_base import wrap_pipeline
-    from ..visualization import before_after_sheet
+    from ..evaluation.evaluate import evaluate_pipeline
+    from ..evaluation.sheets import before_after_sheet
+    from ..pipelines.auto import wrap_pipeline
+    from ..sampling import generate_images
 
     if evaluate_args.base and sampler_args.lora is None:
         raise SystemExit(

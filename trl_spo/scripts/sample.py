@@ -65,7 +65,7 @@ def main(model_args: PipelineArguments, sampler_args: SamplerArguments, sample_a
     """Samples, writes the images and `samples.json`, and returns the paths of the images."""
     from diffusers.utils import numpy_to_pil
 
-    from ..evaluation import generate_images
+    from ..sampling import generate_images
 
     prompts = sample_args.prompt or sampler_args.read_prompts()
     prompts = [prompt for prompt in prompts for _ in range(sample_args.images_per_prompt)]

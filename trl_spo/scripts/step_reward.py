@@ -42,7 +42,7 @@ def main(
     """Loads what the arguments name, trains, and saves the reward model to `config.output_dir`."""
     from transformers import set_seed
 
-    from ..step_preference_data import load_preference_dataset
+    from ..preference_dataset import load_preference_dataset
     from ..step_reward_trainer import StepRewardTrainer
 
     set_seed(config.seed)  # a fresh reward model draws its timestep embedding

@@ -45,8 +45,6 @@ _KINDS = {  # annotation -> what is accepted for it, in words, and a test
     ),
     type(None): ("None", lambda value: value is None),
 }
-
-
 SECRET_NAME = re.compile(r"(^|_)(token|password|secret|api_key)$")
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 

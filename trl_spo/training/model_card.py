@@ -34,7 +34,6 @@ FOLDER = "path/to/this/folder"  # where the card's examples load from if the mod
 SAMPLES_NAME = "samples.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)  # so no markup, and no "user:password@host/"
 STRIP_NAME = r"step_(\d+)\.png"
-
 SPO_RECIPE = (
     "learning_rate lr_scheduler_type weight_decay max_grad_norm per_device_train_batch_size "
     "gradient_accumulation_steps world_size per_device_rollout_batch_size num_candidates num_inner_steps "

@@ -46,18 +46,18 @@ from torch import nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from .modeling_step_reward import (
-    CLIP_MEAN,
-    CLIP_STD,
-    _load,
-    _load_strictly,
-    _load_tokenizer,
-    _locate_checkpoint,
-    _optional_file,
-    _read_json,
-    _read_state_dict,
-    _require_existing,
+from ..hub_files import (
+    load_pretrained,
+    load_strictly,
+    load_tokenizer,
+    locate_checkpoint,
+    optional_file,
+    read_json,
+    read_state_dict,
+    require_existing,
 )
+from ..images import eight_bits
+from ..rewards.step_aware_clip import CLIP_MEAN, CLIP_STD
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -91,12 +91,12 @@ class ImagePreparation:
         image processor classes may need torchvision. Without such a file: CLIP's, at `image_size`.
         """
         path = str(path)
-        _require_existing(path, "processor")
+        require_existing(path, "processor")
         settings = {}
         for name in ("preprocessor_config.json", "processor_config.json"):
-            file = _optional_file(path, name)
+            file = optional_file(path, name)
             if file is not None:
-                settings = _read_json(file)
+                settings = read_json(file)
                 settings = settings.get("image_processor", settings)
                 break
         size, crop = settings.get("size", image_size), settings.get("crop_size", image_size)
@@ -119,7 +119,7 @@ class ImagePreparation:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """`(N, 3, H, W)` in [0, 1] -> pixel values `(N, 3, height, width)`, float32, on the CPU."""
-        pixels = torch.stack([self._one(image) for image in _eight_bits(images).permute(0, 2, 3, 1)])
+        pixels = torch.stack([self._one(image) for image in eight_bits(images).permute(0, 2, 3, 1)])
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
@@ -143,11 +143,6 @@ class ImagePreparation:
         return image[top : top + self.crop, left : left + self.crop]
 
 
-def _eight_bits(images: torch.Tensor) -> torch.Tensor:
-    """The bytes that an image file would hold; uint8, on the CPU."""
-    return images.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
-
-
 def prepare_hps_images(
     images: torch.Tensor,
     size: int = 224,
@@ -169,7 +164,7 @@ def prepare_hps_images(
     Returns:
         `torch.Tensor` of shape `(N, 3, size, size)`: float32 pixel values, on the CPU.
     """
-    pixels = _eight_bits(images).float() / 255
+    pixels = eight_bits(images).float() / 255
     height, width = pixels.shape[-2:]
     scale = size / max(height, width)
     if scale != 1:
@@ -193,13 +188,13 @@ def prepare_hps_images(
 
 def _read_weights(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
     """The state dict in a file, without the prefix that `DistributedDataParallel` adds."""
-    return {name.removeprefix("module."): weight for name, weight in _read_state_dict(path, key).items()}
+    return {name.removeprefix("module."): weight for name, weight in read_state_dict(path, key).items()}
 
 
 def _find_file(path: str, filename: str) -> str:
     """A file given directly, or by its name in a folder or Hub repository."""
     path = os.fspath(path)
-    return path if os.path.isfile(path) else _locate_checkpoint(path, filename)
+    return path if os.path.isfile(path) else locate_checkpoint(path, filename)
 
 
 _OPEN_CLIP_BLOCK = {
@@ -435,7 +430,7 @@ class CLIPMetric(ImageMetric):
 
 
 def _require_tokenizer(path: str):
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise FileNotFoundError(
             f"{str(path)!r} holds no tokenizer; pass the folder or Hub id that does as `processor`."
@@ -460,7 +455,7 @@ class PickScore(CLIPMetric):
             kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
         """
         processor = model if processor is None else processor
-        clip = _load(CLIPModel, model, "a CLIP model")
+        clip = load_pretrained(CLIPModel, model, "a CLIP model")
         preparation = ImagePreparation.from_processor(processor, clip.config.vision_config.image_size)
         description = f"{cls.__name__}, {model}"
         return cls(clip, _require_tokenizer(processor), preparation, description=description, **kwargs)
@@ -515,10 +510,10 @@ class HPSv2(CLIPMetric):
             kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
         """
         path = _find_file(checkpoint, filename)
-        config = _load(CLIPConfig, clip, "a CLIP configuration")
+        config = load_pretrained(CLIPConfig, clip, "a CLIP configuration")
         tokenizer, settings = _require_tokenizer(clip), ImagePreparation.from_processor(clip)
         model = CLIPModel(config)
-        _load_strictly(model, convert_open_clip(_read_weights(path, "state_dict")), path, f"the CLIP of {clip!r}")
+        load_strictly(model, convert_open_clip(_read_weights(path, "state_dict")), path, f"the CLIP of {clip!r}")
         size = config.vision_config.image_size
 
         def preparation(images: torch.Tensor) -> torch.Tensor:
@@ -563,10 +558,10 @@ class AestheticScore(CLIPMetric):
         """
         path = _find_file(predictor, filename)
         weights = _read_weights(path)
-        model = _load(CLIPModel, clip, "a CLIP model")
+        model = load_pretrained(CLIPModel, clip, "a CLIP model")
         preparation = ImagePreparation.from_processor(clip, model.config.vision_config.image_size, half="round")
         mlp = PredictorMLP(model.config.projection_dim)
-        _load_strictly(mlp, weights, path, f"the aesthetic predictor on embeddings of {clip!r}")
+        load_strictly(mlp, weights, path, f"the aesthetic predictor on embeddings of {clip!r}")
         description = f"LAION aesthetic predictor, {predictor} on {clip}"
         return cls(mlp, model, None, preparation, description=description, **kwargs)
 
@@ -649,7 +644,7 @@ class ImageReward(ImageMetric):
             kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
         """
         path = _find_file(checkpoint, filename)
-        _require_existing(tokenizer, "tokenizer")
+        require_existing(tokenizer, "tokenizer")
         try:
             bert_tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except OSError as error:
@@ -677,7 +672,7 @@ class ImageReward(ImageMetric):
         )
         weights = convert_image_reward(_read_weights(path))  # first: a bad file costs no model
         model = ImageRewardModel(vision_config, text_config)
-        _load_strictly(model, weights, path, "ImageReward's BLIP")
+        load_strictly(model, weights, path, "ImageReward's BLIP")
         preparation = ImagePreparation(vision_config.image_size, vision_config.image_size, half="round")
         description = f"ImageReward, {checkpoint}"
         return cls(model, bert_tokenizer, preparation, description=description, **kwargs)
@@ -700,6 +695,8 @@ METRICS = {
     "aesthetic": (AestheticScore, {}),
     "clip_score": (CLIPScore, {}),
 }
+
+
 """Metric names with their class and the arguments of its `from_pretrained`."""
 
 
@@ -722,7 +719,7 @@ def load_metric(name: str, **kwargs) -> ImageMetric:
     Example:
 
     ```python
-    >>> from trl_spo.metrics import load_metric
+    >>> from trl_spo.evaluation.metrics import load_metric
 
     >>> pickscore = load_metric("pickscore", dtype=torch.float16)
     >>> scores = pickscore(images, prompts)  # (N,)

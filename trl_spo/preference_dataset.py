@@ -32,15 +32,12 @@ them before hours are spent, [`prepare_preference_dataset`] filters, [`relabel_p
 of a preference model, and an [`EncodingCache`] spares the second encoding of what a run has seen.
 """
 
-import functools
 import hashlib
-import io
 import logging
 import math
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -49,18 +46,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import DatasetDict, load_dataset, load_from_disk
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
 
-from .pipeline_base import PromptEmbeds
+from .images import image_to_tensor, read_image
+from .prompts import is_unicode
 
 
 logger = logging.getLogger(__name__)
 
 MIN_PAIRS_TO_JUDGE_BAD_IMAGES = 100
-# What PIL decodes by itself. For others it may start a program (EPS: Ghostscript).
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
-LARGEST_ASPECT_RATIO = 8  # of what is resized; longer images lose their ends first
 SHARD_NAME = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}")  # how the Hub names the parquet files of a split
 
 
@@ -177,106 +170,6 @@ def is_labelled(row: dict[str, Any]) -> bool:
         return False
     label_0, label_1 = row["label_0"], row["label_1"]
     return label_0 is not None and label_1 is not None and (label_0 != 0 or label_1 != 0)
-
-
-@functools.cache
-def _image_formats() -> list[str]:
-    Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]  # older versions of PIL know fewer
-
-
-def read_image(image: Any) -> Image.Image:
-    r"""
-    An RGB image from whatever a dataset row may hold: upright, if its EXIF data says that it lies on its side (as
-    `datasets` decodes it), the first frame of an animation, 16 bits per channel scaled to 8 and transparency left out.
-
-    Args:
-        image (`PIL.Image.Image`, `bytes` or `dict`):
-            A decoded image, an encoded one, or the record `{"bytes": ..., "path": ...}` of an undecoded
-            `datasets.Image` feature.
-
-    Returns:
-        `PIL.Image.Image`, fully decoded.
-
-    Raises:
-        `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
-            pixels: a small file may unpack to gigabytes.
-        `ValueError`: If it is none of the kinds above.
-    """
-    if isinstance(image, dict):
-        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        if isinstance(image, str):
-            if not Path(image).is_file():  # devices and pipes have no end
-                raise OSError(f"{image!r} is no file")
-            image = Path(image).read_bytes()
-    if image is None:
-        raise OSError("there is no image")
-    if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
-        raise ValueError(f"An image must be a PIL image, bytes or a `datasets` image, got {type(image).__name__}.")
-    try:
-        if not isinstance(image, Image.Image):  # reads the header only; beyond twice the limit PIL itself refuses
-            image = Image.open(io.BytesIO(image), formats=_image_formats())
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:  # an image that was given may be opened, not read
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
-        image.load()  # first: broken pixels are bad news, broken EXIF data is not
-        return _to_rgb(_upright(image))
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # PIL's readers of EXIF data raise as many kinds of errors as its decoders
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """What PIL's `convert` does, without clipping what has more than 8 bits, or is a fraction, to white or black."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        largest = pixels.max(initial=0)
-        if image.mode.startswith("I;16") or (image.mode == "I" and largest > 255):
-            pixels = pixels / 257
-        elif image.mode == "F" and largest <= 1:
-            pixels = pixels * 255
-        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
-    elif image.mode == "La":
-        image = image.convert("LA")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
-    r"""
-    Brings an RGB image to a square tensor: bicubic resize of the short side to `resolution`, then centre crop. Of an
-    image that is more than eight times as long as wide, the middle is cut out before the resize, which would otherwise
-    make gigabytes of a line.
-
-    Args:
-        image (`PIL.Image.Image`):
-            RGB image.
-        resolution (`int`):
-            Side of the result in pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(3, resolution, resolution)`: float32 in [-1, 1].
-    """
-    longest = LARGEST_ASPECT_RATIO * min(image.size)
-    if max(image.size) > longest:
-        kept = [min(side, longest + (side - longest) % 2) for side in image.size]  # the middle stays the middle
-        left, top = ((side - part) // 2 for side, part in zip(image.size, kept, strict=True))
-        image = image.crop((left, top, left + kept[0], top + kept[1]))
-    scale = resolution / min(image.size)
-    size = tuple(max(resolution, round(side * scale)) for side in image.size)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = ((side - resolution) // 2 for side in size)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
-    return pixels / 127.5 - 1
 
 
 class BadRow(NamedTuple):
@@ -468,15 +361,6 @@ def _check_prompt(prompt: Any, column: str, where: str):
             f"Column `{column}` must hold text, but {where} has {prompt[:60]!r}, which is no valid Unicode (half of a "
             "surrogate pair). Repair it with `prompt.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')`."
         )
-
-
-def is_unicode(text: str) -> bool:
-    """Whether text can be written to a file: a Python string may hold halves of surrogate pairs, a file may not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _weight(num_examples: Any) -> float:
@@ -730,7 +614,7 @@ class StepPreferenceCollator:
 
     ```python
     >>> from PIL import Image
-    >>> from trl_spo.step_preference_data import StepPreferenceCollator
+    >>> from trl_spo.preference_dataset import StepPreferenceCollator
 
     >>> red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     >>> batch = StepPreferenceCollator(resolution=8)([{"prompt": "red", "chosen": red, "rejected": blue}])
@@ -817,183 +701,3 @@ class StepPreferenceCollator:
 def _image_key(image: torch.Tensor) -> str:
     """The same for equal pixels, whatever file they come from."""
     return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest()
-
-
-class EncodingCache:
-    r"""
-    Keeps what the frozen networks make of images and prompts, so that seeing them again costs nothing.
-
-    Of an image it keeps mean and standard deviation of the VAE's posterior, in main memory, and not a latent: every use
-    still draws its own sample, with the same random numbers as without the cache. Once `max_bytes` are taken, new
-    images are not kept, and none is thrown out: in epochs that pass over the data in a new order each, throwing out the
-    oldest would lose every image just before it comes again. Of prompts it keeps the most recently used.
-
-    Every image and every prompt is encoded alone, in a batch of one. So what is in the cache changes no bit of a run:
-    one that is resumed with an empty cache is the same run. Against a run without the cache, which encodes whole
-    batches, rounding may differ in the last bits, as it does for another batch size.
-
-    Args:
-        max_bytes (`int`, *optional*, defaults to `8 * 2**30`):
-            Memory for images. One of 512 pixels takes 128 KiB with a float32 VAE, one of 1024 four times that; half
-            precision takes half.
-        max_prompts (`int`, *optional*, defaults to `1024`):
-            Prompts to keep, on the pipeline's device.
-
-    Attributes:
-        num_bytes (`int`): memory taken by images.
-        num_images_encoded (`int`), num_prompts_encoded (`int`): how often a network had to run.
-    """
-
-    def __init__(self, max_bytes: int = 8 * 2**30, max_prompts: int = 1024):
-        self.max_bytes = max_bytes
-        self.max_prompts = max_prompts
-        self.num_bytes = self.num_images_encoded = self.num_prompts_encoded = 0
-        self._posteriors: dict[str, torch.Tensor] = {}
-        self._prompts: OrderedDict[tuple, PromptEmbeds] = OrderedDict()
-
-    @torch.no_grad()
-    def encode_images(
-        self, pipeline: Any, images: torch.Tensor, keys: list[str], generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        r"""
-        What `pipeline.encode_images(images, generator)` returns: latents drawn from the posterior.
-
-        Args:
-            pipeline:
-                An SPO pipeline.
-            images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-                In [-1, 1].
-            keys (`list[str]`):
-                One per image: equal keys stand for equal images.
-            generator (`torch.Generator`, *optional*):
-                Source of the sampling noise.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, latent_height, latent_width)`.
-        """
-        parts = [self._posterior(pipeline, image, key) for image, key in zip(images, keys, strict=True)]
-        mean, std = torch.stack(parts, dim=1).to(pipeline.device)  # each (B, C, h, w)
-        return pipeline.draw_latents(mean, std, generator)
-
-    def _posterior(self, pipeline, image: torch.Tensor, key: str) -> torch.Tensor:
-        """Mean and standard deviation, shape (2, C, h, w), on the CPU."""
-        if key in self._posteriors:
-            return self._posteriors[key]
-        value = torch.cat(pipeline.image_posterior(image[None])).cpu()
-        self.num_images_encoded += 1
-        if self.num_bytes + value.nbytes <= self.max_bytes:
-            self._posteriors[key] = value
-            self.num_bytes += value.nbytes
-        return value
-
-    def encode_prompts(self, pipeline: Any, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
-        r"""
-        What `pipeline.encode_prompt(prompts, negative_prompt, **size)` returns.
-
-        Args:
-            pipeline:
-                An SPO pipeline.
-            prompts (`list[str]`):
-                Prompts, repeats allowed.
-            negative_prompt (`str`, *optional*, defaults to `""`):
-                Prompt of the unconditional half of the guidance.
-            size:
-                `height` and `width` of the images.
-
-        Returns:
-            [`PromptEmbeds`], one row per prompt.
-        """
-        rows = []
-        for prompt in prompts:
-            key = (prompt, negative_prompt, *sorted(size.items()))
-            if key not in self._prompts:
-                self._prompts[key] = pipeline.encode_prompt([prompt], negative_prompt, **size)
-                self.num_prompts_encoded += 1
-            self._prompts.move_to_end(key)
-            rows.append(self._prompts[key])
-            if len(self._prompts) > self.max_prompts:
-                self._prompts.popitem(last=False)
-        return PromptEmbeds.cat(rows)
-
-
-@torch.no_grad()
-def noised_pair_images(
-    pipeline: Any,
-    batch: dict[str, Any],
-    timesteps: torch.Tensor,
-    guidance_scale: float = 5.0,
-    generator: torch.Generator | None = None,
-    negative_prompt: str = "",
-    prediction_batch_size: int | None = None,
-    cache: EncodingCache | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""
-    Predictions of both images of each pair from the same timestep and the same noise.
-
-    At timestep 0 the images are returned as they are: this is how the paper evaluates t = 0, and what SPO asks the
-    reward model about at its last step.
-
-    Args:
-        pipeline:
-            An SPO pipeline, see `wrap_pipeline`. Runs without gradients.
-        batch (`dict`):
-            A batch of [`StepPreferenceCollator`].
-        timesteps (`torch.Tensor` of shape `(batch_size,)`):
-            Integer timestep of each pair, in `[0, pipeline.num_train_timesteps)`.
-        guidance_scale (`float`, *optional*, defaults to `5.0`):
-            Classifier-free guidance of the prediction.
-        generator (`torch.Generator`, *optional*):
-            Source of all randomness: first the VAE's sampling, then the noise.
-        negative_prompt (`str`, *optional*, defaults to `""`):
-            Prompt of the unconditional half of the guidance.
-        prediction_batch_size (`int`, *optional*):
-            Pairs per call of denoiser and VAE decoder. Defaults to all.
-        cache ([`EncodingCache`], *optional*):
-            Takes over the encoding of images and prompts; `batch` then needs `keys_0` and `keys_1`.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(batch_size, 3, height, width)`: images in [-1, 1] on the pipeline's
-        device.
-
-    Raises:
-        `ValueError`: If the timesteps do not fit the batch.
-    """
-    batch_size, prompts = len(batch["prompts"]), batch["prompts"]
-    if timesteps.shape != (batch_size,) or timesteps.is_floating_point():
-        raise ValueError(
-            f"`timesteps` must be {batch_size} integers, one per pair, got shape {tuple(timesteps.shape)} and dtype "
-            f"{timesteps.dtype}."
-        )
-    if batch_size and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < pipeline.num_train_timesteps:
-        raise ValueError(f"`timesteps` must lie in [0, {pipeline.num_train_timesteps}), got {timesteps.tolist()}.")
-    timesteps = timesteps.to(pipeline.device)
-    images = torch.stack([batch["images_0"], batch["images_1"]], dim=1).to(pipeline.device)  # (B, 2, 3, H, W)
-    noisy = (timesteps > 0).nonzero().flatten()
-    if len(noisy) == 0:
-        return images[:, 0], images[:, 1]
-    chunk = batch_size if prediction_batch_size is None else prediction_batch_size
-    if cache is None:
-        encode_prompts = pipeline.encode_prompt
-        parts = [pipeline.encode_images(x.flatten(0, 1), generator=generator) for x in images.split(chunk)]
-    else:
-        encode_prompts = partial(cache.encode_prompts, pipeline)
-        keys = [key for pair in zip(batch["keys_0"], batch["keys_1"], strict=True) for key in pair]
-        parts = [
-            cache.encode_images(pipeline, part.flatten(0, 1), keys[2 * i * chunk :][: 2 * len(part)], generator)
-            for i, part in enumerate(images.split(chunk))
-        ]
-    latents = torch.cat(parts)
-    latents = latents.unflatten(0, (batch_size, 2))  # (B, 2, C, h, w)
-    noise = randn_tensor(
-        (batch_size, 1, *latents.shape[2:]), generator=generator, device=latents.device, dtype=latents.dtype
-    ).expand_as(latents)  # one noise per pair
-    images = images.clone()
-    for rows in noisy.split(chunk):
-        prompt_embeds = encode_prompts(
-            [prompts[row] for row in rows.tolist()], negative_prompt, height=images.shape[-2], width=images.shape[-1]
-        ).repeat_interleave(2)
-        pair_timesteps = timesteps[rows].repeat_interleave(2)
-        noised = pipeline.add_noise(latents[rows].flatten(0, 1), noise[rows].flatten(0, 1), pair_timesteps)
-        predicted = pipeline.predict_original_sample(noised, pair_timesteps, prompt_embeds, guidance_scale)
-        images[rows] = pipeline.decode_latents(predicted).unflatten(0, (len(rows), 2)).to(images.dtype)
-    return images[:, 0], images[:, 1]

@@ -36,15 +36,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .modeling_step_reward import StepAwareRewardModel
-from .pipeline_base import PromptEmbeds, SPOPipeline
+from ..pipelines.base import SPOPipeline
+from ..pipelines.conditioning import PromptEmbeds
+from ..rewards.step_aware_clip import StepAwareRewardModel
 
 
 logger = logging.get_logger(__name__)
 
 GIB = 2**30
 FALLBACK_CHUNK = 8  # most samples per call of a model that cannot be estimated
-
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _ANSWERS = {  # what checks of values, such as `bool(x.isfinite().all())`, are taken to find: that nothing is wrong

@@ -19,8 +19,8 @@ Stable Diffusion XL as SPO trains it. Everything that is not conditioning or the
 
 import torch
 
-from .pipeline_base import PromptEmbeds
-from .pipeline_stable_diffusion import SPOStableDiffusionPipeline
+from .conditioning import PromptEmbeds
+from .stable_diffusion import SPOStableDiffusionPipeline
 
 
 class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):

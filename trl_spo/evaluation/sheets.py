@@ -18,39 +18,20 @@ Pictures: sheets of images before and after, the candidate tree of a rollout, cu
 """
 
 import functools
-import io
-import json
-import numbers
-import re
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib import font_manager
-from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
-from transformers import TrainerCallback
 
-from .checkpointing import write_text
-from .model_card import SAMPLES_NAME
-from .rollout import StepPairs
+from ..images import to_pil
+from ..step_pairs import StepPairs
 
 
 LEGEND_WIDTH = 360  # of a candidate tree
 WIN, LOSE, NEXT, INK, PAPER, MUTED = "#1a9850", "#d73027", "#2166ac", "#222222", "#ffffff", "#777777"
-
-
-def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
-    """`(3, H, W)` in [0, 1] -> PIL image, small ones enlarged to `size` pixels without smoothing."""
-    array = image.detach().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(array)
-    if size is None or picture.width == size:
-        return picture
-    resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
-    return picture.resize((size, round(size * picture.height / picture.width)), resample)
-
-
 DEJAVU = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
 
 
@@ -238,193 +219,3 @@ def candidate_tree(
         draw.rectangle((x, legend + 2, x + 12, legend + 14), fill=color)
         draw.text((x + 18, legend), text, font=font, fill=INK)
     return sheet
-
-
-class NotebookFigure(Figure):
-    """A figure that a notebook shows without pyplot, and without `%matplotlib inline`."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
-
-
-NOT_CURVES = {"epoch", "step", "total_flos"}
-
-
-def plot_curves(
-    log_history: list[dict], keys: list[str] | None = None, title: str | None = None, x: str = "step"
-) -> Figure:
-    """
-    Curves of logged metrics.
-
-    Args:
-        log_history (list of `dict`): `trainer.state.log_history`.
-        keys (`list[str]`, *optional*): metrics to draw, one panel each; those that were never logged are left out. By
-            default all that were logged, with one panel for all that share what is before the slash
-            (`rewards/chosen`, `rewards/rejected`).
-        title (`str`, *optional*): heading.
-        x (`str`, *optional*, defaults to `"step"`): key of the horizontal axis.
-
-    Returns:
-        `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: if none of the keys was logged.
-    """
-    if keys is None:
-        logged = dict.fromkeys(key for log in log_history if x in log for key in log)
-        wanted = [k for k in logged if k not in NOT_CURVES and k != x and not k.startswith("train_")]
-    else:
-        wanted = list(keys)
-    series = {key: [(log[x], log[key]) for log in log_history if key in log and x in log] for key in wanted}
-    series = {k: p for k, p in series.items() if p and all(isinstance(y, numbers.Real) for _, y in p)}
-    if not series:
-        raise ValueError("There is no metric" if keys is None else f"None of {keys} is" + " in the log history.")
-    panels: dict[str, list[str]] = {}
-    for key in series:
-        panels.setdefault(key if keys is not None else key.partition("/")[0], []).append(key)
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = NotebookFigure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
-    for index, (name, members) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        for number, key in enumerate(members):
-            points = series[key]
-            axes.plot(
-                *zip(*points, strict=True),
-                color=NEXT if len(members) == 1 else f"C{number % 10}",
-                linestyle="-" if number < 10 else "--",
-                marker="." if len(points) < 40 else None,
-                label=key.partition("/")[2] or key,
-            )
-        axes.set_title(members[0] if len(members) == 1 else name, fontsize=10)
-        axes.set_xlabel(x, fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if len(members) > 1:
-            axes.legend(fontsize=6)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def _by_timestep(values: dict) -> dict[int, float]:
-    """`{timestep: accuracy}` as it is, or picked from metrics such as `eval_accuracy/t_501`."""
-    picked = {}
-    for key, value in values.items():
-        match = re.fullmatch(r"(?:.*accuracy/t_)?(\d+)", str(key))
-        if match:
-            picked[int(match[1])] = value
-    if not picked:
-        raise ValueError(f"There is no accuracy by timestep, such as `eval_accuracy/t_501`, among {list(values)}.")
-    return picked
-
-
-def plot_accuracy_by_timestep(accuracy: dict[str, dict[int, float]], title: str | None = None) -> Figure:
-    """
-    Accuracy of reward models over the timestep at which they judge.
-
-    Args:
-        accuracy (`dict[str, dict[int, float]]`): per model, accuracy by timestep; what
-            [`StepRewardTrainer.evaluate`] returns will do, too.
-        title (`str`, *optional*): heading.
-
-    Returns:
-        `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: if a model has no accuracy.
-    """
-    figure = NotebookFigure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    lowest = 0.5
-    for name, values in accuracy.items():
-        values = _by_timestep(values)
-        timesteps = sorted(values)
-        lowest = min(lowest, *values.values())
-        axes.plot(timesteps, [values[t] for t in timesteps], marker="o", label=name)
-    axes.axhline(0.5, color=MUTED, linestyle=":", label="chance")
-    axes.set_xlabel("timestep (0: clean image)")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(max(0.0, min(0.4, lowest - 0.05)), 1.0)
-    axes.invert_xaxis()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    if title:
-        axes.set_title(title, fontsize=11)
-    return figure
-
-
-class ImageLoggingCallback(TrainerCallback):
-    """
-    Samples the same prompts with the same seeds before the first step, every `every` optimizer steps and at the end.
-
-    Under `output_dir/images` it leaves a strip of all images per time (`step_000100.png`) and the latest images one by
-    one (`sample_0.png`, with their prompts in `samples.json`), which the model card shows. The trackers of the run get
-    them as well: TensorBoard, Weights & Biases and Trackio, those that `report_to` names.
-
-    Args:
-        trainer ([`SPOTrainer`]): whose pipeline is sampled with the settings of its config.
-        prompts (`list[str]`): a few prompts.
-        every (`int`): optimizer steps between two times.
-    """
-
-    def __init__(self, trainer, prompts: list[str], every: int):
-        self.trainer = trainer
-        self.prompts = prompts
-        self.every = every
-        self._last = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self._log(args, state)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # The last step counts here, as trackers close their files when training ends.
-        if state.global_step % self.every == 0 or control.should_training_stop:
-            self._log(args, state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._last != state.global_step:
-            self._log(args, state)
-
-    def _log(self, args, state):
-        if not state.is_world_process_zero:
-            return
-        self._last = state.global_step
-        images = self.trainer.generate(self.prompts)
-        pictures = [to_pil(image) for image in images]
-        self._save(Path(args.output_dir) / "images", images, pictures, state.global_step)
-        for callback in self.trainer.callback_handler.callbacks:
-            if getattr(callback, "tb_writer", None) is not None:
-                for i, image in enumerate(images):
-                    callback.tb_writer.add_image(f"samples/{i}", image, state.global_step)
-        # Neither gets a step of its own: both would drop images of a step below their own count of log calls. The
-        # callbacks of transformers log the optimizer step beside every value, and so do we.
-        values = {"train/global_step": state.global_step}
-        if "wandb" in args.report_to:
-            import wandb
-
-            if wandb.run is not None:
-                samples = [wandb.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
-                wandb.log({"samples": samples, **values})
-        if "trackio" in args.report_to:
-            import trackio
-
-            if trackio.context_vars.current_run.get() is not None:
-                samples = [trackio.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
-                trackio.log({**{f"samples/{i}": sample for i, sample in enumerate(samples)}, **values})
-
-    def _save(self, folder: Path, images: torch.Tensor, pictures: list[Image.Image], step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        small = [to_pil(image, 128) for image in images]
-        strip = Image.new("RGB", (132 * len(small) + 4, small[0].height + 8), PAPER)
-        for i, picture in enumerate(small):
-            strip.paste(picture, (4 + 132 * i, 4))
-        strip.save(folder / f"step_{step:06d}.png")
-        names = [f"sample_{i}.png" for i in range(len(pictures))]
-        for name, picture in zip(names, pictures, strict=True):
-            picture.save(folder / name)
-        record = {"step": step, "prompts": list(self.prompts), "images": names}
-        write_text(folder / SAMPLES_NAME, json.dumps(record, ensure_ascii=False))

@@ -34,16 +34,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
-from .pipeline_base import (
-    LORA_NAME,
-    DDPOPipelineOutput,
-    DDPOSchedulerOutput,
-    PromptEmbeds,
-    SPOPipeline,
-    load_diffusers_pipeline,
-)
-from .scheduling_ddim import ddim_predict, ddim_step_stats
-from .step_distribution import StepDistribution, gaussian_log_prob
+from ..hub_files import load_diffusers_pipeline
+from ..scheduling_ddim import ddim_predict, ddim_step_stats
+from ..step_distribution import StepDistribution, gaussian_log_prob
+from .adapters import LORA_NAME
+from .base import SPOPipeline
+from .conditioning import PromptEmbeds
+from .ddpo import DDPOPipelineOutput, DDPOSchedulerOutput
 
 
 logger = logging.get_logger(__name__)

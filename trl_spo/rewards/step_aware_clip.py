@@ -42,21 +42,27 @@ the names of their parameters did not. So the names below `model.` are those of 
 """
 
 import copy
-import json
-import os
 import pickle
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
+
+from ..hub_files import (
+    canonical_name,
+    image_settings,
+    load_pretrained,
+    load_strictly,
+    load_tokenizer,
+    locate_checkpoint,
+    read_model_type,
+    read_state_dict,
+)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -588,13 +594,13 @@ class StepAwareRewardModel(PreTrainedModel):
         Returns:
             [`StepAwareRewardModel`] in evaluation mode.
         """
-        clip = _load(CLIPModel, path_or_id, "a CLIP model")
+        clip = load_pretrained(CLIPModel, path_or_id, "a CLIP model")
         processor = path_or_id if processor is None else processor
-        config = cls.config_class(clip.config, **{**_image_settings(processor), **config_kwargs})
-        model = cls(config, tokenizer=_load_tokenizer(processor)).cast(clip.visual_projection.weight.dtype)
+        config = cls.config_class(clip.config, **{**image_settings(processor), **config_kwargs})
+        model = cls(config, tokenizer=load_tokenizer(processor)).cast(clip.visual_projection.weight.dtype)
         weights = {f"model.{name}": weight for name, weight in clip.state_dict().items()}
         weights |= {name: value for name, value in model.state_dict().items() if _is_step_parameter(name)}
-        _load_strictly(model, weights, path_or_id, "the step-aware reward model")
+        load_strictly(model, weights, path_or_id, "the step-aware reward model")
         return model.eval()
 
     @classmethod
@@ -658,13 +664,13 @@ class StepAwareRewardModel(PreTrainedModel):
             `ValueError`: If the file is unsafe, or its keys or shapes are not those of the architecture; they are
             named at once, the first ten of each kind.
         """
-        checkpoint = _locate_checkpoint(checkpoint, filename, revision=revision, cache_dir=cache_dir, token=token)
-        weights = {_canonical_name(name): weight for name, weight in _read_state_dict(checkpoint).items()}
+        checkpoint = locate_checkpoint(checkpoint, filename, revision=revision, cache_dir=cache_dir, token=token)
+        weights = {canonical_name(name): weight for name, weight in read_state_dict(checkpoint).items()}
         processor = clip if processor is None else processor
-        clip_config = _load(CLIPConfig, clip, "a CLIP configuration")
-        config = cls.config_class(clip_config, **{**_image_settings(processor), **config_kwargs})
-        model = cls(config, tokenizer=_load_tokenizer(processor))
-        _load_strictly(model, weights, checkpoint, f"the CLIP architecture of {str(clip)!r}")
+        clip_config = load_pretrained(CLIPConfig, clip, "a CLIP configuration")
+        config = cls.config_class(clip_config, **{**image_settings(processor), **config_kwargs})
+        model = cls(config, tokenizer=load_tokenizer(processor))
+        load_strictly(model, weights, checkpoint, f"the CLIP architecture of {str(clip)!r}")
         return model.eval()
 
     @classmethod
@@ -676,7 +682,7 @@ class StepAwareRewardModel(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
             hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-            model_type = _read_model_type(path, hub_kwargs)
+            model_type = read_model_type(path, hub_kwargs)
             if model_type != cls.config_class.model_type:
                 raise ValueError(
                     f"{path!r} holds a {model_type!r} model, not a step-aware reward model. Make one from a CLIP with "
@@ -698,7 +704,7 @@ class StepAwareRewardModel(PreTrainedModel):
             raise ValueError(f"The weights in {path!r} do not fit the step-aware reward model: {problems}.")
         model._freeze_unused_step_parameters()  # loading in transformers 5 switches gradients on again
         if model.tokenizer is None:
-            model.tokenizer = _load_tokenizer(path)
+            model.tokenizer = load_tokenizer(path)
         return (model, info) if return_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -717,168 +723,7 @@ def _is_step_parameter(name: str) -> bool:
     return "adaLN_modulation." in name or "t_embedder." in name
 
 
-def _require_existing(path: str, what: str):
-    """Refuses what is plainly a local path and does not exist, before anything asks the Hub for it."""
-    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
-    if looks_local and not os.path.exists(path):
-        raise FileNotFoundError(f"There is no {what} at {path!r}: the path does not exist.")
-
-
-def _load(loader, path: str, what: str):
-    path = str(path)
-    _require_existing(path, what.removeprefix("a "))
-    try:
-        return loader.from_pretrained(path)
-    except OSError as error:
-        raise FileNotFoundError(f"{path!r} holds no {what.removeprefix('a ')}: {error}") from error
-    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The weights in {path!r} were refused: they are no plain tensors: {error}") from error
-
-
-def _read_model_type(path: str, hub_kwargs: dict) -> str | None:
-    _require_existing(path, "step-aware reward model")
-    try:
-        config_file = cached_file(path, "config.json", **hub_kwargs)
-    except OSError as error:
-        raise FileNotFoundError(f"{path!r} holds no step-aware reward model: {error}") from error
-    if config_file is None:
-        raise FileNotFoundError(f"{path!r} holds no step-aware reward model: there is no config.json.")
-    return _read_json(config_file).get("model_type")
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:  # of JSON, or of the encoding
-        raise ValueError(f"{str(path)!r} is not valid JSON, it may be incomplete: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(content).__name__}.")
-    return content
-
-
-def _load_tokenizer(path: str):
-    """The tokenizer of a folder or Hub id, `None` if it holds none."""
-    path = str(path)
-    _require_existing(path, "processor")
-    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-    if all(_optional_file(path, name) is None for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # the default asks on the terminal
-
-
-def _image_settings(path: str) -> dict:
-    """`image_mean` and `image_std` of a processor. Read from its JSON: image processor classes may need torchvision."""
-    path = str(path)
-    _require_existing(path, "processor")
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = _optional_file(path, name)
-        if file is not None:
-            settings = _read_json(file)
-            settings = settings.get("image_processor", settings)
-            return {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key) is not None}
-    return {}
-
-
-def _optional_file(path: str, name: str) -> str | None:
-    return cached_file(
-        path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
-def _locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> str:
-    """The path of a checkpoint file that is given as a file, or as folder or Hub id and file name."""
-    checkpoint = os.fspath(checkpoint)
-    path = checkpoint if filename is None else os.path.join(checkpoint, filename)
-    if os.path.isfile(path):
-        return path
-    if filename is None:
-        raise FileNotFoundError(
-            f"There is no checkpoint file at {checkpoint!r}. For a file on the Hub pass `filename` beside its "
-            "repository, such as 'SPO-Diffusion-Models/Step-Aware_Preference_Models' and "
-            "'sd-v1-5_step-aware_preference_model.bin'."
-        )
-    if os.path.isdir(checkpoint):
-        raise FileNotFoundError(
-            f"The folder {checkpoint!r} holds no {filename!r}, but {sorted(os.listdir(checkpoint))}."
-        )
-    _require_existing(checkpoint, "folder or repository")
-    try:
-        return hf_hub_download(checkpoint, filename, **hub_kwargs)
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{filename!r} of the Hub repository {checkpoint!r} is neither cached nor can it be downloaded: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def _read_state_dict(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
-    """The state dict in a `.safetensors` or torch file, under `key` where it has one. Runs no code from the file."""
-    try:
-        if path.endswith(".safetensors"):
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(
-            f"{path!r} was refused: it is no file of plain tensors (it holds other objects, or is not a checkpoint at "
-            f"all): {error}"
-        ) from error
-    except Exception as error:  # what a reader raises depends on where the bytes break off
-        raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
-    if key is not None:
-        if not isinstance(content, dict) or key not in content:
-            found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path!r} has no entry {key!r}; it holds {found}.")
-        content = content[key]
-    named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
-    if not named or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path!r} is not a flat state dict of tensors.")
-    return content
-
-
-def _canonical_name(name: str) -> str:
-    """Undoes the doubled (`model.text_model.text_model.`) tower prefixes that some transformers versions write."""
-    for tower in ("text_model", "vision_model"):
-        name = name.replace(f"{tower}.{tower}.", f"{tower}.")
-    return name
-
-
-def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: str, what: str):
-    """
-    `load_state_dict` that names the missing, unexpected and misshapen keys in one error, the first ten of each.
-    Position ids, which some versions of transformers save, are left out: they are constants.
-    """
-    expected = {name: weight for name, weight in model.state_dict().items() if not name.endswith(".position_ids")}
-    weights = {name: weight for name, weight in weights.items() if not name.endswith(".position_ids")}
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & weights.keys())
-        if weights[name].shape != expected[name].shape
-    ]
-    dtypes = [
-        f"{name} {weights[name].dtype}"
-        for name in sorted(expected.keys() & weights.keys())
-        if expected[name].is_floating_point() and not weights[name].is_floating_point()
-    ]
-    problems = [
-        f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
-        for kind, names in (
-            ("missing", sorted(expected.keys() - weights.keys())),
-            ("unexpected", sorted(weights.keys() - expected.keys())),
-            ("wrong shape", shapes),
-            ("not floating point", dtypes),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{str(source)!r} does not fit {what}. " + "; ".join(problems) + ".")
-    model.load_state_dict(weights, strict=False)
-
-
 AutoConfig.register(StepAwareRewardModelConfig.model_type, StepAwareRewardModelConfig, exist_ok=True)
+
+
 AutoModel.register(StepAwareRewardModelConfig, StepAwareRewardModel, exist_ok=True)

@@ -1,0 +1,144 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images from bytes, files and PIL to tensors, and from tensors back to PIL."""
+
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+# What PIL decodes by itself. For others it may start a program (EPS: Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+LARGEST_ASPECT_RATIO = 8  # of what is resized; longer images lose their ends first
+
+
+@functools.cache
+def _image_formats() -> list[str]:
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]  # older versions of PIL know fewer
+
+
+def read_image(image: Any) -> Image.Image:
+    r"""
+    An RGB image from whatever a dataset row may hold: upright, if its EXIF data says that it lies on its side (as
+    `datasets` decodes it), the first frame of an animation, 16 bits per channel scaled to 8 and transparency left out.
+
+    Args:
+        image (`PIL.Image.Image`, `bytes` or `dict`):
+            A decoded image, an encoded one, or the record `{"bytes": ..., "path": ...}` of an undecoded
+            `datasets.Image` feature.
+
+    Returns:
+        `PIL.Image.Image`, fully decoded.
+
+    Raises:
+        `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
+            pixels: a small file may unpack to gigabytes.
+        `ValueError`: If it is none of the kinds above.
+    """
+    if isinstance(image, dict):
+        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+        if isinstance(image, str):
+            if not Path(image).is_file():  # devices and pipes have no end
+                raise OSError(f"{image!r} is no file")
+            image = Path(image).read_bytes()
+    if image is None:
+        raise OSError("there is no image")
+    if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
+        raise ValueError(f"An image must be a PIL image, bytes or a `datasets` image, got {type(image).__name__}.")
+    try:
+        if not isinstance(image, Image.Image):  # reads the header only; beyond twice the limit PIL itself refuses
+            image = Image.open(io.BytesIO(image), formats=_image_formats())
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:  # an image that was given may be opened, not read
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
+        image.load()  # first: broken pixels are bad news, broken EXIF data is not
+        return _to_rgb(_upright(image))
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # PIL's readers of EXIF data raise as many kinds of errors as its decoders
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """What PIL's `convert` does, without clipping what has more than 8 bits, or is a fraction, to white or black."""
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        largest = pixels.max(initial=0)
+        if image.mode.startswith("I;16") or (image.mode == "I" and largest > 255):
+            pixels = pixels / 257
+        elif image.mode == "F" and largest <= 1:
+            pixels = pixels * 255
+        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
+    r"""
+    Brings an RGB image to a square tensor: bicubic resize of the short side to `resolution`, then centre crop. Of an
+    image that is more than eight times as long as wide, the middle is cut out before the resize, which would otherwise
+    make gigabytes of a line.
+
+    Args:
+        image (`PIL.Image.Image`):
+            RGB image.
+        resolution (`int`):
+            Side of the result in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(3, resolution, resolution)`: float32 in [-1, 1].
+    """
+    longest = LARGEST_ASPECT_RATIO * min(image.size)
+    if max(image.size) > longest:
+        kept = [min(side, longest + (side - longest) % 2) for side in image.size]  # the middle stays the middle
+        left, top = ((side - part) // 2 for side, part in zip(image.size, kept, strict=True))
+        image = image.crop((left, top, left + kept[0], top + kept[1]))
+    scale = resolution / min(image.size)
+    size = tuple(max(resolution, round(side * scale)) for side in image.size)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = ((side - resolution) // 2 for side in size)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
+    return pixels / 127.5 - 1
+
+
+def eight_bits(images: torch.Tensor) -> torch.Tensor:
+    """The bytes that an image file would hold; uint8, on the CPU."""
+    return images.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
+
+
+def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
+    """`(3, H, W)` in [0, 1] -> PIL image, small ones enlarged to `size` pixels without smoothing."""
+    array = image.detach().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(array)
+    if size is None or picture.width == size:
+        return picture
+    resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
+    return picture.resize((size, round(size * picture.height / picture.width)), resample)

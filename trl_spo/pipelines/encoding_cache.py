@@ -1,0 +1,119 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A cache of prompt and image encodings."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from .conditioning import PromptEmbeds
+
+
+class EncodingCache:
+    r"""
+    Keeps what the frozen networks make of images and prompts, so that seeing them again costs nothing.
+
+    Of an image it keeps mean and standard deviation of the VAE's posterior, in main memory, and not a latent: every use
+    still draws its own sample, with the same random numbers as without the cache. Once `max_bytes` are taken, new
+    images are not kept, and none is thrown out: in epochs that pass over the data in a new order each, throwing out the
+    oldest would lose every image just before it comes again. Of prompts it keeps the most recently used.
+
+    Every image and every prompt is encoded alone, in a batch of one. So what is in the cache changes no bit of a run:
+    one that is resumed with an empty cache is the same run. Against a run without the cache, which encodes whole
+    batches, rounding may differ in the last bits, as it does for another batch size.
+
+    Args:
+        max_bytes (`int`, *optional*, defaults to `8 * 2**30`):
+            Memory for images. One of 512 pixels takes 128 KiB with a float32 VAE, one of 1024 four times that; half
+            precision takes half.
+        max_prompts (`int`, *optional*, defaults to `1024`):
+            Prompts to keep, on the pipeline's device.
+
+    Attributes:
+        num_bytes (`int`): memory taken by images.
+        num_images_encoded (`int`), num_prompts_encoded (`int`): how often a network had to run.
+    """
+
+    def __init__(self, max_bytes: int = 8 * 2**30, max_prompts: int = 1024):
+        self.max_bytes = max_bytes
+        self.max_prompts = max_prompts
+        self.num_bytes = self.num_images_encoded = self.num_prompts_encoded = 0
+        self._posteriors: dict[str, torch.Tensor] = {}
+        self._prompts: OrderedDict[tuple, PromptEmbeds] = OrderedDict()
+
+    @torch.no_grad()
+    def encode_images(
+        self, pipeline: Any, images: torch.Tensor, keys: list[str], generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        r"""
+        What `pipeline.encode_images(images, generator)` returns: latents drawn from the posterior.
+
+        Args:
+            pipeline:
+                An SPO pipeline.
+            images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+                In [-1, 1].
+            keys (`list[str]`):
+                One per image: equal keys stand for equal images.
+            generator (`torch.Generator`, *optional*):
+                Source of the sampling noise.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, latent_height, latent_width)`.
+        """
+        parts = [self._posterior(pipeline, image, key) for image, key in zip(images, keys, strict=True)]
+        mean, std = torch.stack(parts, dim=1).to(pipeline.device)  # each (B, C, h, w)
+        return pipeline.draw_latents(mean, std, generator)
+
+    def _posterior(self, pipeline, image: torch.Tensor, key: str) -> torch.Tensor:
+        """Mean and standard deviation, shape (2, C, h, w), on the CPU."""
+        if key in self._posteriors:
+            return self._posteriors[key]
+        value = torch.cat(pipeline.image_posterior(image[None])).cpu()
+        self.num_images_encoded += 1
+        if self.num_bytes + value.nbytes <= self.max_bytes:
+            self._posteriors[key] = value
+            self.num_bytes += value.nbytes
+        return value
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+        r"""
+        What `pipeline.encode_prompt(prompts, negative_prompt, **size)` returns.
+
+        Args:
+            pipeline:
+                An SPO pipeline.
+            prompts (`list[str]`):
+                Prompts, repeats allowed.
+            negative_prompt (`str`, *optional*, defaults to `""`):
+                Prompt of the unconditional half of the guidance.
+            size:
+                `height` and `width` of the images.
+
+        Returns:
+            [`PromptEmbeds`], one row per prompt.
+        """
+        rows = []
+        for prompt in prompts:
+            key = (prompt, negative_prompt, *sorted(size.items()))
+            if key not in self._prompts:
+                self._prompts[key] = pipeline.encode_prompt([prompt], negative_prompt, **size)
+                self.num_prompts_encoded += 1
+            self._prompts.move_to_end(key)
+            rows.append(self._prompts[key])
+            if len(self._prompts) > self.max_prompts:
+                self._prompts.popitem(last=False)
+        return PromptEmbeds.cat(rows)

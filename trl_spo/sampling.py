@@ -1,0 +1,117 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images with one fixed seed per prompt, and scores of clean images."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from tqdm.auto import tqdm
+
+from .pipelines.base import SPOPipeline
+
+
+def generate_images(
+    pipeline: SPOPipeline,
+    prompts: list[str],
+    *,
+    seeds: Iterable[int] | None = None,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 5.0,
+    eta: float = 1.0,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> torch.Tensor:
+    r"""
+    Sample one image per prompt, from one seed per prompt. Initial latents and step noise of an image come from its own
+    generator on the CPU, so it does not depend on batch size, order or number of devices (beyond rounding).
+
+    Args:
+        pipeline ([`SPOPipeline`]): from `wrap_pipeline`.
+        prompts (`list[str]`): N prompts; repeat a prompt with another seed for more images of it.
+        seeds (iterable of `int`, *optional*): N seeds; 0, 1, 2, ... by default.
+        num_inference_steps, guidance_scale, eta, negative_prompt, height, width: the sampler; state them with every
+            number you report.
+        batch_size (`int`, *optional*, defaults to `8`): images sampled together.
+        progress (`str`, *optional*): show a progress bar with this title.
+
+    Returns:
+        `torch.Tensor` of shape `(N, 3, height, width)` in [0, 1], float32, on the CPU.
+    """
+    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
+    images = []
+    bar = tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        embeds = pipeline.encode_prompt(batch, negative_prompt, **_size(height, width))
+        images.append(
+            pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
+            .div(2)
+            .add(0.5)
+            .clamp(0, 1)
+            .cpu()
+        )
+        bar.update(len(batch))
+    bar.close()
+    return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
+
+
+def _size(height: int | None, width: int | None) -> dict:
+    return {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+
+
+@torch.no_grad()
+def score_images(
+    images: torch.Tensor,
+    prompts: list[str],
+    reward: Callable,
+    timestep: int = 0,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    Scores of clean images under a reward model or reward function.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, height, width)`): in [0, 1].
+        prompts (`list[str]`): N prompts.
+        reward: a [`StepAwareRewardModel`] or a callable `(images in [0, 1], prompts, timesteps) -> (N,)`.
+        timestep (`int`, *optional*, defaults to `0`): 0 is the clean image.
+        batch_size (`int`, *optional*, defaults to `32`): images scored together.
+        device (`torch.device` or `str`, *optional*): where a callable gets its images, as in rollouts. A reward model
+            gets them on its own device.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float32, on the CPU.
+
+    Raises:
+        ValueError: for a reward that scores latents, which finished images are not.
+    """
+    if getattr(reward, "scores", "images") != "images":
+        raise ValueError("This reward scores latents, so it cannot judge finished images; evaluate with `metrics`.")
+    scores = []
+    for start in range(0, len(images), batch_size):
+        batch, texts = images[start : start + batch_size], prompts[start : start + batch_size]
+        timesteps = torch.full((len(batch),), timestep, dtype=torch.long)
+        if hasattr(reward, "score"):
+            scores.append(reward.score(batch.to(reward.device) * 2 - 1, texts, timesteps))
+        else:
+            scores.append(torch.as_tensor(reward(batch.to(device), texts, timesteps.to(device))))
+    return torch.cat([score.detach().float().cpu() for score in scores]) if scores else torch.empty(0)

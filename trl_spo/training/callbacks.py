@@ -1,0 +1,101 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Callbacks of the trainers."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from ..evaluation.sheets import PAPER
+from ..images import to_pil
+from .checkpointing import write_text
+from .model_card import SAMPLES_NAME
+
+
+class ImageLoggingCallback(TrainerCallback):
+    """
+    Samples the same prompts with the same seeds before the first step, every `every` optimizer steps and at the end.
+
+    Under `output_dir/images` it leaves a strip of all images per time (`step_000100.png`) and the latest images one by
+    one (`sample_0.png`, with their prompts in `samples.json`), which the model card shows. The trackers of the run get
+    them as well: TensorBoard, Weights & Biases and Trackio, those that `report_to` names.
+
+    Args:
+        trainer ([`SPOTrainer`]): whose pipeline is sampled with the settings of its config.
+        prompts (`list[str]`): a few prompts.
+        every (`int`): optimizer steps between two times.
+    """
+
+    def __init__(self, trainer, prompts: list[str], every: int):
+        self.trainer = trainer
+        self.prompts = prompts
+        self.every = every
+        self._last = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._log(args, state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The last step counts here, as trackers close their files when training ends.
+        if state.global_step % self.every == 0 or control.should_training_stop:
+            self._log(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._last != state.global_step:
+            self._log(args, state)
+
+    def _log(self, args, state):
+        if not state.is_world_process_zero:
+            return
+        self._last = state.global_step
+        images = self.trainer.generate(self.prompts)
+        pictures = [to_pil(image) for image in images]
+        self._save(Path(args.output_dir) / "images", images, pictures, state.global_step)
+        for callback in self.trainer.callback_handler.callbacks:
+            if getattr(callback, "tb_writer", None) is not None:
+                for i, image in enumerate(images):
+                    callback.tb_writer.add_image(f"samples/{i}", image, state.global_step)
+        # Neither gets a step of its own: both would drop images of a step below their own count of log calls. The
+        # callbacks of transformers log the optimizer step beside every value, and so do we.
+        values = {"train/global_step": state.global_step}
+        if "wandb" in args.report_to:
+            import wandb
+
+            if wandb.run is not None:
+                samples = [wandb.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
+                wandb.log({"samples": samples, **values})
+        if "trackio" in args.report_to:
+            import trackio
+
+            if trackio.context_vars.current_run.get() is not None:
+                samples = [trackio.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
+                trackio.log({**{f"samples/{i}": sample for i, sample in enumerate(samples)}, **values})
+
+    def _save(self, folder: Path, images: torch.Tensor, pictures: list[Image.Image], step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        small = [to_pil(image, 128) for image in images]
+        strip = Image.new("RGB", (132 * len(small) + 4, small[0].height + 8), PAPER)
+        for i, picture in enumerate(small):
+            strip.paste(picture, (4 + 132 * i, 4))
+        strip.save(folder / f"step_{step:06d}.png")
+        names = [f"sample_{i}.png" for i in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(folder / name)
+        record = {"step": step, "prompts": list(self.prompts), "images": names}
+        write_text(folder / SAMPLES_NAME, json.dumps(record, ensure_ascii=False))
