@@ -68,10 +68,10 @@ from trl_spo import (  # noqa: E402  # noqa: E402
     StepAwareRewardModel,
     StepRewardConfig,
     StepRewardTrainer,
-    checkpointing,
     rollout,
     spo_trainer,
 )
+from trl_spo.training import checkpointing  # noqa: E402
 from trl_spo.training.checkpointing import STAGING_NAME, last_checkpoint  # noqa: E402
 
 

@@ -36,8 +36,8 @@ from PIL import Image
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import CLIPTextModel, TrainerCallback
 
-from tests.testing_utils import PROMPTS, tiny_sd_pipeline
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config, tiny_step_reward_config
+from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
 from trl_spo.step_pairs import StepPairs
 
 
@@ -138,23 +138,13 @@ class ReplayingTrainer(RecordingTrainer):
 
 def spo_config(folder: Path, **settings) -> SPOConfig:
     defaults = {
-        "output_dir": str(folder / "out"),
-        "num_inference_steps": 5,
-        "branch_start_step": 1,
-        "guidance_scale": 3.0,
-        "preference_threshold": 0.0,
         "per_device_rollout_batch_size": 2,
-        "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "learning_rate": 0.05,
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
         "use_cpu": True,
     }
-    return SPOConfig(**{**defaults, **settings})
+    return tiny_spo_config(folder / "out", **{**defaults, **settings})
 
 
 def spo_trainer(folder: Path, reward=no_cats, trainer_class=RecordingTrainer, prompts=MORE_PROMPTS, **settings):
@@ -358,26 +348,19 @@ class OneProcessOfTwo(StepRewardTrainer):
 
 def reward_trainer(folder: Path, dataset, num_ranks=1, **settings) -> StepRewardTrainer:
     defaults = {
-        "output_dir": str(folder / "reward_out"),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": num_ranks,
         "max_steps": 3,
-        "warmup_steps": 0,
         "learning_rate": 1e-2,
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
-        "resolution": 16,
-        "logging_steps": 1,
-        "save_strategy": "no",
         "max_bad_image_fraction": 1.0,
-        "report_to": "none",
-        "disable_tqdm": True,
         "use_cpu": True,
     }
     torch.manual_seed(0)  # for the timestep embedder, the one part of a fresh model that is random
     trainer = OneProcessOfTwo(
-        StepRewardConfig(**{**defaults, **settings}),
+        tiny_step_reward_config(folder / "reward_out", **{**defaults, **settings}),
         tiny_sd_pipeline(folder / f"tokenizer_{RANK}"),
         StepAwareRewardModel.from_clip(
             folder.parent / "clip"

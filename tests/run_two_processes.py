@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from tests.testing_utils import PROMPTS, tiny_sd_pipeline
-from trl_spo import SPOConfig, SPOTrainer
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config
+from trl_spo import SPOTrainer
 
 
 class Recorder(SPOTrainer):
@@ -49,21 +49,11 @@ def reward(images, prompts, timesteps):
 
 def main(folder: Path):
     rank = int(os.environ["RANK"])
-    config = SPOConfig(
-        output_dir=str(folder / "out"),
-        num_inference_steps=5,
-        branch_start_step=1,
-        guidance_scale=3.0,
-        preference_threshold=0.0,
+    config = tiny_spo_config(
+        folder / "out",
         per_device_rollout_batch_size=2,
         per_device_train_batch_size=3,
-        gradient_accumulation_steps=1,
         num_train_epochs=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=True,
     )
     Recorder.batches, Recorder.own_pairs = [], 0

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from tests.testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
-from trl_spo import SPOConfig, SPOTrainer
+from tests.testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
+from trl_spo import SPOTrainer
 
 
 class Fault(TrainerCallback):
@@ -54,20 +54,8 @@ def main(folder: Path, fault: str):
     if kind == "nobody":  # root may write everywhere
         os.setgid(65534)
         os.setuid(65534)
-    config = SPOConfig(
-        output_dir=str(folder / "out"),
-        num_inference_steps=5,
-        branch_start_step=2,
-        preference_threshold=0.0,
-        per_device_rollout_batch_size=3,
-        per_device_train_batch_size=4,
-        max_steps=6,
-        save_steps=2,
-        save_total_limit=1,
-        learning_rate=1e-3,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
+    config = tiny_spo_config(
+        folder / "out", branch_start_step=2, max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1
     )
     forwards = []
     pipeline.unet.register_forward_hook(lambda *args: forwards.append(1))

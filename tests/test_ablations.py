@@ -22,29 +22,13 @@ import math
 import pytest
 import torch
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
+from trl_spo import SPOTrainer, StepAwareRewardModel
 
-from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline
+from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline, tiny_spo_config
 
 
 def make_trainer(tmp_path, reward=brightness_reward, **settings):
-    defaults = {
-        "output_dir": str(tmp_path / "out"),
-        "num_inference_steps": 5,
-        "branch_start_step": 1,
-        "guidance_scale": 3.0,
-        "preference_threshold": 0.0,
-        "per_device_rollout_batch_size": 3,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    config = SPOConfig(**{**defaults, **settings})
+    config = tiny_spo_config(tmp_path / "out", **{"max_steps": 2, **settings})
     return SPOTrainer(config, tiny_sd_pipeline(tmp_path), reward, train_dataset=PROMPTS)
 
 

@@ -80,10 +80,13 @@ from .testing_utils import (
     brightness_reward,
     changed,
     ddim_scheduler,
+    device_settings,
     state_of,
     tiny_clip,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
+    tiny_spo_config,
+    tiny_step_reward_config,
 )
 
 
@@ -134,10 +137,7 @@ class World:
         return self.folder / "pipeline"
 
     def spo_config(self, **settings) -> SPOConfig:
-        return SPOConfig(
-            str(self.output_dir),
-            **{**SETTINGS, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings},
-        )
+        return tiny_spo_config(self.output_dir, **{**SETTINGS, "save_strategy": "steps", **settings})
 
     def trainer(self, pipeline=None, reward=brightness_reward, prompts=PROMPTS, peft_config=None, **settings):
         pipeline = self.pipeline() if pipeline is None else pipeline
@@ -146,9 +146,7 @@ class World:
         )
 
     def reward_trainer(self, dataset, **settings):
-        config = StepRewardConfig(
-            str(self.output_dir), **{"resolution": 16, "report_to": "none", "use_cpu": True, **settings}
-        )
+        config = tiny_step_reward_config(self.output_dir, **{"save_strategy": "steps", **settings})
         return StepRewardTrainer(config, self.pipeline(), self.reward_model(), train_dataset=dataset)
 
     def rollout(self, reward, pipeline=None, **settings):
@@ -296,7 +294,7 @@ REWARD = [
 
 
 def build(config_class, settings) -> Callable[[World], Any]:
-    return lambda world: config_class(str(world.output_dir), use_cpu=True, report_to="none", **settings)
+    return lambda world: config_class(str(world.output_dir), report_to="none", **device_settings(), **settings)
 
 
 def numbers_of(config_class):
@@ -1106,10 +1104,10 @@ def test_a_long_prompt_is_cut_with_one_warning(tmp_path, make):
 
 
 def test_folders_of_a_config_may_be_paths(tmp_path):
-    config = SPOConfig(tmp_path, scoring_vae=tmp_path / "vae", dataset_name=tmp_path / "prompts", use_cpu=True)
+    config = SPOConfig(tmp_path, scoring_vae=tmp_path / "vae", dataset_name=tmp_path / "prompts")
     assert (config.scoring_vae, config.dataset_name) == (str(tmp_path / "vae"), str(tmp_path / "prompts"))
     with pytest.raises(TypeError, match="`beta` must be a number"):
-        SPOConfig(tmp_path, beta=tmp_path, use_cpu=True)
+        SPOConfig(tmp_path, beta=tmp_path)
 
 
 def test_a_config_of_a_user_may_name_types_for_type_checkers_only(tmp_path):
@@ -1119,9 +1117,9 @@ def test_a_config_of_a_user_may_name_types_for_type_checkers_only(tmp_path):
     class Config(SPOConfig):
         mine: "OnlyForTypeCheckers | None" = None  # noqa: F821
 
-    assert Config(tmp_path, beta=3, use_cpu=True).beta == 3
+    assert Config(tmp_path, beta=3).beta == 3
     with pytest.raises(TypeError, match="`beta` must be a number"):
-        Config(tmp_path, beta="3", use_cpu=True)
+        Config(tmp_path, beta="3")
 
 
 def test_strange_prompts_train_are_saved_and_resumed(tmp_path):
@@ -1129,10 +1127,9 @@ def test_strange_prompts_train_are_saved_and_resumed(tmp_path):
     prompts = [*STRANGE.values(), *PROMPTS]
 
     def trainer(**settings):
-        config = SPOConfig(
-            str(tmp_path / "run"), **SETTINGS, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="steps",
-            save_steps=1, per_device_train_batch_size=4, per_device_rollout_batch_size=len(prompts), log_images_steps=1,
-            **settings,
+        config = tiny_spo_config(
+            tmp_path / "run", **SETTINGS, save_strategy="steps", save_steps=1, log_images_steps=1,
+            per_device_rollout_batch_size=len(prompts), **settings,
         )  # fmt: skip
         return SPOTrainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=prompts)
 

@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from trl_spo import EMACallback, SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+from trl_spo import EMACallback, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
 from trl_spo.pair_loader import PairLoader
 from trl_spo.training.checkpointing import (
     STAGING_NAME,
@@ -48,7 +48,16 @@ from trl_spo.training.checkpointing import (
 )
 from trl_spo.training.ema import EMA_NAME
 
-from .testing_utils import PROMPTS, brightness_reward, changed, state_of, tiny_clip, tiny_sd_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    changed,
+    state_of,
+    tiny_clip,
+    tiny_sd_pipeline,
+    tiny_spo_config,
+    tiny_step_reward_config,
+)
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -60,12 +69,11 @@ SPO_FILES = {
 
 def spo_trainer(folder, name="out", callbacks=None, **settings):
     defaults = {
-        "num_inference_steps": 3, "branch_start_step": 1, "preference_threshold": 0.0, "guidance_scale": 1.0,
-        "per_device_train_batch_size": 3, "per_device_rollout_batch_size": 2, "max_steps": 4, "save_steps": 2,
-        "save_strategy": "steps", "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+        "num_inference_steps": 3, "guidance_scale": 1.0, "per_device_train_batch_size": 3, "max_steps": 4,
+        "per_device_rollout_batch_size": 2, "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     return SPOTrainer(
-        SPOConfig(str(folder / name), **{**defaults, **settings}),
+        tiny_spo_config(folder / name, **{**defaults, **settings}),
         tiny_sd_pipeline(folder),
         brightness_reward,
         train_dataset=PROMPTS,
@@ -81,11 +89,11 @@ def reward_trainer(folder, name="out", callbacks=None, **settings):
         for i, prompt in enumerate(PROMPTS)
     ]
     defaults = {
-        "per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "save_strategy": "steps", "resolution": 16,
-        "logging_steps": 3, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 4, "save_strategy": "steps",
+        "save_steps": 2, "logging_steps": 3, "warmup_steps": 500,
     }  # fmt: skip
     model = StepAwareRewardModel.from_clip(tiny_clip(folder))
-    config = StepRewardConfig(str(folder / name), **{**defaults, **settings})
+    config = tiny_step_reward_config(folder / name, **{**defaults, **settings})
     return StepRewardTrainer(config, tiny_sd_pipeline(folder), model, train_dataset=pairs, callbacks=callbacks)
 
 

@@ -35,7 +35,7 @@ from trl_spo import (
 )
 from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
 
-from .testing_utils import PROMPTS, tiny_sd_pipeline
+from .testing_utils import PROMPTS, device_settings, tiny_sd_pipeline
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ class TestReward:
 
         prompts, metadata = prompts_from_ddpo(prompt_function, 6, return_metadata=True)
         config = spo_config_from_ddpo(
-            ddpo_config, str(tmp_path), max_steps=2, logging_steps=1, preference_threshold=0.0, use_cpu=True
+            ddpo_config, str(tmp_path), max_steps=2, logging_steps=1, preference_threshold=0.0, **device_settings()
         )
         pipeline = tiny_sd_pipeline(tmp_path)
         trainer = SPOTrainer(config, pipeline, reward_from_ddpo(reward_function, metadata), train_dataset=prompts)
@@ -273,7 +273,7 @@ class TestConfig:
 
     @pytest.mark.parametrize("precision", ["no", None, "bf16"])
     def test_precision(self, tmp_path, warnings, precision):
-        config = spo_config_from_ddpo(ddpo_settings(mixed_precision=precision), str(tmp_path), use_cpu=True)
+        config = spo_config_from_ddpo(ddpo_settings(mixed_precision=precision), str(tmp_path), **device_settings())
         assert (config.fp16, config.bf16) == (False, precision == "bf16")
 
     def test_half_precision_is_handed_on(self, tmp_path, warnings, monkeypatch):

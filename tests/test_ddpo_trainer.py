@@ -24,7 +24,6 @@ import torch
 from accelerate import PartialState
 
 from trl_spo import (
-    SPOConfig,
     SPOStableDiffusionPipeline,
     SPOStableDiffusionXLPipeline,
     SPOTrainer,
@@ -41,9 +40,11 @@ from .testing_utils import (
     brightness_reward,
     changed,
     ddim_scheduler,
+    device_settings,
     state_of,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
+    tiny_spo_config,
 )
 
 
@@ -90,25 +91,7 @@ def ddpo_trainer(tmp_path, pipeline, reward=reward_function, **settings):
 
 
 def spo_trainer(tmp_path, pipeline, reward=brightness_reward, output="spo", **settings):
-    config = SPOConfig(
-        output_dir=str(tmp_path / output),
-        **{
-            "num_inference_steps": 5,
-            "branch_start_step": 1,
-            "guidance_scale": 3.0,
-            "preference_threshold": 0.0,
-            "per_device_rollout_batch_size": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **settings,
-        },
-    )
+    config = tiny_spo_config(tmp_path / output, **{"max_steps": 2, **settings})
     return SPOTrainer(config, pipeline, reward, train_dataset=PROMPTS)
 
 
@@ -227,7 +210,9 @@ class TestScriptInOurTrainer:
     def test_whole_script(self, tmp_path):
         config = ddpo_config(tmp_path, sample_num_steps=5, train_batch_size=1)
         prompts = prompts_from_ddpo(prompt_function, 4)
-        spo_config = spo_config_from_ddpo(config, str(tmp_path / "spo"), max_steps=2, logging_steps=1, use_cpu=True)
+        spo_config = spo_config_from_ddpo(
+            config, str(tmp_path / "spo"), max_steps=2, logging_steps=1, **device_settings()
+        )
         assert (spo_config.num_inference_steps, spo_config.learning_rate) == (5, 1e-3)
         pipeline = SPOStableDiffusionPipeline(tiny_sd_pipeline(tmp_path))
         trainer = SPOTrainer(spo_config, pipeline, reward_from_ddpo(reward_function), train_dataset=prompts)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.utils import is_bitsandbytes_available
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+from trl_spo import SPOTrainer, StepAwareRewardModel, StepRewardTrainer
 from trl_spo.training.ema import EMA_NAME, EMACallback
 
 from .testing_utils import (
@@ -39,31 +39,19 @@ from .testing_utils import (
     state_of,
     tiny_clip,
     tiny_sd_pipeline,
+    tiny_spo_config,
+    tiny_step_reward_config,
 )
 
 
-SETTINGS = {
-    "num_inference_steps": 4,
-    "branch_start_step": 1,
-    "guidance_scale": 3.0,
-    "preference_threshold": 0.0,
-    "per_device_rollout_batch_size": 3,
-    "per_device_train_batch_size": 3,
-    "learning_rate": 1e-2,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+SETTINGS = {"num_inference_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "max_steps": 2}
 LORA = "pytorch_lora_weights.safetensors"
 
 
 def make_trainer(tmp_path, output="out", **settings):
     names = ("eval_dataset", "metrics", "peft_config", "callbacks")
     arguments = {name: settings.pop(name) for name in names if name in settings}
-    config = SPOConfig(output_dir=str(tmp_path / output), **{**SETTINGS, **settings})
+    config = tiny_spo_config(tmp_path / output, **{**SETTINGS, **settings})
     return SPOTrainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=PROMPTS, **arguments)
 
 
@@ -276,18 +264,8 @@ class TestEMA:
         images = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
         rows = {"caption": PROMPTS, "jpg_0": [images[0]] * 6, "jpg_1": [images[1]] * 6}
         rows |= {"label_0": [1.0] * 6, "label_1": [0.0] * 6}
-        config = StepRewardConfig(
-            output_dir=str(tmp_path / "reward"),
-            max_steps=3,
-            per_device_train_batch_size=3,
-            gradient_accumulation_steps=1,
-            warmup_steps=0,
-            learning_rate=1e-2,
-            resolution=16,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
+        config = tiny_step_reward_config(
+            tmp_path / "reward", max_steps=3, per_device_train_batch_size=3, learning_rate=1e-2
         )
         recorder = WeightsPerStep()
         trainer = StepRewardTrainer(
@@ -377,7 +355,7 @@ class TestSampling:
             seen.append(tuple(images.shape[-2:]))
             return brightness_reward(images, prompts, timesteps)
 
-        config = SPOConfig(output_dir=str(tmp_path / "out"), height=8, width=24, **SETTINGS)
+        config = tiny_spo_config(tmp_path / "out", height=8, width=24, **SETTINGS)
         trainer = SPOTrainer(config, tiny_sd_pipeline(tmp_path), reward, train_dataset=PROMPTS)
         trainer.train()
         assert set(seen) == {(8, 24)}

@@ -29,11 +29,11 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
+from trl_spo import SPOTrainer, wrap_pipeline
 from trl_spo.export import export_kohya, merge_lora, read_lora
 from trl_spo.pipelines.adapters import LORA_NAME
 
-from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
+from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -96,15 +96,12 @@ def random_lora(base, folder, **config):
 
 def test_what_the_trainer_saves_is_exported(tmp_path):
     trainer = SPOTrainer(
-        SPOConfig(
-            str(tmp_path / "run"), num_inference_steps=3, branch_start_step=1, max_steps=2, report_to="none",
-            save_strategy="no", use_cpu=True, learning_rate=0.05, preference_threshold=0.0, disable_tqdm=True,
-        ),
+        tiny_spo_config(tmp_path / "run", num_inference_steps=3, max_steps=2, learning_rate=0.05),
         tiny_sd_pipeline(tmp_path),
         brightness_reward,
         train_dataset=PROMPTS,
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION),
-    )  # fmt: skip
+    )
     trainer.train()
     trainer.save_model()
     pipeline = tiny_sd_pipeline(tmp_path)

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import pytest
 
-from trl_spo import SPOConfig, SPOTrainer
+from trl_spo import SPOTrainer
 from trl_spo.training.checkpointing import checkpoint_problems
 
-from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
+from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def test_a_folder_that_belongs_to_somebody_else(tmp_path):
 @pytest.mark.parametrize("where", ["out", "out/deeper"])
 def test_a_file_in_the_place_of_the_folder(tmp_path, where):
     (tmp_path / "out").write_text("mine")
-    config = SPOConfig(output_dir=str(tmp_path / where), report_to="none", use_cpu=True)
+    config = tiny_spo_config(tmp_path / where)
     with pytest.raises(OSError, match="Nothing can be written to `output_dir`"):
         SPOTrainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=PROMPTS)
     assert (tmp_path / "out").read_text() == "mine"

@@ -163,15 +163,15 @@ def test_a_pushed_reward_model_is_complete(hub, tmp_path):
 
 
 def _push_spo(folder: Path):
-    from trl_spo import SPOConfig, SPOTrainer
+    from trl_spo import SPOTrainer
 
-    from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
+    from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
 
     trainer = SPOTrainer(
-        SPOConfig(
-            str(folder / "spo-tiny"), push_to_hub=True, hub_model_id=REPO, hub_token=SECRET, hub_strategy="every_save",
-            hub_always_push=True, max_steps=2, save_steps=1, log_images_steps=1, num_eval_images=2, num_inference_steps=3, branch_start_step=1, use_cpu=True,
-            preference_threshold=0.0, report_to="none", disable_tqdm=True,
+        tiny_spo_config(
+            folder / "spo-tiny", push_to_hub=True, hub_model_id=REPO, hub_token=SECRET, hub_strategy="every_save",
+            hub_always_push=True, max_steps=2, save_strategy="steps", save_steps=1, log_images_steps=1,
+            num_eval_images=2, num_inference_steps=3,
         ),
         tiny_sd_pipeline(folder),
         brightness_reward,
@@ -185,9 +185,9 @@ def _push_spo(folder: Path):
 def _push_reward(folder: Path):
     from PIL import Image
 
-    from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer
+    from trl_spo import StepAwareRewardModel, StepRewardTrainer
 
-    from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline
+    from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline, tiny_step_reward_config
 
     colors = ["red", "green", "blue", "white"]
     pairs = [
@@ -196,9 +196,9 @@ def _push_reward(folder: Path):
     ]
     model = StepAwareRewardModel.from_clip(tiny_clip(folder))
     trainer = StepRewardTrainer(
-        StepRewardConfig(
-            str(folder / "spo-tiny"), push_to_hub=True, hub_model_id=REPO, hub_token=SECRET, max_steps=2, save_steps=1,
-            per_device_train_batch_size=2, resolution=16, use_cpu=True, report_to="none", disable_tqdm=True,
+        tiny_step_reward_config(
+            folder / "spo-tiny", push_to_hub=True, hub_model_id=REPO, hub_token=SECRET, save_strategy="steps",
+            save_steps=1, per_device_train_batch_size=2,
         ),
         tiny_sd_pipeline(folder),
         model,

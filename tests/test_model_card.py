@@ -28,7 +28,7 @@ from PIL import Image
 from trl_spo import SPOConfig, StepRewardConfig, wrap_pipeline
 from trl_spo.training.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
 
-from .testing_utils import ddim_scheduler, tiny_sd_pipeline
+from .testing_utils import ddim_scheduler, device_settings, tiny_sd_pipeline
 
 
 SECRET = "hf_" + "s3cr3t" * 5
@@ -46,7 +46,9 @@ SAMPLES = {
 
 
 def spo_args(tmp_path, **kwargs):
-    return SPOConfig(str(tmp_path / "secret_folder"), hub_token=SECRET, report_to="none", use_cpu=True, **kwargs)
+    return SPOConfig(
+        str(tmp_path / "secret_folder"), hub_token=SECRET, report_to="none", **device_settings(), **kwargs
+    )
 
 
 def spo_card(args, **kwargs):
@@ -115,7 +117,7 @@ def test_nothing_private_is_in_a_card(tmp_path):
     kwargs = {"base_model": str(tmp_path / "private" / "base"), "reward_model": "a function", "log_history": HISTORY}
     args = spo_args(tmp_path, model_init_kwargs={"token": SECRET}, dataset_name=str(tmp_path / "data"), **settings)
     reward_args = StepRewardConfig(
-        str(tmp_path / "secret_folder"), hub_token=SECRET, report_to="none", use_cpu=True,
+        str(tmp_path / "secret_folder"), hub_token=SECRET, report_to="none", **device_settings(),
         dataset_name=str(tmp_path / "data"), **settings,
     )  # fmt: skip
     pipeline = str(tmp_path / "private" / "base")
@@ -157,8 +159,8 @@ def test_the_example_of_an_spo_card_runs_and_samples_like_the_rollout(tmp_path):
 
 def test_the_card_of_a_reward_model(tmp_path):
     args = StepRewardConfig(
-        str(tmp_path / "reward"), report_to="none", use_cpu=True, dataset_name="someone/pairs", max_timestep=950,
-        hub_model_id="someone/reward",
+        str(tmp_path / "reward"), report_to="none", **device_settings(), dataset_name="someone/pairs",
+        max_timestep=950, hub_model_id="someone/reward",
     )  # fmt: skip
     history = [
         {"step": 4, "eval_loss": 0.7, "eval_accuracy": 0.5, "eval_accuracy/t_0": 0.6, "eval_runtime": 3.0},

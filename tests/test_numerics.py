@@ -27,37 +27,33 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from trl_spo import (
-    SPOConfig,
     SPOTrainer,
     StepAwareRewardModel,
-    StepRewardConfig,
     StepRewardTrainer,
     stepwise_rollout,
     wrap_pipeline,
 )
 from trl_spo.training.numerics import MAX_SKIPPED_STEPS, NonFiniteGuard, is_finite
 
-from .testing_utils import PROMPTS, brightness_reward, ddim_scheduler, state_of, tiny_clip, tiny_sd_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    ddim_scheduler,
+    state_of,
+    tiny_clip,
+    tiny_sd_pipeline,
+    tiny_spo_config,
+    tiny_step_reward_config,
+)
 
 
 NAN, INF = float("nan"), float("inf")
 ROLLOUT = {"num_inference_steps": 5, "branch_start_step": 2, "guidance_scale": 3.0, "preference_threshold": 0.0}
-SETTINGS = {
-    **ROLLOUT,
-    "per_device_rollout_batch_size": 3,
-    "per_device_train_batch_size": 4,
-    "max_steps": 3,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+SETTINGS = {**ROLLOUT, "max_steps": 3}
 
 
 def make_trainer(tmp_path, reward=brightness_reward, pipeline=None, callbacks=None, **settings):
-    config = SPOConfig(output_dir=str(tmp_path / "out"), **{**SETTINGS, **settings})
+    config = tiny_spo_config(tmp_path / "out", **{**SETTINGS, **settings})
     pipeline = pipeline or tiny_sd_pipeline(tmp_path)
     return SPOTrainer(config, pipeline, reward, train_dataset=PROMPTS, callbacks=callbacks)
 
@@ -298,7 +294,7 @@ class TestTraining:
                 self.callback_handler.callbacks.sort(key=lambda c: type(c).__name__ == "SkipNonFiniteSteps")
 
         callback = Break()
-        config = SPOConfig(output_dir=str(tmp_path / "out"), **SETTINGS)
+        config = tiny_spo_config(tmp_path / "out", **SETTINGS)
         trainer = Trainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, PROMPTS, callbacks=[callback])
         trainer.train()
         assert callback.before.keys() == callback.after.keys() and callback.moments
@@ -361,7 +357,7 @@ class TestTraining:
 
     def test_the_first_round_without_a_pair_warns(self, tmp_path, monkeypatch):
         warnings = []
-        monkeypatch.setattr("trl_spo.spo_trainer.logger.warning", lambda text, *a: warnings.append(text))
+        monkeypatch.setattr("trl_spo.pair_loader.logger.warning", lambda text, *a: warnings.append(text))
         calls = []
 
         def reward(images, prompts, timesteps):
@@ -378,7 +374,7 @@ class TestTraining:
         def metric(images, prompts):
             return torch.tensor([NAN if prompt == PROMPTS[2] else float(i) for i, prompt in enumerate(prompts)])
 
-        config = SPOConfig(output_dir=str(tmp_path / "out"), **SETTINGS)
+        config = tiny_spo_config(tmp_path / "out", **SETTINGS)
         trainer = SPOTrainer(
             config,
             tiny_sd_pipeline(tmp_path),
@@ -454,11 +450,7 @@ class TestStepReward:
         for i, prompt in enumerate(PROMPTS * 2):
             red, blue = Image.new("RGB", (16, 16), (200 + i, 40, 0)), Image.new("RGB", (16, 16), (0, 40, 200 + i))
             rows.append({"prompt": prompt, "chosen": red, "rejected": blue})
-        config = StepRewardConfig(
-            output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, gradient_accumulation_steps=1,
-            warmup_steps=0, learning_rate=1e-3, resolution=16, logging_steps=1, save_strategy="no", report_to="none",
-            disable_tqdm=True, use_cpu=True, **{"max_steps": 3, **settings},
-        )  # fmt: skip
+        config = tiny_step_reward_config(tmp_path / "run", **{"max_steps": 3, **settings})
         torch.manual_seed(0)
         reward_model = StepAwareRewardModel.from_clip(tiny_clip(tmp_path))
         pipeline = pipeline or tiny_sd_pipeline(tmp_path)

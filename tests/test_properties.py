@@ -38,7 +38,7 @@ from packaging import version
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from trl_spo import StepRewardConfig, StepRewardTrainer, stepwise_rollout, wrap_pipeline
+from trl_spo import StepRewardTrainer, stepwise_rollout, wrap_pipeline
 from trl_spo.evaluation.statistics import (
     compare,
     mean_and_se,
@@ -73,7 +73,7 @@ from trl_spo.step_distribution import gaussian_kl, gaussian_log_prob, sample_can
 from trl_spo.step_pairs import StepPairs
 
 from .test_export import sdxl_unet
-from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline
+from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline, tiny_step_reward_config
 
 
 settings.register_profile(
@@ -749,7 +749,7 @@ class TestTimestepBins:
     @pytest.fixture(scope="class")
     def trainer(self, tmp_path_factory):
         folder = tmp_path_factory.mktemp("trainer")
-        config = StepRewardConfig(str(folder / "run"), resolution=16, use_cpu=True, report_to="none")
+        config = tiny_step_reward_config(folder / "run")
         model = StepAwareRewardModel.from_clip(str(tiny_clip(folder)))
         rows = [{"prompt": "a", "chosen": PICTURE, "rejected": PICTURE}]
         return StepRewardTrainer(config, tiny_sd_pipeline(folder), model, train_dataset=rows)

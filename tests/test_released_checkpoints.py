@@ -25,9 +25,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trl_spo import SPOConfig, SPOTrainer, wrap_pipeline
+from trl_spo import SPOTrainer, wrap_pipeline
 
-from .testing_utils import PROMPTS, brightness_reward, changed, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    changed,
+    state_of,
+    tiny_sd_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_spo_config,
+)
 
 
 RANK, ALPHA = 2, 1.0
@@ -91,22 +99,7 @@ def denoise(pipeline):
 
 
 def train(tmp_path, pipeline, **settings):
-    config = SPOConfig(
-        output_dir=str(tmp_path / "run"),
-        num_inference_steps=4,
-        branch_start_step=1,
-        preference_threshold=0.0,
-        per_device_rollout_batch_size=3,
-        per_device_train_batch_size=4,
-        max_steps=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **settings,
-    )
+    config = tiny_spo_config(tmp_path / "run", num_inference_steps=4, max_steps=2, **settings)
     return SPOTrainer(config, pipeline, brightness_reward, train_dataset=PROMPTS)
 
 

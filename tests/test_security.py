@@ -39,7 +39,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
+from trl_spo import SPOTrainer, StepAwareRewardModel, StepRewardTrainer, wrap_pipeline
 from trl_spo.evaluation import metrics as scores
 from trl_spo.export import export_kohya, merge_lora
 from trl_spo.images import read_image
@@ -47,7 +47,14 @@ from trl_spo.pipelines.autoencoder import load_scoring_vae
 from trl_spo.preference_dataset import StepPreferenceCollator
 from trl_spo.training.model_card import hub_id
 
-from .testing_utils import PROMPTS, brightness_reward, tiny_clip, tiny_sd_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    tiny_clip,
+    tiny_sd_pipeline,
+    tiny_spo_config,
+    tiny_step_reward_config,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -89,21 +96,8 @@ def models(tmp_path_factory) -> Path:
 
 
 def spo_trainer(folder: Path, name: str, prompts=PROMPTS, **settings) -> SPOTrainer:
-    defaults = {
-        "output_dir": str(folder / name),
-        "num_inference_steps": 4,
-        "branch_start_step": 1,
-        "preference_threshold": 0.0,
-        "per_device_rollout_batch_size": 2,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "save_steps": 1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    config = SPOConfig(**{**defaults, **settings})
+    defaults = {"per_device_rollout_batch_size": 2, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    config = tiny_spo_config(folder / name, num_inference_steps=4, **{**defaults, **settings})
     return SPOTrainer(config, tiny_sd_pipeline(folder), brightness_reward, train_dataset=prompts)
 
 
@@ -113,22 +107,11 @@ def pairs() -> list[dict]:
 
 
 def reward_trainer(folder: Path, name: str, **settings) -> StepRewardTrainer:
-    defaults = {
-        "output_dir": str(folder / name),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 2,
-        "save_steps": 1,
-        "resolution": 16,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
+    defaults = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    config = tiny_step_reward_config(folder / name, **{**defaults, **settings})
     torch.manual_seed(0)
     model = StepAwareRewardModel.from_clip(folder / "clip")
-    return StepRewardTrainer(
-        StepRewardConfig(**{**defaults, **settings}), tiny_sd_pipeline(folder), model, train_dataset=pairs()
-    )
+    return StepRewardTrainer(config, tiny_sd_pipeline(folder), model, train_dataset=pairs())
 
 
 def load_lora(folder: Path):

@@ -24,10 +24,10 @@ from datasets import Dataset
 from diffusers import AutoencoderTiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, stepwise_rollout, wrap_pipeline
+from trl_spo import SPOTrainer, StepAwareRewardModel, stepwise_rollout, wrap_pipeline
 from trl_spo.prompts import PromptColumn, read_prompts
 
-from .testing_utils import PROMPTS, brightness_reward, ddim_scheduler, tiny_clip, tiny_sd_pipeline
+from .testing_utils import PROMPTS, brightness_reward, ddim_scheduler, tiny_clip, tiny_sd_pipeline, tiny_spo_config
 
 
 SETTINGS = {"num_inference_steps": 6, "branch_start_step": 1, "guidance_scale": 3.0, "preference_threshold": 0.0}
@@ -60,8 +60,7 @@ def tiny_vae(latent_channels=4, seed=0):
 
 
 def make_trainer(tmp_path, reward, prompts=PROMPTS, scoring_vae=None, **settings):
-    defaults = {"report_to": "none", "use_cpu": True, "per_device_rollout_batch_size": 3, "max_steps": 2}
-    config = SPOConfig(output_dir=str(tmp_path / "out"), **{**defaults, **SETTINGS, **settings})
+    config = tiny_spo_config(tmp_path / "out", **{"max_steps": 2, **SETTINGS, **settings})
     return SPOTrainer(config, tiny_sd_pipeline(tmp_path), reward, train_dataset=prompts, scoring_vae=scoring_vae)
 
 
@@ -333,9 +332,8 @@ class TestManyPrompts:
     def test_a_dataset_to_evaluate_on(self, tmp_path):
         """Regression: what the trainer had made of the dataset was not accepted when its turn came."""
         dataset = Dataset.from_dict({"prompt": PROMPTS[:3]})
-        config = {"eval_strategy": "steps", "eval_steps": 1, "report_to": "none", "use_cpu": True, "max_steps": 1}
         trainer = SPOTrainer(
-            SPOConfig(output_dir=str(tmp_path / "out"), **SETTINGS, **config),
+            tiny_spo_config(tmp_path / "out", eval_strategy="steps", eval_steps=1, max_steps=1),
             tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=dataset, eval_dataset=dataset,
         )  # fmt: skip
         trainer.train()

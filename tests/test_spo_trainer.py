@@ -44,29 +44,13 @@ from .testing_utils import (
     tiny_clip,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
+    tiny_spo_config,
 )
-
-
-SETTINGS = {
-    "num_inference_steps": 5,
-    "branch_start_step": 1,
-    "guidance_scale": 3.0,
-    "preference_threshold": 0.0,
-    "per_device_rollout_batch_size": 3,
-    "per_device_train_batch_size": 4,
-    "num_train_epochs": 2,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
 
 
 def make_trainer(tmp_path, output="out", pipeline=None, reward=brightness_reward, prompts=PROMPTS, **settings):
     arguments = {k: settings.pop(k) for k in ("eval_dataset", "metrics", "peft_config", "callbacks") if k in settings}
-    config = SPOConfig(output_dir=str(tmp_path / output), **{**SETTINGS, **settings})
+    config = tiny_spo_config(tmp_path / output, **{"num_train_epochs": 2, **settings})
     pipeline = pipeline or tiny_sd_pipeline(tmp_path)
     return SPOTrainer(config, pipeline, reward, train_dataset=prompts, **arguments)
 
@@ -181,7 +165,7 @@ class TestInvariants:
         assert same(*states)
 
     def test_config_and_prompts_of_the_user_stay(self, tmp_path):
-        config = SPOConfig(output_dir=str(tmp_path / "o"), gradient_checkpointing=True, **SETTINGS)
+        config = tiny_spo_config(tmp_path / "o", gradient_checkpointing=True, num_train_epochs=2)
         before, prompts = config.to_dict(), list(PROMPTS)
         SPOTrainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=prompts).train()
         assert config.to_dict() == before
@@ -257,7 +241,7 @@ class TestBatches:
                 seen.append(inputs["pairs"].chosen_prev_latents.clone())
                 return super().compute_loss(model, inputs, **kwargs)
 
-        config = SPOConfig(output_dir=str(tmp_path), **{**SETTINGS, "per_device_train_batch_size": 10})
+        config = tiny_spo_config(tmp_path, per_device_train_batch_size=10, num_train_epochs=2)
         trainer = Spy(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=PROMPTS)
         trainer.train()
         assert [len(batch) for batch in seen] == [10, 10, 10, 10, 8]
@@ -600,7 +584,7 @@ BAD_CONFIGS = [
 @pytest.mark.parametrize("settings, message", BAD_CONFIGS)
 def test_bad_settings_fail_in_the_config(settings, message):
     with pytest.raises(ValueError) as error:
-        SPOConfig(output_dir="unused", **{**SETTINGS, **settings})
+        tiny_spo_config("unused", **settings)
     assert message in str(error.value)
 
 

@@ -32,7 +32,15 @@ from trl_spo.losses import caption_contrastive_loss
 from trl_spo.noised_pairs import noised_pair_images
 from trl_spo.preference_dataset import StepPreferenceCollator, relabel_preferences
 
-from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline
+from .testing_utils import (
+    PROMPTS,
+    changed,
+    device_settings,
+    state_of,
+    tiny_clip,
+    tiny_sd_pipeline,
+    tiny_step_reward_config,
+)
 
 
 def rows(count, **changes):
@@ -71,23 +79,9 @@ def make_trainer(pipeline, clip_path, tmp_path):
     def make(
         train_dataset=None, eval_dataset=None, reward_model=None, callbacks=None, preference_model=None, **kwargs
     ):
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "max_steps": 2,
-            "warmup_steps": 0,
-            "learning_rate": 1e-3,
-            "resolution": 16,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
         torch.manual_seed(0)  # for the timestep embedder, the one part of a fresh model that is random
         return StepRewardTrainer(
-            StepRewardConfig(**{**defaults, **kwargs}),
+            tiny_step_reward_config(tmp_path / "run", **kwargs),
             pipeline,
             StepAwareRewardModel.from_clip(clip_path) if reward_model is None else reward_model,
             train_dataset=train_dataset,
@@ -531,12 +525,12 @@ class TestWrongUse:
     )
     def test_config(self, kwargs, tmp_path):
         with pytest.raises(ValueError, match=list(kwargs)[0]):
-            StepRewardConfig(output_dir=str(tmp_path), use_cpu=True, **kwargs)
+            StepRewardConfig(output_dir=str(tmp_path), **kwargs)
 
 
 def test_defaults_are_those_of_the_paper(tmp_path):
     """Paper, appendix: AdamW 3e-6, weight decay 0.3, 500 warm-up steps, 8,000 steps of 64 pairs, guidance 5."""
-    config = StepRewardConfig(output_dir=str(tmp_path), use_cpu=True)
+    config = StepRewardConfig(output_dir=str(tmp_path), **device_settings())
     assert (config.learning_rate, config.weight_decay, config.warmup_steps) == (3e-6, 0.3, 500)
     assert config.max_steps == 8000 and config.guidance_scale == 5.0 and config.max_grad_norm == 1.0
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 64

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor, ImageFont
 
-from trl_spo import SPOConfig, SPOTrainer, stepwise_rollout, wrap_pipeline
+from trl_spo import SPOTrainer, stepwise_rollout, wrap_pipeline
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
 from trl_spo.evaluation.sheets import (
     LOSE,
@@ -39,7 +39,7 @@ from trl_spo.evaluation.sheets import (
 from trl_spo.images import to_pil
 from trl_spo.training.callbacks import ImageLoggingCallback
 
-from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline
+from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
 
 
 def solid(*color, count=1):
@@ -189,10 +189,9 @@ def test_accuracy_curve_has_a_line_per_model():
 
 def run_with_images(folder, report_to):
     """Two steps of SPO with images at steps 0, 1 and, as training ends there, 2; returns the trainer."""
-    config = SPOConfig(
-        str(folder / "run"), max_steps=3, log_images_steps=2, num_eval_images=2, report_to=report_to, save_strategy="no",
-        num_inference_steps=3, branch_start_step=1, preference_threshold=0.0, use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+    config = tiny_spo_config(
+        folder / "run", num_inference_steps=3, max_steps=3, log_images_steps=2, num_eval_images=2, report_to=report_to
+    )
     trainer = SPOTrainer(config, tiny_sd_pipeline(folder), brightness_reward, train_dataset=PROMPTS)
     trainer.train()
     return trainer

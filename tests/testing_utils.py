@@ -15,6 +15,7 @@
 """Tiny models built from the real classes, and small helpers that several test modules share."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -34,9 +35,57 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from trl_spo import SPOConfig, StepRewardConfig
 
+
+DEVICE = os.environ.get("TRL_SPO_TEST_DEVICE", "cpu")  # where the tests train that do not insist on a device
 WORDS = "a the red green blue cat dog bird on in of photo painting small large".split()
 PROMPTS = ["a red cat", "a blue dog", "a green bird", "a small photo of a cat", "a painting", "the large dog"]
+
+
+def device_settings(device: str | None = None) -> dict:
+    """What a config has to say so that training happens on `device`, by default on `DEVICE`."""
+    return {"use_cpu": torch.device(device or DEVICE).type == "cpu"}
+
+
+def tiny_spo_config(folder: str | Path, **settings) -> SPOConfig:
+    """
+    A config for the tiny pipelines: four of five steps branch, every pair is valid, nothing is saved or reported.
+    `settings` come last.
+    """
+    defaults = {
+        "output_dir": str(folder),
+        "num_inference_steps": 5,
+        "branch_start_step": 1,
+        "guidance_scale": 3.0,
+        "preference_threshold": 0.0,
+        "per_device_rollout_batch_size": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return SPOConfig(**{**defaults, **device_settings(), **settings})
+
+
+def tiny_step_reward_config(folder: str | Path, **settings) -> StepRewardConfig:
+    """A config for tiny reward models: two steps of four pairs, nothing is saved or reported. `settings` come last."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "resolution": 16,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return StepRewardConfig(**{**defaults, **device_settings(), **settings})
 
 
 def tiny_tokenizer(folder: str | Path, max_length: int = 8) -> CLIPTokenizer:

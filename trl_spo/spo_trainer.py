@@ -578,11 +578,14 @@ class SPOTrainer(CheckpointingMixin, Trainer):
 
     def _gather_metrics(self) -> dict[str, list[float]]:
         """Running sums and weights of all processes. Every process must call it."""
-        waiting = [(name, i) for name, entry in self._metrics.items() for i in (0, 1) if torch.is_tensor(entry[i])]
-        for device in {self._metrics[name][i].device for name, i in waiting}:  # one copy for all metrics
-            here = [(name, i) for name, i in waiting if self._metrics[name][i].device == device]
-            values = torch.stack([self._metrics[name][i] for name, i in here]).tolist()
-            for (name, i), value in zip(here, values, strict=True):
+        by_device = defaultdict(list)  # those of the rollout are on the CPU, those of the loss on the GPU
+        for name, entry in self._metrics.items():
+            for i in (0, 1):
+                if torch.is_tensor(entry[i]):
+                    by_device[entry[i].device].append((name, i))
+        for waiting in by_device.values():  # one copy for all metrics of a device
+            values = torch.stack([self._metrics[name][i] for name, i in waiting]).tolist()
+            for (name, i), value in zip(waiting, values, strict=True):
                 self._metrics[name][i] = value
         parts = gather_object([dict(self._metrics)]) if self.args.world_size > 1 else [dict(self._metrics)]
         totals = defaultdict(lambda: [0.0, 0.0])
