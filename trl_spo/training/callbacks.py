@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from ..evaluation.sheets import PAPER
 from ..images import to_pil
 from .checkpointing import write_text
 from .model_card import SAMPLES_NAME
@@ -90,7 +89,7 @@ class ImageLoggingCallback(TrainerCallback):
     def _save(self, folder: Path, images: torch.Tensor, pictures: list[Image.Image], step: int):
         folder.mkdir(parents=True, exist_ok=True)
         small = [to_pil(image, 128) for image in images]
-        strip = Image.new("RGB", (132 * len(small) + 4, small[0].height + 8), PAPER)
+        strip = Image.new("RGB", (132 * len(small) + 4, small[0].height + 8), "white")
         for i, picture in enumerate(small):
             strip.paste(picture, (4 + 132 * i, 4))
         strip.save(folder / f"step_{step:06d}.png")
