@@ -66,7 +66,8 @@ def test_entry_point():
     assert name == "trl-spo"
     assert getattr(importlib.import_module(module), function) is cli.main
     packages = {package.strip() for package in config["options"]["packages"].split(",")}
-    assert packages == {"trl_spo", "trl_spo.scripts"}
+    folders = {path.parent.name for path in (ROOT / "trl_spo").glob("*/__init__.py")}
+    assert packages == {"trl_spo", *(f"trl_spo.{folder}" for folder in folders)}
     assert config["options.package_data"]["trl_spo"] == "accelerate_configs/*.yaml"
 
 

@@ -257,7 +257,7 @@ class TestReward:
         assert not decoded
 
     def test_wrong_shape_and_nan_are_named(self, pipeline):
-        with pytest.raises(ValueError, match=r"one score per image, shape \(8,\), got \(8, 1\)"):
+        with pytest.raises(ValueError, match=r"one score per sample, shape \(8,\), got \(8, 1\)"):
             stepwise_rollout(pipeline, PROMPTS[:2], lambda i, p, t: torch.zeros(len(i), 1), **SETTINGS)
 
         def nan_for_dogs(images, prompts, timesteps):
@@ -317,10 +317,10 @@ class TestSchedules:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"eta": 0.0}, "`eta` must be in"),
+        ({"eta": 0.0}, "`eta` must be above 0"),
         ({"num_candidates": 1}, "at least 2"),
-        ({"branch_start_step": 6}, "branch_start_step < branch_end_step"),
-        ({"branch_end_step": 7}, "branch_start_step < branch_end_step"),
+        ({"branch_start_step": 6}, "`branch_start_step` must be in .0, 6., before branching ends; got 6"),
+        ({"branch_end_step": 7}, "`branch_end_step` must be at most 6 steps; got 7"),
         ({"num_inner_steps": 0}, "num_inner_steps"),
         ({"pair": "best"}, "got 'best'"),
         ({"resample": "best"}, "got 'best'"),

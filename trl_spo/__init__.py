@@ -26,11 +26,13 @@ _import_structure = {
     "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
     "export": ["export_kohya", "merge_lora"],
     "evaluation.metrics": ["load_metric"],
+    "rewards.base": ["Reward", "wrap_reward"],
     "rewards.step_aware_clip": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
     "pipelines.auto": ["wrap_pipeline"],
     "pipelines.stable_diffusion": ["SPOStableDiffusionPipeline"],
     "pipelines.stable_diffusion_xl": ["SPOStableDiffusionXLPipeline"],
+    "rollout_settings": ["RolloutSettings"],
     "rollout": ["stepwise_rollout"],
     "step_pairs": ["StepPairs"],
     "scheduling_ddim": ["ddim_step_stats"],
@@ -52,8 +54,10 @@ if TYPE_CHECKING:
     from .pipelines.auto import wrap_pipeline
     from .pipelines.stable_diffusion import SPOStableDiffusionPipeline
     from .pipelines.stable_diffusion_xl import SPOStableDiffusionXLPipeline
+    from .rewards.base import Reward, wrap_reward
     from .rewards.step_aware_clip import StepAwareRewardModel, StepAwareRewardModelConfig
     from .rollout import stepwise_rollout
+    from .rollout_settings import RolloutSettings
     from .scheduling_ddim import ddim_step_stats
     from .spo_config import SPOConfig
     from .spo_trainer import SPOTrainer

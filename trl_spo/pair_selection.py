@@ -27,8 +27,8 @@ class PairSelection(NamedTuple):
     Which candidates form the pair of each prompt.
 
     Attributes:
-        chosen (`torch.Tensor` of shape `(batch_size,)`, int64): index of the winner among the candidates.
-        rejected (`torch.Tensor` of shape `(batch_size,)`, int64): index of the loser.
+        chosen (`torch.Tensor` of shape `(batch_size,)`, int64): index of the chosen one among the candidates.
+        rejected (`torch.Tensor` of shape `(batch_size,)`, int64): index of the rejected one.
         valid (`torch.Tensor` of shape `(batch_size,)`, bool): whether the pair is clear enough to train on.
     """
 
@@ -37,24 +37,35 @@ class PairSelection(NamedTuple):
     valid: torch.Tensor
 
 
-def _is_clear(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, threshold: float) -> torch.Tensor:
+def _is_clear(
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, threshold: float | torch.Tensor
+) -> torch.Tensor:
     """p_win - p_lose > threshold under the softmax of the two scores; never for scores that are not finite."""
     gap = chosen_scores - rejected_scores
     return torch.isfinite(gap) & (torch.tanh(gap / 2) > threshold)
 
 
-def _check_scores(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+def _check_scores(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     if scores.ndim != 2 or scores.shape[0] < 2:
         raise ValueError(
             "`scores` must have shape (num_candidates, batch_size) with at least two candidates, got "
             f"{tuple(scores.shape)}."
         )
-    if not 0 <= threshold < 1:
+    if torch.is_tensor(threshold):
+        if threshold.shape not in ((), scores.shape[1:]):
+            raise ValueError(
+                f"`threshold` must be a number or have one value per prompt, shape ({scores.shape[1]},), got "
+                f"{tuple(threshold.shape)}."
+            )
+        in_range = bool(((threshold >= 0) & (threshold < 1)).all())
+    else:
+        in_range = 0 <= threshold < 1
+    if not in_range:
         raise ValueError(f"The preference threshold is a difference of probabilities in [0, 1), got {threshold}.")
     return scores.to(torch.promote_types(torch.float32, scores.dtype))
 
 
-def select_pairs(scores: torch.Tensor, threshold: float) -> PairSelection:
+def select_pairs(scores: torch.Tensor, threshold: float | torch.Tensor) -> PairSelection:
     r"""
     Best against worst candidate of each prompt.
 
@@ -64,7 +75,7 @@ def select_pairs(scores: torch.Tensor, threshold: float) -> PairSelection:
 
     Args:
         scores (`torch.Tensor` of shape `(num_candidates, batch_size)`): higher is better.
-        threshold (`float`): in [0, 1).
+        threshold (`float` or `torch.Tensor` of shape `(batch_size,)`): in [0, 1).
 
     Returns:
         [`PairSelection`]; a pair with a score that is NaN or infinite is marked invalid.

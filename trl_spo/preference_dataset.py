@@ -49,6 +49,7 @@ from datasets import DatasetDict, load_dataset, load_from_disk
 
 from .images import image_to_tensor, read_image
 from .prompts import is_unicode
+from .rewards.base import is_reward_model, wrap_reward
 
 
 logger = logging.getLogger(__name__)
@@ -486,8 +487,10 @@ def score_clean_images(preference_model: Any, images: torch.Tensor, prompts: lis
         `ValueError`: If there is not one score per image.
     """
     with torch.no_grad():
-        if hasattr(preference_model, "score"):
-            scores = preference_model.score(images, prompts, 0)
+        if is_reward_model(preference_model):
+            reward = wrap_reward(preference_model)
+            timesteps = torch.zeros(len(images), dtype=torch.long, device=images.device)
+            scores = reward.score(images, reward.encode_prompts(prompts), timesteps)
         else:
             scores = preference_model((images / 2 + 0.5).clamp(0, 1), prompts)
     scores = torch.as_tensor(scores).float()

@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .pipelines.base import SPOPipeline
+from .rewards.base import wrap_reward
 
 
 def generate_images(
@@ -92,7 +93,8 @@ def score_images(
     Args:
         images (`torch.Tensor` of shape `(N, 3, height, width)`): in [0, 1].
         prompts (`list[str]`): N prompts.
-        reward: a [`StepAwareRewardModel`] or a callable `(images in [0, 1], prompts, timesteps) -> (N,)`.
+        reward: everything that [`wrap_reward`] takes, such as a [`StepAwareRewardModel`] or a callable `(images in [0,
+            1], prompts, timesteps) -> (N,)`.
         timestep (`int`, *optional*, defaults to `0`): 0 is the clean image.
         batch_size (`int`, *optional*, defaults to `32`): images scored together.
         device (`torch.device` or `str`, *optional*): where a callable gets its images, as in rollouts. A reward model
@@ -104,14 +106,14 @@ def score_images(
     Raises:
         ValueError: for a reward that scores latents, which finished images are not.
     """
-    if getattr(reward, "scores", "images") != "images":
+    reward = wrap_reward(reward)
+    if reward.sees != "images":
         raise ValueError("This reward scores latents, so it cannot judge finished images; evaluate with `metrics`.")
-    scores = []
+    device = reward.device or device
+    scores = [torch.empty(0)]
     for start in range(0, len(images), batch_size):
-        batch, texts = images[start : start + batch_size], prompts[start : start + batch_size]
-        timesteps = torch.full((len(batch),), timestep, dtype=torch.long)
-        if hasattr(reward, "score"):
-            scores.append(reward.score(batch.to(reward.device) * 2 - 1, texts, timesteps))
-        else:
-            scores.append(torch.as_tensor(reward(batch.to(device), texts, timesteps.to(device))))
-    return torch.cat([score.detach().float().cpu() for score in scores]) if scores else torch.empty(0)
+        batch = images[start : start + batch_size].to(device)
+        text = reward.encode_prompts(prompts[start : start + batch_size])
+        timesteps = torch.full((len(batch),), timestep, dtype=torch.long, device=device)
+        scores.append(reward.score(batch * 2 - 1, text, timesteps).cpu())
+    return torch.cat(scores)

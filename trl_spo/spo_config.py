@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from .training.arguments import StepTrainingArguments
+from .rollout_settings import RolloutSettings
+from .training.arguments import StepTrainingArguments, check_kind
 
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
@@ -57,7 +58,7 @@ class SPOConfig(StepTrainingArguments):
         branch_end_step (`int`, *optional*):
             First step that does not branch any more; the rollout stops there. `None` branches to the last step.
         resample (`str`, *optional*, defaults to `"random"`):
-            Which candidate starts the next step: `"random"`, `"chosen"` (winner) or `"rejected"` (loser).
+            Which candidate starts the next step: `"random"`, `"chosen"` or `"rejected"`.
         negative_prompt (`str`, *optional*, defaults to `""`):
             Prompt of the unconditional half of the guidance.
         height (`int`, *optional*), width (`int`, *optional*):
@@ -66,16 +67,16 @@ class SPOConfig(StepTrainingArguments):
             Prompts per rollout and device (SDXL: 2).
         num_branches (`int`, *optional*):
             Branch only at this many random places per rollout, of those that may branch, and stop after the last. Fewer
-            pairs per prompt, so more prompts per update. `None` branches at all.
+            pairs per prompt, so more prompts per update. `None`: branch at every eligible step.
 
         > Parameters that control speed and memory of the rollout
 
         rollout_micro_batch_size (`int`, *optional*):
-            Most latents in one denoiser call of the rollout (guidance doubles them).
+            Maximum number of latents in one denoiser call of the rollout (guidance doubles them).
         vae_decode_batch_size (`int`, *optional*):
-            Most images in one call of the decoder.
+            Maximum number of images in one call of the decoder.
         reward_batch_size (`int`, *optional*):
-            Most images in one call of the reward model.
+            Maximum number of images in one call of the reward model.
         memory_budget (`float`, *optional*):
             GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
             `None` are then computed from the networks; without a budget they depend on the image size alone. Either
@@ -95,8 +96,12 @@ class SPOConfig(StepTrainingArguments):
 
         > Parameters that control the pair selection
 
-        preference_threshold (`float`, *optional*, defaults to `0.3`):
-            A pair counts if p_win - p_lose exceeds it (SDXL: 0.4). It is a score gap of 2 atanh(threshold).
+        preference_threshold (`float` or `list[float]`, *optional*, defaults to `0.3`):
+            A pair counts if p_chosen - p_rejected exceeds it (SDXL: 0.4). It is a score gap of 2 atanh(threshold). Two
+            numbers `[low, high]` are interpolated in the standard deviation of the step (LPO: 0.35 to 0.5).
+        reward_timestep (`str`, *optional*, defaults to `"next"`):
+            `"next"`: a candidate is scored at its own timestep. `"branch"`: at the timestep of the latent it was drawn
+            from, as the public code of LPO does.
         pair (`str`, *optional*, defaults to `"best_worst"`):
             `"best_worst"`, or `"random"` for two random candidates, ordered by score.
 
@@ -193,9 +198,11 @@ class SPOConfig(StepTrainingArguments):
     num_branches: int | None = _field(None, "Random places to branch at per rollout; all by default.")
 
     # Parameters that control speed and memory of the rollout
-    rollout_micro_batch_size: int | None = _field(None, "Most latents in one denoiser call of the rollout.")
-    vae_decode_batch_size: int | None = _field(None, "Most images in one call of the decoder.")
-    reward_batch_size: int | None = _field(None, "Most images in one call of the reward model.")
+    rollout_micro_batch_size: int | None = _field(
+        None, "Maximum number of latents in one denoiser call of the rollout."
+    )
+    vae_decode_batch_size: int | None = _field(None, "Maximum number of images in one call of the decoder.")
+    reward_batch_size: int | None = _field(None, "Maximum number of images in one call of the reward model.")
     memory_budget: float | None = _field(None, "GiB that activations of rollout and scoring may take.")
     defer_scoring: bool = _field(True, "Score the candidates of all steps together after the rollout.")
     channels_last: bool = _field(True, "Store convolution weights in channels-last order.")
@@ -204,7 +211,14 @@ class SPOConfig(StepTrainingArguments):
     reward_dtype: str | None = _field(None, "Cast the reward model to this dtype, such as 'bfloat16'.")
 
     # Parameters that control the pair selection
-    preference_threshold: float = _field(0.3, "A pair counts if p_win - p_lose exceeds it.")
+    # A number, or two of them; the annotation is what the command line's parser understands.
+    preference_threshold: list[float] = field(
+        default_factory=lambda: 0.3,
+        metadata={"help": "A pair counts if p_chosen - p_rejected exceeds it; two numbers are interpolated in sigma."},
+    )
+    reward_timestep: str = _field(
+        "next", "Score candidates at their 'next' timestep, or at the one they 'branch' from."
+    )
     pair: str = _field("best_worst", "Pairs of 'best_worst' or of two 'random' candidates.")
 
     # Parameters that control the loss
@@ -234,27 +248,32 @@ class SPOConfig(StepTrainingArguments):
     _VALID_DICT_FIELDS = [*StepTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
     def __post_init__(self):
+        self._check_threshold()
         self.check_kinds()
         self._check_spo_arguments()
         super().__post_init__()
 
+    def rollout_settings(self, **changes) -> RolloutSettings:
+        """The settings of a rollout, checked; `changes` replace some of them."""
+        names = [f.name for f in fields(RolloutSettings)]
+        return RolloutSettings(**{name: getattr(self, name) for name in names} | changes)
+
+    def _check_threshold(self):
+        """A number stays a number: the command line gives a list of one, YAML a number or a list of two."""
+        threshold = self.preference_threshold
+        parts = threshold if isinstance(threshold, (list, tuple)) else [threshold]
+        for part in parts:
+            check_kind("preference_threshold", part, float)
+        self.preference_threshold = parts[0] if len(parts) == 1 else list(parts)
+
     def _check_spo_arguments(self):
-        end = self.num_inference_steps if self.branch_end_step is None else self.branch_end_step
+        self.rollout_settings()
         rules = {
-            "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
-            "num_candidates": (self.num_candidates >= 2, "at least 2, or there is no pair"),
             "learning_rate": (self.learning_rate >= 0, "0 or more"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "positive, or `max_steps` set"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
-            "height": (self.height is None or self.height >= 1, "at least 1 pixel, or None for the model's own"),
-            "width": (self.width is None or self.width >= 1, "at least 1 pixel, or None for the model's own"),
             "eval_seed": (0 <= self.eval_seed < 2**63, "in [0, 2^63)"),
-            "eta": (0 < self.eta <= 1, "in (0, 1]; with eta = 0 DDIM is deterministic and all candidates are equal"),
-            "num_inner_steps": (self.num_inner_steps >= 1, "at least 1"),
-            "branch_end_step": (end <= self.num_inference_steps, f"at most {self.num_inference_steps} steps"),
-            "branch_start_step": (0 <= self.branch_start_step < end, f"in [0, {end}), before branching ends"),
-            "preference_threshold": (0 <= self.preference_threshold < 1, "in [0, 1), a difference of probabilities"),
             "epsilon": (0 < self.epsilon < 1, "in (0, 1)"),
             "beta": (self.beta > 0, "positive"),
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
@@ -262,23 +281,7 @@ class SPOConfig(StepTrainingArguments):
             "per_device_train_batch_size": (self.per_device_train_batch_size >= 1, "at least 1"),
             "num_eval_images": (self.num_eval_images >= 1, "at least 1"),
             "log_images_steps": (self.log_images_steps >= 0, "0 or more"),
-            "resample": (self.resample in ("random", "chosen", "rejected"), "'random', 'chosen' or 'rejected'"),
-            "pair": (self.pair in ("best_worst", "random"), "'best_worst' or 'random'"),
-            "rollout_micro_batch_size": (
-                self.rollout_micro_batch_size is None or self.rollout_micro_batch_size >= 1,
-                "at least 1",
-            ),
-            "vae_decode_batch_size": (
-                self.vae_decode_batch_size is None or self.vae_decode_batch_size >= 1,
-                "at least 1",
-            ),
-            "reward_batch_size": (self.reward_batch_size is None or self.reward_batch_size >= 1, "at least 1"),
-            "num_branches": (self.num_branches is None or self.num_branches >= 1, "at least 1, or None for all"),
             "memory_budget": (self.memory_budget is None or self.memory_budget > 0, "a positive number of GiB"),
-            "scoring_image_size": (
-                self.scoring_image_size is None or self.scoring_image_size >= 1,
-                "at least 1 pixel",
-            ),
             "reward_dtype": (self.reward_dtype in _DTYPES, f"one of {_DTYPES}"),
             "max_nonfinite_fraction": (0 <= self.max_nonfinite_fraction <= 1, "a share, in [0, 1]"),
             "timestep_weighting": (self.timestep_weighting in ("none", "even"), "'none' or 'even'"),

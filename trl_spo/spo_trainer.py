@@ -42,7 +42,7 @@ from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
 from .prompts import read_prompts
-from .rewards.step_aware_clip import StepAwareRewardModel
+from .rewards.base import Reward, wrap_reward
 from .rollout import branch_lengths, stepwise_rollout
 from .sampling import generate_images, score_images
 from .spo_config import SPOConfig
@@ -101,8 +101,8 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             Configuration. It is copied, not changed.
         pipeline ([`SPOPipeline`], `StableDiffusionPipeline`, `StableDiffusionXLPipeline`, path or Hub id):
             What is trained; everything [`wrap_pipeline`] accepts. Its denoiser gets an adapter, the rest is frozen.
-        reward_model ([`StepAwareRewardModel`], path, Hub id or callable):
-            Scores candidates: a step-aware reward model, or any `(images (B, 3, H, W) in [0, 1], prompts: list[str],
+        reward_model ([`Reward`], [`StepAwareRewardModel`], path, Hub id or callable):
+            Scores candidates; everything [`wrap_reward`] accepts: a step-aware reward model, or any `(images (B, 3, H, W) in [0, 1], prompts: list[str],
             timesteps (B,)) -> scores (B,)`.
         train_dataset (`datasets.Dataset` or `list[str]`, *optional*):
             Prompts: a list, or a dataset with a `prompt` or `caption` column. Otherwise `config.dataset_name`.
@@ -153,7 +153,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self,
         config: SPOConfig,
         pipeline: Any,
-        reward_model: StepAwareRewardModel | str | Path | Callable,
+        reward_model: Reward | torch.nn.Module | str | Path | Callable,
         train_dataset: Dataset | list[str] | None = None,
         eval_dataset: Dataset | list[str] | None = None,
         metrics: dict[str, Callable] | None = None,
@@ -186,44 +186,23 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             eval_dataset = read_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")
         elif config.eval_strategy != "no":
             raise ValueError(f"`eval_strategy={str(config.eval_strategy)!r}` needs prompts: pass `eval_dataset`.")
-        if not isinstance(reward_model, (str, Path)) and not callable(reward_model):
-            raise TypeError(
-                "`reward_model` must be a `StepAwareRewardModel`, a path or Hub id of one, or a callable `(images, "
-                f"prompts, timesteps) -> scores`, got `{type(reward_model).__name__}`."
-            )
-
-        is_function = not isinstance(reward_model, (str, Path, torch.nn.Module))
-        if config.reward_dtype is not None and is_function:
+        reward = None if isinstance(reward_model, (str, Path)) else wrap_reward(reward_model)
+        if reward is not None and reward.module is None and config.reward_dtype is not None:
             raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
 
-        if isinstance(reward_model, (str, Path)):
-            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
-        if isinstance(reward_model, StepAwareRewardModel):
-            reward_model.tokenize(prompts[:1])  # says so if there is no tokenizer
+        reward = reward or wrap_reward(reward_model)  # loads one that is given by its path
+        reward.check_prompts(prompts[:1])
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
-        if isinstance(reward_model, StepAwareRewardModel) and reward_model.config.step_conditioning:
-            largest = max(self.pipeline.set_timesteps(config.num_inference_steps))
-            known = reward_model.config.num_train_timesteps
-            if largest >= known:
-                raise ValueError(
-                    f"The sampler uses timesteps up to {largest}, and the reward model knows those up to {known - 1}. Use "
-                    "a reward model that was trained for this pipeline."
-                )
+        reward.check_pipeline(self.pipeline)
+        self._check_reward_timesteps(config, reward)
         if scoring_vae is not None or config.scoring_vae is not None:
             vae = config.scoring_vae if scoring_vae is None else scoring_vae
             self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)
-        self.reward_model = reward_model
-        if isinstance(reward_model, torch.nn.Module):
-            reward_model.requires_grad_(False).eval().to(config.device)
-            if config.reward_dtype is not None:
-                dtype = getattr(torch, config.reward_dtype)
-                if isinstance(reward_model, StepAwareRewardModel):
-                    reward_model.cast(dtype)
-                else:
-                    reward_model.to(dtype)
+        self.reward = reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
+        self.reward_model = reward_model if reward.module is None else reward.module
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
@@ -259,8 +238,8 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         # The networks compile themselves, where they should: a second time around them would only cost, and a config of
         # another run with `torch_compile` may have left transformers 4's environment variable behind.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        if config.torch_compile and isinstance(reward_model, StepAwareRewardModel):
-            reward_model.compile_layers(**self._compile_kwargs(config))
+        if config.torch_compile and hasattr(self.reward.module, "compile_layers"):
+            self.reward.module.compile_layers(**self._compile_kwargs(config))
         self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
         self.pair_loader = PairLoader(self, prompts)
@@ -301,8 +280,22 @@ class SPOTrainer(CheckpointingMixin, Trainer):
                 "come with the `metrics` argument of the trainer."
             )
 
+    def _check_reward_timesteps(self, config: SPOConfig, reward: Reward):
+        """The reward must know the timesteps it will be asked about. The first one, of pure noise, is never scored."""
+        if reward.num_train_timesteps is None:
+            return
+        timesteps = self.pipeline.set_timesteps(config.num_inference_steps)
+        scored = timesteps if config.reward_timestep == "branch" else [*timesteps[1:], 0]
+        known = reward.num_train_timesteps
+        if max(scored) >= known:
+            raise ValueError(
+                f"The sampler uses timesteps up to {max(scored)}, and the reward model knows those up to {known - 1}. Use "
+                "a reward model that was trained for this pipeline."
+            )
+
     def _check_branches(self, config: SPOConfig):
         """At least one branching step must have candidates that differ."""
+        self.pipeline.check_eta(config.eta)
         self.pipeline.set_timesteps(config.num_inference_steps)
         end = config.num_inference_steps if config.branch_end_step is None else config.branch_end_step
         branch_lengths(self.pipeline, config.branch_start_step, end, config.num_inner_steps, config.eta)
@@ -340,24 +333,9 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             pairs = stepwise_rollout(
                 self.pipeline,
                 embeds,
-                self.reward_model,
+                self.reward,
+                settings=args.rollout_settings(**self.chunk_sizes(embeds)),
                 prompts=prompts,
-                num_candidates=args.num_candidates,
-                num_inference_steps=args.num_inference_steps,
-                branch_start_step=args.branch_start_step,
-                branch_end_step=args.branch_end_step,
-                num_inner_steps=args.num_inner_steps,
-                eta=args.eta,
-                guidance_scale=args.guidance_scale,
-                preference_threshold=args.preference_threshold,
-                resample=args.resample,
-                pair=args.pair,
-                height=args.height,
-                width=args.width,
-                **self.chunk_sizes(embeds),
-                num_branches=args.num_branches,
-                scoring_image_size=args.scoring_image_size,
-                defer_scoring=args.defer_scoring,
                 on_nonfinite="skip",
                 generator=generator,
                 return_trajectory=return_trajectory,
@@ -387,7 +365,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             with self.accelerator.autocast():
                 denoiser, scoring = rollout_chunk_sizes(
                     self.pipeline,
-                    self.reward_model,
+                    self.reward,
                     embeds,
                     latent_shape,
                     args.guidance_scale,
@@ -662,8 +640,8 @@ class SPOTrainer(CheckpointingMixin, Trainer):
     @property
     def _score_names(self) -> list[str]:
         """A reward that scores latents has nothing to say about finished images."""
-        judges_images = getattr(self.reward_model, "scores", "images") == "images"
-        return (["reward"] if judges_images else []) + list(self.metrics)
+        names = ["reward"] if self.reward.sees == "images" else []
+        return names + list(self.metrics)
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Scores `(N,)` of clean images under the reward model (`reward`) and the trainer's metrics."""
@@ -672,7 +650,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         scores = {}
         if "reward" in self._score_names:
             size, device = self.args.per_device_eval_batch_size, self.args.device
-            scores["reward"] = score_images(images, prompts, self.reward_model, batch_size=size, device=device)
+            scores["reward"] = score_images(images, prompts, self.reward, batch_size=size, device=device)
         for name, metric in self.metrics.items():
             scores[name] = torch.as_tensor(metric(images, prompts)).float().cpu()
         return scores

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Win-lose pairs of denoising transitions, and the record of the rollout that made them."""
+"""Chosen-rejected pairs of denoising transitions, and the record of the rollout that made them."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class BranchRecord:
         timestep (`int`): t of the latents that branch.
         scored_timestep (`int`): timestep at which the candidates were scored; 0 for final images.
         scores (`torch.Tensor` of shape `(K, B)`): float32.
-        selection ([`PairSelection`]): winner, loser and validity per prompt.
+        selection ([`PairSelection`]): chosen, rejected and validity per prompt.
         next_index (`torch.Tensor` of shape `(B,)`): the candidate that went on.
         latents (`torch.Tensor` of shape `(B, ...)`, *optional*): x_t; only with `return_trajectory=True`.
         candidates (`torch.Tensor` of shape `(K, B, ...)`, *optional*): what was scored, as latents.
@@ -73,13 +73,13 @@ class NonFinite(NamedTuple):
 @dataclass
 class StepPairs:
     """
-    Win-lose pairs of denoising transitions, N in all, valid ones only.
+    Chosen-rejected pairs of denoising transitions, N in all, valid ones only.
 
     Attributes:
-        latents (`torch.Tensor` of shape `(N, ...)`): x_t of the winner's transition.
+        latents (`torch.Tensor` of shape `(N, ...)`): x_t of the chosen transition.
         chosen_prev_latents (`torch.Tensor` of shape `(N, ...)`): its x_{t-1}, bit for bit the one that was scored (or,
             inside a multi-step branch, that led to it).
-        rejected_latents (`torch.Tensor` of shape `(N, ...)`): x_t of the loser's transition.
+        rejected_latents (`torch.Tensor` of shape `(N, ...)`): x_t of the rejected transition.
         rejected_prev_latents (`torch.Tensor` of shape `(N, ...)`): its x_{t-1}.
         shared (`torch.Tensor` of shape `(N,)`, bool): whether both transitions start from the same x_t.
         timesteps (`torch.Tensor` of shape `(N,)`, int64): t.

@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
+from ..rewards.base import is_reward_model
 from ..sampling import generate_images, score_images
 from .statistics import paired_statistics
 
@@ -248,7 +249,7 @@ def _versions() -> dict[str, str]:
 
 def _apply_metric(name: str, metric: Callable, images: torch.Tensor, prompts: list[str], whose: str) -> torch.Tensor:
     """`(n,)` finite scores, or an error that names the metric and the prompt."""
-    if hasattr(metric, "score"):  # a step-aware reward model, at timestep 0
+    if is_reward_model(metric):  # at timestep 0
         scores = score_images(images, prompts, metric)
     else:
         scores = torch.as_tensor(metric(images, prompts)).detach().float().cpu()

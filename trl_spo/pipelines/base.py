@@ -171,6 +171,12 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         """Fix the schedule; returns t_0 > t_1 > ... as a list."""
         raise NotImplementedError
 
+    def check_eta(self, eta: float) -> None:
+        """
+        Raises:
+            ValueError: if the sampler has no steps with this much noise.
+        """
+
     def step_is_stochastic(self, step: int, eta: float) -> bool:
         """Whether step number `step` of the schedule has sigma > 0, so that candidates differ."""
         raise NotImplementedError

@@ -247,6 +247,13 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         return self.scheduler.timesteps.tolist()
 
+    def check_eta(self, eta: float) -> None:
+        if not 0 < eta <= 1:
+            raise ValueError(
+                f"`eta` must be in (0, 1], got {eta}: 0 is deterministic DDIM, where all candidates would be equal, and 1 "
+                "has the variance of DDPM."
+            )
+
     def step_is_stochastic(self, step: int, eta: float) -> bool:
         key = (id(self.scheduler), self.scheduler.num_inference_steps, eta)
         if key not in self._stochastic:  # asked for at every step, and reading a number may wait for the device

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..pipelines.base import SPOPipeline
 from ..pipelines.conditioning import PromptEmbeds
-from ..rewards.step_aware_clip import StepAwareRewardModel
+from ..rewards.base import Reward, wrap_reward
 
 
 logger = logging.get_logger(__name__)
@@ -224,7 +224,8 @@ def samples_within(bytes_of_batch: Callable[[int], int], budget_bytes: float, la
 
 
 def _fake_mode_of(*modules) -> FakeTensorMode:
-    parameters = [next(module.parameters(), None) for module in modules if isinstance(module, torch.nn.Module)]
+    networks = [getattr(module, "module", module) if isinstance(module, Reward) else module for module in modules]
+    parameters = [next(module.parameters(), None) for module in networks if isinstance(module, torch.nn.Module)]
     fakes = [parameter.fake_mode for parameter in parameters if isinstance(parameter, FakeTensor)]
     return fakes[0] if fakes else FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -254,7 +255,7 @@ def denoiser_bytes(
 
 def scoring_bytes(
     pipeline: SPOPipeline,
-    reward_model: Any,
+    reward_model: Reward | Any,
     latent_shape: tuple[int, ...],
     num_samples: int,
     device: torch.device | None = None,
@@ -266,33 +267,32 @@ def scoring_bytes(
     [`rollout_chunk_sizes`]; `reward_model` may be `None` for the decoder alone.
     """
     device = pipeline.device if device is None else device
-    fake_mode = fake_mode or _fake_mode_of(*pipeline.frozen_modules().values(), reward_model)
-    takes_features = hasattr(reward_model, "encode_prompts")
-    scores_latents = getattr(reward_model, "scores", "images") == "latents"
-    if isinstance(reward_model, StepAwareRewardModel):
-        width, dtype = reward_model.config.clip_config.projection_dim, reward_model.dtype
-        with fake_mode:
-            text_features = torch.empty(num_samples, width, dtype=dtype, device=device)
-    elif takes_features:
+    reward = None if reward_model is None else wrap_reward(reward_model)
+    judges_images = reward is None or reward.sees == "images"
+    traced = reward is not None and reward.can_be_traced
+    fake_mode = fake_mode or _fake_mode_of(*pipeline.frozen_modules().values(), reward and reward.module)
+
+    # The features of one prompt, of which every sample gets the row: encoding is not what takes memory.
+    if traced:
         with _PeakMemory(fake_mode).watch(), torch.no_grad():
-            text_features = reward_model.encode_prompts([""]).repeat(num_samples, 1)
+            text = reward.encode_prompts([""])[torch.zeros(num_samples, dtype=torch.long, device=device)]
     with fake_mode:
         latents = torch.empty(num_samples, *latent_shape, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def score(latents):
-        images = latents if scores_latents else pipeline.decode_for_scoring(latents, image_size)
-        if takes_features:
+        samples = pipeline.decode_for_scoring(latents, image_size) if judges_images else latents
+        if traced:
             timesteps = torch.full((num_samples,), 0, dtype=torch.long, device=device)
-            return reward_model.score(images, timesteps=timesteps, text_features=text_features)
-        return images if scores_latents else (images / 2 + 0.5).clamp(0, 1)
+            return reward.score(samples, text, timesteps)
+        return (samples / 2 + 0.5).clamp(0, 1) if judges_images else samples
 
     return peak_activation_bytes(score, latents, fake_mode=fake_mode)
 
 
 def rollout_chunk_sizes(
     pipeline: SPOPipeline,
-    reward_model: Any,
+    reward_model: Reward | Any,
     embeds: PromptEmbeds,
     latent_shape: tuple[int, ...],
     guidance_scale: float,
@@ -307,9 +307,8 @@ def rollout_chunk_sizes(
 
     Args:
         pipeline ([`SPOPipeline`]): with its adapter, if it has one.
-        reward_model: as [`stepwise_rollout`] takes it. Of a callable that is no [`StepAwareRewardModel`] the memory
-            is not known, so the decoder alone counts; one that scores latents itself (`scores == "latents"`) and tells
-            nothing about its memory gets `largest`.
+        reward_model: everything that [`wrap_reward`] takes. The memory of a function is not known, so the decoder alone
+            counts; a function that scores latents gets `largest`.
         embeds ([`PromptEmbeds`]): from `pipeline.encode_prompt`; of which only the shape of one row counts.
         latent_shape (`tuple[int, ...]`): of one latent, from `pipeline.latent_shape(height, width)`.
         guidance_scale (`float`): above 1 the denoiser sees every latent twice.

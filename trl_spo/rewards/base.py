@@ -1,0 +1,240 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The contract of a reward, and the one door through which every reward comes: [`wrap_reward`].
+
+Rollout, memory estimates, evaluation, relabelling and both trainers know the members of [`Reward`] and no class. A reward
+says what it wants to see:
+
+| `sees` | samples | when |
+|---|---|---|
+| `"images"` | decoded x_0 predictions, in [-1, 1] | step-aware CLIP, any function of images |
+| `"latents"` | x_0 predictions as latents | models on clean latents |
+| `"noisy_latents"` | the candidates x_{t-1} themselves | latent reward models: nothing is predicted or decoded for scoring |
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+SEES = ("images", "latents", "noisy_latents")
+
+
+class Reward:
+    """
+    What a rollout asks for scores. Subclasses implement `encode_prompts` and `score`.
+
+    Attributes:
+        sees (`str`): what `score` gets: `"images"` `(B, 3, height, width)` in [-1, 1], `"latents"` (x_0 predictions), or
+            `"noisy_latents"` (the candidates), both `(B, C, h, w)` in the scale of the denoiser.
+        num_train_timesteps (`int`, *optional*): timesteps must lie in `[0, num_train_timesteps)`. `None`: any will do.
+        module (`torch.nn.Module`, *optional*): its network, which [`~Reward.prepare`] freezes, moves and casts.
+        can_be_traced (`bool`): whether `encode_prompts` and `score` run on tensors without values, so that their memory
+            can be estimated.
+        name (`str`): what a model card calls it.
+    """
+
+    sees: str = "images"
+    num_train_timesteps: int | None = None
+    module: torch.nn.Module | None = None
+    can_be_traced: bool = False
+    name: str = "reward"
+
+    def encode_prompts(self, prompts: list[str]) -> Any:
+        """Text features of `prompts`, once per rollout: anything of which an index tensor picks rows."""
+        raise NotImplementedError
+
+    def score(self, samples: torch.Tensor, text: Any, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            samples (`torch.Tensor` of shape `(B, ...)`): what `sees` says.
+            text: B rows of what `encode_prompts` returned.
+            timesteps (`torch.Tensor` of shape `(B,)`, int64): of the samples; 0 for finished images.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: float32, on the device of the samples. Higher is better.
+        """
+        raise NotImplementedError
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises an error if the reward cannot read prompts, before any work is done."""
+
+    def check_pipeline(self, pipeline) -> None:
+        """Raises an error if the reward cannot judge what this pipeline makes, such as latents of another space."""
+
+    def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Reward":
+        """
+        Freeze the network, put it into evaluation mode, and move and cast it.
+
+        Raises:
+            ValueError: if a `dtype` is asked for and there is no network.
+        """
+        if self.module is not None:
+            self.module.requires_grad_(False).eval().to(device)
+            if dtype is not None:
+                cast = getattr(self.module, "cast", self.module.to)  # a model's own cast spares what must stay float32
+                cast(dtype)
+        elif dtype is not None:
+            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
+        return self
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its network is; `None` without one."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        return None if parameter is None else parameter.device
+
+
+class TextRows(list):
+    """A list of prompts of which an index tensor picks rows, like text features."""
+
+    def __getitem__(self, index):
+        if torch.is_tensor(index):
+            return TextRows(list.__getitem__(self, i) for i in index.tolist())
+        return super().__getitem__(index)
+
+
+class FunctionReward(Reward):
+    """
+    A function `(images (B, 3, H, W) in [0, 1], prompts, timesteps (B,)) -> scores (B,)`. If it has an attribute `scores`
+    of "latents" or "noisy_latents", it gets those instead of images.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self.module = function if isinstance(function, torch.nn.Module) else None
+        self.sees = check_sees(getattr(function, "scores", "images"))
+
+    def encode_prompts(self, prompts: list[str]) -> TextRows:
+        return TextRows(prompts)
+
+    def score(self, samples: torch.Tensor, text: TextRows, timesteps: torch.Tensor) -> torch.Tensor:
+        if self.sees == "images":
+            samples = (samples / 2 + 0.5).clamp(0, 1)
+        return checked_scores(self.function(samples, list(text), timesteps), len(samples), samples.device)
+
+
+class ModelReward(Reward):
+    """A model with `encode_prompts(prompts)` and `score(samples, timesteps=..., text_features=...)`."""
+
+    def __init__(self, model):
+        self.model = model
+        self.name = type(model).__name__
+        self.module = model if isinstance(model, torch.nn.Module) else None
+        self.can_be_traced = self.module is not None
+        self.sees = check_sees(getattr(model, "scores", "images"))
+        config = getattr(model, "config", None)
+        if getattr(config, "step_conditioning", True):  # a model that ignores timesteps takes any
+            self.num_train_timesteps = getattr(config, "num_train_timesteps", None)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        if hasattr(self.model, "tokenize"):
+            self.model.tokenize(prompts[:1])  # says so if there is no tokenizer
+
+    def check_pipeline(self, pipeline) -> None:
+        if hasattr(self.model, "check_pipeline"):
+            self.model.check_pipeline(pipeline)
+
+    def encode_prompts(self, prompts: list[str]) -> Any:
+        return self.model.encode_prompts(prompts)
+
+    def score(self, samples: torch.Tensor, text: Any, timesteps: torch.Tensor) -> torch.Tensor:
+        scores = self.model.score(samples, timesteps=timesteps, text_features=text)
+        return checked_scores(scores, len(samples), samples.device)
+
+
+def check_sees(sees: str) -> str:
+    """
+    Raises:
+        ValueError: for a reward whose attribute `scores` names nothing that a rollout can show it.
+    """
+    if sees not in SEES:
+        raise ValueError(f"The attribute `scores` of a reward must be one of {SEES}, got {sees!r}.")
+    return sees
+
+
+def checked_scores(scores: Any, num_samples: int, device: torch.device) -> torch.Tensor:
+    """
+    What a reward returned, as `(num_samples,)` float32 on `device`.
+
+    Raises:
+        TypeError: if these are not real numbers.
+        ValueError: if their shape is another.
+    """
+    try:
+        scores = torch.as_tensor(scores, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"The reward must return a tensor or a list of {num_samples} numbers, one per sample, got "
+            f"`{type(scores).__name__}` ({error})."
+        ) from error
+    if scores.shape != (num_samples,):
+        raise ValueError(
+            f"The reward must return one score per sample, shape ({num_samples},), got {tuple(scores.shape)}."
+        )
+    if scores.is_complex():
+        raise TypeError(f"The reward must return real numbers, got dtype {scores.dtype}.")
+    return scores.float()
+
+
+def wrap_reward(reward: Any) -> Reward:
+    """
+    Turn what users have into a [`Reward`].
+
+    Args:
+        reward: a [`Reward`] (returned as it is), a model with `encode_prompts` and `score` such as
+            [`StepAwareRewardModel`], the path or Hub id of a saved one, or a callable `(images (B, 3, H, W) in [0, 1],
+            prompts: list[str], timesteps (B,)) -> scores (B,)`.
+
+    Raises:
+        TypeError: for any other object.
+        ValueError: for an unknown value of the attribute `scores`.
+
+    Example:
+
+    ```python
+    >>> reward = wrap_reward(lambda images, prompts, timesteps: images.mean((1, 2, 3)))
+    >>> reward.score(torch.zeros(2, 3, 8, 8), reward.encode_prompts(["a cat", "a dog"]), torch.tensor([0, 0]))
+    tensor([0.5000, 0.5000])
+    ```
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, (str, Path)):
+        reward = load_reward_model(reward)
+    if is_reward_model(reward):
+        return ModelReward(reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise TypeError(
+        "`reward_model` must be a `StepAwareRewardModel` or another reward model, a path or Hub id of one, or a callable "
+        f"`(images, prompts, timesteps) -> scores`, got `{type(reward).__name__}`."
+    )
+
+
+def is_reward_model(reward: Any) -> bool:
+    """Whether this judges by itself, as opposed to a function that is called."""
+    return isinstance(reward, Reward) or (hasattr(reward, "encode_prompts") and hasattr(reward, "score"))
+
+
+def load_reward_model(path: str | Path) -> torch.nn.Module:
+    """The reward model in a folder or Hub repository, of the class that its configuration names."""
+    from .step_aware_clip import StepAwareRewardModel  # a function needs no reward model
+
+    return StepAwareRewardModel.from_pretrained(path)

@@ -1,0 +1,111 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Scores of candidates in full batches: decode where the reward wants images, ask it in chunks, wait for the device once."""
+
+import math
+
+import torch
+
+from ..pipelines.base import SPOPipeline
+from ..training.numerics import is_finite
+from .base import Reward
+
+
+class Scorer:
+    """
+    Asks the reward about candidates of one rollout. Prompts are encoded once.
+
+    Args:
+        pipeline ([`SPOPipeline`]): decodes.
+        reward ([`Reward`]): judges.
+        prompts (`list[str]`): the B prompts of the rollout.
+        decode_batch_size (`int`, *optional*): maximum number of images in one call of the decoder.
+        batch_size (`int`, *optional*): maximum number of samples in one call of the reward; `decode_batch_size` by
+            default.
+        image_size (`int`, *optional*): decode at this size, in pixels of the short side.
+    """
+
+    def __init__(
+        self,
+        pipeline: SPOPipeline,
+        reward: Reward,
+        prompts: list[str],
+        decode_batch_size: int | None = None,
+        batch_size: int | None = None,
+        image_size: int | None = None,
+    ):
+        self.pipeline = pipeline
+        self.reward = reward
+        self.prompts = prompts
+        self.decode_batch_size = decode_batch_size
+        self.batch_size = batch_size or decode_batch_size
+        self.image_size = image_size
+        self.text = reward.encode_prompts(prompts)
+        self.text_is_a_list = isinstance(self.text, list)
+
+    def __call__(self, candidates: list[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+        """
+        Args:
+            candidates: pairs of what is judged, as latents `(K, B, ...)`, and its timestep. What is scored together may
+                come from different steps.
+
+        Returns:
+            list of `torch.Tensor` of shape `(K, B)`: float32, on the CPU; NaN for latents and images that are not
+            finite, instead of which the reward sees zeros.
+        """
+        shapes, rows, timesteps = [], [], []
+        for latents, timestep in candidates:
+            num_candidates, batch_size = latents.shape[:2]
+            shapes.append((num_candidates, batch_size))
+            rows.append(torch.arange(batch_size).repeat(num_candidates))
+            timesteps.append(torch.full((num_candidates * batch_size,), timestep))
+        latents = torch.cat([latents.flatten(0, 1).float() for latents, _ in candidates])
+        timesteps = torch.cat(timesteps).to(latents.device, non_blocking=True)
+        rows = torch.cat(rows)
+        if not self.text_is_a_list:  # features are on the device, a list of prompts is not: neither has to wait
+            rows = rows.to(latents.device, non_blocking=True)
+
+        size = self.batch_size or len(latents)
+        scores = []
+        for start in range(0, len(latents), size):
+            chunk = slice(start, start + size)
+            scores.append(self._score(latents[chunk], rows[chunk], timesteps[chunk]))
+        scores = torch.cat(scores).cpu()  # the one wait for the device
+        parts = scores.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _score(self, latents: torch.Tensor, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        finite = is_finite(latents)
+        samples = _blank(latents, finite)
+        if self.reward.sees == "images":
+            samples = self._decode(samples)
+            finite = finite & is_finite(samples)
+            samples = _blank(samples, finite)
+        scores = self.reward.score(samples, self.text[rows], timesteps)
+        return scores.masked_fill(~finite, math.nan)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        size = self.decode_batch_size or len(latents)
+        chunks = latents.split(size)
+        return torch.cat([self.pipeline.decode_for_scoring(chunk, self.image_size) for chunk in chunks])
+
+    def image_is_finite(self, latents: torch.Tensor) -> bool:
+        """Whether one x_0 prediction decodes to numbers; half-precision decoders may overflow."""
+        return self.reward.sees != "images" or bool(self._decode(latents[None].float()).isfinite().all())
+
+
+def _blank(values: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """`values (N, ...)` with zeros instead of the rows that are not finite."""
+    return torch.where(finite.view(-1, *[1] * (values.ndim - 1)), values, 0.0)

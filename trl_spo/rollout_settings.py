@@ -1,0 +1,133 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a rollout is told to do, checked once: [`RolloutSettings`]."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+RESAMPLE = ("random", "chosen", "rejected")
+PAIRS = ("best_worst", "random")
+REWARD_TIMESTEPS = ("next", "branch")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """
+    The settings of [`stepwise_rollout`]. [`SPOConfig.rollout_settings`] makes them of a config.
+
+    Attributes:
+        num_candidates (`int`): K, candidates drawn from one x_t, at least 2.
+        num_inference_steps (`int`): S, denoising steps.
+        branch_start_step (`int`): first step that branches.
+        branch_end_step (`int`, *optional*): first step that does not branch any more; the rollout stops there, since
+            what comes later cannot give pairs. `None`: every step after the first that branches may branch.
+        num_inner_steps (`int`): j, steps that a candidate goes on alone before it is scored.
+        num_branches (`int`, *optional*): branch only at this many random places of those that may branch, and stop after
+            the last of them. `None`: branch at every eligible step.
+        eta (`float`): noise of the steps, above 0; its range is that of the pipeline's sampler.
+        guidance_scale (`float`): w; values of 1 and less disable guidance.
+        preference_threshold (`float` or `tuple[float, float]`): see [`select_pairs`]; a pair `(low, high)` is interpolated
+            in the standard deviation of the step.
+        resample (`str`): the candidate that goes on: "random", "chosen" or "rejected".
+        pair (`str`): "best_worst", or "random" for two random candidates.
+        reward_timestep (`str`): "next", a candidate x_{t-1} is scored at its own timestep; or "branch", at the t of the
+            x_t it was drawn from, as the public code of LPO does.
+        height, width (`int`, *optional*): image size in pixels; `None`: the model's own.
+        rollout_micro_batch_size (`int`, *optional*): maximum number of latents in one denoiser call (guidance doubles
+            them).
+        vae_decode_batch_size (`int`, *optional*): maximum number of images in one decoder call.
+        reward_batch_size (`int`, *optional*): maximum number of samples in one reward call.
+        scoring_image_size (`int`, *optional*): decode for scoring at this size, in pixels of the short side.
+        defer_scoring (`bool`): score the candidates of all steps together after the rollout; needs
+            `resample="random"`, and is ignored otherwise.
+
+    Raises:
+        ValueError: for settings that cannot give pairs.
+    """
+
+    num_candidates: int = 4
+    num_inference_steps: int = 20
+    branch_start_step: int = 4
+    branch_end_step: int | None = None
+    num_inner_steps: int = 1
+    num_branches: int | None = None
+    eta: float = 1.0
+    guidance_scale: float = 5.0
+    preference_threshold: float | tuple[float, float] = 0.3
+    resample: str = "random"
+    pair: str = "best_worst"
+    reward_timestep: str = "next"
+    height: int | None = None
+    width: int | None = None
+    rollout_micro_batch_size: int | None = None
+    vae_decode_batch_size: int | None = None
+    reward_batch_size: int | None = None
+    scoring_image_size: int | None = None
+    defer_scoring: bool = False
+
+    def __post_init__(self):
+        threshold = self.preference_threshold
+        if isinstance(threshold, (list, tuple)):
+            object.__setattr__(self, "preference_threshold", tuple(threshold))
+        for name, (holds, expected) in self._rules().items():
+            if not holds:
+                raise ValueError(f"`{name}` must be {expected}; got {getattr(self, name)!r}.")
+
+    @property
+    def end(self) -> int:
+        """First step that cannot branch."""
+        return self.num_inference_steps if self.branch_end_step is None else self.branch_end_step
+
+    @property
+    def deferred(self) -> bool:
+        """Whether scores can wait until the end of the rollout: only if the next x_t does not depend on them."""
+        return self.defer_scoring and self.resample == "random"
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        rules = {
+            "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
+            "num_candidates": (self.num_candidates >= 2, "at least 2, or there is no pair"),
+            "eta": (self.eta > 0, "above 0; without noise the steps are deterministic and all candidates are equal"),
+            "num_inner_steps": (self.num_inner_steps >= 1, "at least 1"),
+            "branch_end_step": (self.end <= self.num_inference_steps, f"at most {self.num_inference_steps} steps"),
+            "branch_start_step": (
+                0 <= self.branch_start_step < self.end,
+                f"in [0, {self.end}), before branching ends",
+            ),
+            "num_branches": (self.num_branches is None or self.num_branches >= 1, "at least 1, or None for all"),
+            "preference_threshold": (
+                is_threshold(self.preference_threshold),
+                "in [0, 1), a difference of probabilities, or two of them (low, high) with low <= high",
+            ),
+            "resample": (self.resample in RESAMPLE, "'random', 'chosen' or 'rejected'"),
+            "pair": (self.pair in PAIRS, "'best_worst' or 'random'"),
+            "reward_timestep": (self.reward_timestep in REWARD_TIMESTEPS, "'next' or 'branch'"),
+        }
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            rules[name] = (value is None or value >= 1, "at least 1 pixel, or None for the model's own")
+        for name in ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size"):
+            value = getattr(self, name)
+            rules[name] = (value is None or value >= 1, "at least 1")
+        size = self.scoring_image_size
+        rules["scoring_image_size"] = (size is None or size >= 1, "at least 1 pixel")
+        return rules
+
+
+def is_threshold(threshold: Any) -> bool:
+    """Whether this is a difference of probabilities, or a pair (low, high) of them."""
+    parts = threshold if isinstance(threshold, (list, tuple)) else (threshold, threshold)
+    return len(parts) == 2 and 0 <= parts[0] <= parts[1] < 1
