@@ -73,9 +73,9 @@ def noised_pair_images(
         )
     if batch_size and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < pipeline.num_train_timesteps:
         raise ValueError(f"`timesteps` must lie in [0, {pipeline.num_train_timesteps}), got {timesteps.tolist()}.")
-    timesteps = timesteps.to(pipeline.device)
+    noisy = (timesteps > 0).nonzero().flatten()  # where they were drawn, on the CPU: nothing waits for the device
+    timesteps = timesteps.to(pipeline.device, non_blocking=True)
     images = torch.stack([batch["images_0"], batch["images_1"]], dim=1).to(pipeline.device)  # (B, 2, 3, H, W)
-    noisy = (timesteps > 0).nonzero().flatten()
     if len(noisy) == 0:
         return images[:, 0], images[:, 1]
     chunk = batch_size if prediction_batch_size is None else prediction_batch_size
@@ -99,6 +99,7 @@ def noised_pair_images(
         prompt_embeds = encode_prompts(
             [prompts[row] for row in rows.tolist()], negative_prompt, height=images.shape[-2], width=images.shape[-1]
         ).repeat_interleave(2)
+        rows = rows.to(pipeline.device, non_blocking=True)
         pair_timesteps = timesteps[rows].repeat_interleave(2)
         noised = pipeline.add_noise(latents[rows].flatten(0, 1), noise[rows].flatten(0, 1), pair_timesteps)
         predicted = pipeline.predict_original_sample(noised, pair_timesteps, prompt_embeds, guidance_scale)

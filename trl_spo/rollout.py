@@ -368,10 +368,14 @@ def score_the_rest(
     scores = scorer(to_score) if to_score else []
     for branch, values in zip(waiting, scores, strict=False):
         branch.scores = values
+    # Nothing is left for the device to do, and one copy brings the choices of all branches to the scores.
+    choices = torch.stack([branch.next_index for branch in branches]).cpu()
+    for branch, choice in zip(branches, choices, strict=True):
+        branch.next_index = choice
     if not finished:
         return None
     if last.ends_rollout:
-        return gather_candidates(last.scores, last.next_index.cpu())
+        return gather_candidates(last.scores, last.next_index)
     return scores[-1][0]
 
 
@@ -481,7 +485,7 @@ def record_of(branch: Branch, selection: PairSelection, with_latents: bool) -> B
         scored_timestep=branch.scored_timestep,
         scores=branch.scores,
         selection=selection,
-        next_index=branch.next_index.cpu(),
+        next_index=branch.next_index,
     )
     if with_latents:
         record.latents = branch.trajectory[0][0]
