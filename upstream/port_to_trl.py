@@ -20,7 +20,8 @@ and forms that TRL's experimental trainers have. See `README.md` beside this fil
 python upstream/port_to_trl.py path/to/trl
 ```
 
-Running it again brings the copy up to date and changes nothing else. Imports are rewritten, siblings stay relative; if ruff
+Running it again brings the copy up to date and changes nothing else. Folders are flattened by one rule, imports are
+rewritten and siblings stay relative; if ruff
 is there, it sorts and formats the result by the settings of the checkout.
 """
 
@@ -37,6 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "trl.experimental.spo"
 LICENSE = "# Copyright 2026 The trl_spo authors.\n"
 TRL_LICENSE = "# Copyright 2020-2026 The HuggingFace Team. All rights reserved.\n"
+PACKAGE_PATH = "trl/experimental/spo"
+# TRL's experimental methods are flat: `pipelines/flux.py` here is `pipeline_flux.py` there. Programs keep their folder.
+FOLDERS = {"pipelines": "pipeline", "rewards": "reward", "training": "training", "evaluation": "evaluation"}
 # TRL has no DDPO any more, and its own command line.
 LEFT_OUT = ("ddpo_interop.py", "scripts/cli.py")
 # A test that reads the rest of this repository, or asks about what is left out, stays here.
@@ -80,12 +84,40 @@ def check_checkout(checkout: Path) -> None:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+def flat_name(path: str) -> str:
+    """`pipelines/flux.py` -> `pipeline_flux.py`: the folder in the singular, before the name. Others stay as they are."""
+    folder, _, name = path.partition("/")
+    return f"{FOLDERS[folder]}_{name}" if folder in FOLDERS else path
+
+
+def flatten_imports(text: str, folder: str = "") -> str:
+    """
+    Relative imports of a module in `folder` ("" for the package itself), and dotted names such as
+    `trl_spo.pipelines.flux`, as they read where the folders are gone.
+    """
+    names = "|".join(FOLDERS)
+    if folder in FOLDERS:  # `.base` is a neighbour in the folder, `..losses` one of the package
+        text = re.sub(r"(?m)^(\s*from )\.(\w+) import", rf"\1.{FOLDERS[folder]}_\2 import", text)
+        text = re.sub(r"(?m)^(\s*from )\.\.", r"\1.", text)
+    text = re.sub(rf"(?m)^(\s*from \.+)({names})\.(\w+) import", _flat_dotted, text)
+    return re.sub(rf"\b(trl_spo\.)({names})\.(\w+)", _flat_dotted, text)
+
+
+def _flat_dotted(match: re.Match) -> str:
+    rest = match[0][match.end(3) - match.start(0) :]
+    return f"{match[1]}{FOLDERS[match[2]]}_{match[3]}{rest}"
+
+
 def rewrite(text: str) -> str:
     """Names, commands and paths of this project, as they are called in TRL."""
-    text = text.replace(LICENSE, TRL_LICENSE)
+    text = flatten_imports(text.replace(LICENSE, TRL_LICENSE))
     text = re.sub(r"\bfrom tests\.", "from tests.experimental.spo.", text)
     text = re.sub(r"\btrl-spo (spo|step-reward|evaluate|sample)\b", _command, text)
     text = text.replace("trl-spo[", "trl[").replace('"trl-spo"', '"trl"')
+    # A path stays a path: `trl_spo/...`, and "trl_spo" beside a slash that joins paths.
+    text = re.sub(rf"\btrl_spo/({'|'.join(FOLDERS)})/(\w+)", lambda m: f"{PACKAGE_PATH}/{FOLDERS[m[1]]}_{m[2]}", text)
+    text = re.sub(r"\btrl_spo/", f"{PACKAGE_PATH}/", text)
+    text = re.sub(r"(?<=/ \")trl_spo(?=\")", PACKAGE_PATH, text)
     text = re.sub(r"\btrl_spo\b", PACKAGE, text)
     for name, other in EXAMPLES.items():
         text = text.replace(f"examples/scripts/{name}", f"examples/scripts/{other}")
@@ -216,12 +248,18 @@ def package_files() -> dict[str, str]:
         name = path.relative_to(source).as_posix()
         if name in LEFT_OUT:
             continue
-        text = path.read_text(encoding="utf-8")
+        folder = name.rpartition("/")[0]
+        if folder in FOLDERS and path.name == "__init__.py":  # of a folder that is gone there
+            continue
+        text = flatten_imports(path.read_text(encoding="utf-8"), folder)
         if name == "__init__.py":
             text = "".join(line for line in text.splitlines(keepends=True) if "ddpo_interop" not in line)
+            text = re.sub(rf'"({"|".join(FOLDERS)})\.(\w+)":', lambda m: f'"{FOLDERS[m[1]]}_{m[2]}":', text)
         if name == "scripts/__init__.py":
             text = re.sub(r",? and the console command.*?starts\s+them", "", text, flags=re.DOTALL)
-        files[f"trl/experimental/spo/{name}"] = rewrite(text)
+        files[f"{PACKAGE_PATH}/{flat_name(name)}"] = rewrite(text)
+    for path in sorted(source.glob("**/*.yaml")):  # configurations of accelerate
+        files[f"{PACKAGE_PATH}/{path.relative_to(source).as_posix()}"] = path.read_text(encoding="utf-8")
     return files
 
 
@@ -288,7 +326,7 @@ def port(checkout: Path) -> list[str]:
     }
     files = {checkout / name: text for name, text in (package_files() | tests | example_files()).items()}
     files |= {docs / f"{name}.md": page(name) for name in PAGES}
-    for folder in ("trl/experimental/spo", "tests/experimental/spo"):  # what was ported before and is no more
+    for folder in (PACKAGE_PATH, "tests/experimental/spo"):  # what was ported before and is no more
         shutil.rmtree(checkout / folder, ignore_errors=True)
     for path, text in (files | changed).items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,10 +44,11 @@ from ..rewards.base import Reward, wrap_reward
 logger = logging.get_logger(__name__)
 
 GIB = 2**30
-FALLBACK_CHUNK = 8  # most samples per call of a model that cannot be estimated
+FALLBACK_CHUNK = 8  # maximum number of samples per call of a model that cannot be estimated
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
-_ANSWERS = {  # what checks of values, such as `bool(x.isfinite().all())`, are taken to find: that nothing is wrong
+# Fake tensors have no values. Assume that checks such as `bool(x.isfinite().all())` pass.
+ASSUMED_RESULTS = {
     torch.ops.aten.all.default: True,
     torch.ops.aten.all.dim: True,
     torch.ops.aten.any.default: False,
@@ -78,7 +79,8 @@ class _PeakMemory(TorchDispatchMode):
         if fake is None:
             fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
             self._know(fake, nbytes=0)
-            self._real[id(tensor)], self._fakes[id(tensor)] = tensor, fake
+            self._real[id(tensor)] = tensor
+            self._fakes[id(tensor)] = fake
         return fake
 
     def _know(self, tensor: torch.Tensor, nbytes: int | None = None):
@@ -97,17 +99,19 @@ class _PeakMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.current)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Questions about a tensor are answered here: nothing is created.
         if func is _DEVICE:  # half of all calls
             return args[0].fake_device
-        if func is _ITEM and hasattr(args[0], "_spo_answer"):
-            return args[0]._spo_answer
+        if func is _ITEM and hasattr(args[0], "_spo_assumed_result"):
+            return args[0]._spo_assumed_result
+        # Everything else runs in the fake mode, which is below this one, and what it creates is counted.
         args = [self._stand_in(value) for value in args]
         kwargs = {name: self._stand_in(value) for name, value in kwargs.items()} if kwargs else {}
-        result = func(*args, **kwargs)  # on to the fake mode, which is below this one
+        result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self._know(result)
-            if func in _ANSWERS:
-                result._spo_answer = _ANSWERS[func]
+            if func in ASSUMED_RESULTS:
+                result._spo_assumed_result = ASSUMED_RESULTS[func]
         elif isinstance(result, (tuple, list)):
             for value in result:
                 if isinstance(value, torch.Tensor):
@@ -189,9 +193,10 @@ def samples_within(bytes_of_batch: Callable[[int], int], budget_bytes: float, la
     r"""
     The largest batch size whose memory fits a budget.
 
-    Memory is a maximum over moments, each with a fixed part and a part per sample. Such a function lies between the
-    line from the origin and the line from one sample, both to the largest batch. Where the two lines give the same
-    answer, these two evaluations are enough (one, if the largest batch fits); otherwise it is searched between them.
+    Peak memory is a maximum of affine functions of the batch size n (each moment has a fixed part and a part per sample),
+    so it is convex: it lies below the chord from 1 to `largest`, and above the ray from the origin through `largest`. The
+    two bounds bracket the answer. Where they agree, two evaluations are enough (one, if the largest batch fits);
+    otherwise the answer is searched between them.
 
     Args:
         bytes_of_batch (`Callable[[int], int]`): peak bytes of a batch of n samples.
