@@ -30,7 +30,7 @@ ORDER = (  # a module may import from the modules before it
     "training.numerics training.running_means images prompts hub_files "
     "pipelines.ddpo pipelines.conditioning pipelines.adapters pipelines.base pipelines.autoencoder "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.auto pipelines.encoding_cache "
-    "rewards.step_aware_clip rewards.base rewards.scoring step_pairs rollout noised_pairs sampling preference_dataset "
+    "rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling preference_dataset "
     "training.checkpointing training.model_card training.memory training.ema training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export "
     "evaluation.statistics evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
@@ -39,7 +39,7 @@ SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "
     "SPOStableDiffusionPipeline SPOStableDiffusionXLPipeline wrap_pipeline stepwise_rollout StepPairs ddim_step_stats "
-    "wrap_reward gaussian_log_prob select_pairs PairSelection spo_loss step_preference_loss"
+    "LatentRewardModel LatentRewardModelConfig wrap_reward gaussian_log_prob select_pairs PairSelection spo_loss step_preference_loss"
 ).split()
 
 

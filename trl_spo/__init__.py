@@ -26,6 +26,7 @@ _import_structure = {
     "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
     "export": ["export_kohya", "merge_lora"],
     "evaluation.metrics": ["load_metric"],
+    "rewards.latent": ["LatentRewardModel", "LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
     "rewards.step_aware_clip": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .pipelines.stable_diffusion import SPOStableDiffusionPipeline
     from .pipelines.stable_diffusion_xl import SPOStableDiffusionXLPipeline
     from .rewards.base import Reward, wrap_reward
+    from .rewards.latent import LatentRewardModel, LatentRewardModelConfig
     from .rewards.step_aware_clip import StepAwareRewardModel, StepAwareRewardModelConfig
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings

@@ -84,13 +84,13 @@ def load_pretrained(loader, path: str, what: str):
 
 
 def read_model_type(path: str, hub_kwargs: dict) -> str | None:
-    require_existing(path, "step-aware reward model")
+    require_existing(path, "reward model")
     try:
         config_file = cached_file(path, "config.json", **hub_kwargs)
     except OSError as error:
-        raise FileNotFoundError(f"{path!r} holds no step-aware reward model: {error}") from error
+        raise FileNotFoundError(f"{path!r} holds no step-aware reward model, and no other: {error}") from error
     if config_file is None:
-        raise FileNotFoundError(f"{path!r} holds no step-aware reward model: there is no config.json.")
+        raise FileNotFoundError(f"{path!r} holds no step-aware reward model, and no other: there is no config.json.")
     return read_json(config_file).get("model_type")
 
 

@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from ..hub_files import read_model_type
+
 
 SEES = ("images", "latents", "noisy_latents")
 
@@ -235,6 +237,10 @@ def is_reward_model(reward: Any) -> bool:
 
 def load_reward_model(path: str | Path) -> torch.nn.Module:
     """The reward model in a folder or Hub repository, of the class that its configuration names."""
-    from .step_aware_clip import StepAwareRewardModel  # a function needs no reward model
+    # Imported here, as a function needs no reward model.
+    from .latent import LatentRewardModel, LatentRewardModelConfig
+    from .step_aware_clip import StepAwareRewardModel
 
+    if read_model_type(str(path), {}) == LatentRewardModelConfig.model_type:
+        return LatentRewardModel.from_pretrained(path)
     return StepAwareRewardModel.from_pretrained(path)

@@ -1,0 +1,227 @@
+"""
+Necessity: a latent reward judges what the denoiser sees. Wrong features, a forgotten half of the guidance or latents of
+another space give scores that look like any others.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
+from trl_spo import (
+    LatentRewardModel,
+    LatentRewardModelConfig,
+    SPOTrainer,
+    stepwise_rollout,
+    wrap_pipeline,
+    wrap_reward,
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return tiny_sd_pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def pipe_xl(tmp_path_factory):
+    return tiny_sdxl_pipeline(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def model(pipe):
+    torch.manual_seed(0)
+    return LatentRewardModel.from_pipeline(pipe)
+
+
+def latents_like(pipe, count=2, seed=0):
+    unet = pipe.unet.config
+    shape = (count, unet.in_channels, unet.sample_size, unet.sample_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outputs_by_hooks(pipe, call):
+    """What the whole UNet computes at the places that are read: the last resnet of each down level, and the middle."""
+    found, handles = {}, []
+    unet = pipe.unet
+    for i, block in enumerate(unet.down_blocks):
+        attentions = getattr(block, "attentions", None)
+        last = (attentions or block.resnets)[-1]
+        handles.append(last.register_forward_hook(lambda m, a, out, i=i: found.__setitem__(i, out)))
+    handles.append(unet.mid_block.register_forward_hook(lambda m, a, out: found.__setitem__("mid", out)))
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = [found[i] for i in range(len(unet.down_blocks))] + [found["mid"]]
+    return [value[0] if isinstance(value, tuple) else value for value in values]
+
+
+class TestScores:
+    @torch.no_grad()
+    def test_equal_a_hand_computation(self, pipe, model):
+        """Pooling, guidance of the middle alone, projection, cosine; from hooks on the pipeline's own, whole UNet."""
+        latents, t, prompts = latents_like(pipe), torch.tensor([700, 20]), PROMPTS[:2]
+        ids = pipe.tokenizer(
+            [*prompts, ""], padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+        text = pipe.text_encoder(ids)
+        cond, uncond = text.last_hidden_state[:2], text.last_hidden_state[2:].expand(2, -1, -1)
+        with_text = outputs_by_hooks(pipe, lambda: pipe.unet(latents, t, cond))
+        without = outputs_by_hooks(pipe, lambda: pipe.unet(latents, t, uncond))
+        *levels, middle = [value.mean((2, 3)) for value in with_text]
+        empty = without[-1].mean((2, 3))
+        features = torch.cat([*levels, empty + 7.5 * (middle - empty)], dim=1)
+        visual = features @ model.visual_projection.weight.T
+        pooled = text.pooler_output[:2] @ model.text_projection.weight.T
+        expected = torch.tensor(2.6592).exp() * F.cosine_similarity(visual, pooled)
+        assert torch.allclose(model.score(latents, prompts, t), expected, atol=1e-4)
+
+    @torch.no_grad()
+    def test_sdxl_takes_the_projected_text_and_the_size(self, pipe_xl):
+        torch.manual_seed(0)
+        model = LatentRewardModel.from_pipeline(pipe_xl, guidance_scale=1.0)
+        latents, t = latents_like(pipe_xl), torch.tensor([700, 20])
+        embeds, _, pooled, _ = pipe_xl.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=False)
+        side = 8.0 * pipe_xl.unet.config.sample_size
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[side, side, 0, 0, side, side]]).expand(2, -1)}
+        read = outputs_by_hooks(pipe_xl, lambda: pipe_xl.unet(latents, t, embeds, added_cond_kwargs=added))
+        features = torch.cat([value.mean((2, 3)) for value in read], dim=1)
+        expected = (
+            2.6592**0
+            * torch.tensor(2.6592).exp()
+            * F.cosine_similarity(features @ model.visual_projection.weight.T, pooled)
+        )
+        assert model.text_projection is None
+        assert torch.allclose(model.score(latents, PROMPTS[:2], t), expected, atol=1e-4)
+
+    @torch.no_grad()
+    def test_text_features_and_rows(self, pipe, model):
+        """A prompt's score does not depend on its neighbours; repeats are encoded once."""
+        latents, t = latents_like(pipe, 3), torch.tensor([1, 500, 999])
+        prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+        text = model.encode_prompts(prompts)
+        scores = model.score(latents, timesteps=t, text_features=text)
+        order = torch.tensor([2, 0, 1])
+        permuted = model.score(latents[order], timesteps=t[order], text_features=text[order])
+        assert torch.allclose(permuted, scores[order], atol=1e-5)
+        assert torch.allclose(model.score(latents[1:2], prompts[1:2], 500), scores[1:2], atol=1e-5)
+
+    def test_it_is_differentiable_in_the_latents(self, pipe, model):
+        latents = latents_like(pipe).requires_grad_(True)
+        model.score(latents, PROMPTS[:2], 300).sum().backward()
+        assert latents.grad.abs().sum() > 0
+
+    def test_bad_input(self, pipe, model):
+        latents = latents_like(pipe)
+        with pytest.raises(ValueError, match=r"shape \(batch_size, 4, height, width\), got \(2, 3"):
+            model.score(latents[:, :3], PROMPTS[:2], 1)
+        with pytest.raises(ValueError, match="either `prompts` or `text_features`"):
+            model.score(latents)
+        with pytest.raises(ValueError, match="Got 2 latents and 1 prompts"):
+            model.score(latents, PROMPTS[:1], 1)
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1000\), got \[5, 1000\]"):
+            model.score(latents, PROMPTS[:2], torch.tensor([5, 1000]))
+
+
+class TestFiles:
+    @torch.no_grad()
+    def test_what_is_saved_is_loaded(self, pipe, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        latents = latents_like(pipe)
+        expected = model.score(latents, PROMPTS[:2], 400)
+        for loaded in (LatentRewardModel.from_pretrained(tmp_path), wrap_reward(str(tmp_path)).module):
+            assert torch.equal(loaded.eval().score(latents, PROMPTS[:2], 400), expected)
+        assert not [name for name in loaded.state_dict() if "up_blocks" in name]
+
+    def test_missing_weights_are_an_error(self, model, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["visual_projection.weight"]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="do not fit the latent reward model: .*visual_projection.weight"):
+            LatentRewardModel.from_pretrained(tmp_path)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("scale", [2.0, torch.tensor(2.0)])
+    def test_released_layout(self, pipe, tmp_path, scale):
+        """`unet/`, `text_encoder/` and heads in `state_dict.pt`, in a subfolder; the logarithm of the scale."""
+        folder = tmp_path / "lrm_sd15"
+        pipe.unet.save_pretrained(folder / "unet")
+        pipe.text_encoder.save_pretrained(folder / "text_encoder")
+        torch.manual_seed(3)
+        width = sum(pipe.unet.config.block_out_channels) + pipe.unet.config.block_out_channels[-1]
+        visual, text = torch.randn(6, width), torch.randn(6, pipe.text_encoder.config.hidden_size)
+        heads = {"visual_projection": {"weight": visual}, "text_projection": {"weight": text}, "logit_scale": scale}
+        torch.save(heads, folder / "state_dict.pt")
+        model = LatentRewardModel.from_original_checkpoint(
+            tmp_path, "lrm_sd15", scaling_factor=pipe.vae.config.scaling_factor
+        )
+        assert model.logit_scale.item() == 2.0
+        assert torch.equal(model.visual_projection.weight, visual) and torch.equal(model.text_projection.weight, text)
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            model.score(latents_like(pipe), PROMPTS[:2], 1)
+        model.check_pipeline(pipe)  # brings the tokenizer
+        assert model.score(latents_like(pipe), PROMPTS[:2], 1).isfinite().all()
+
+        del heads["text_projection"]
+        torch.save({**heads, "other": {"weight": text}}, folder / "state_dict.pt")
+        with pytest.raises(ValueError, match="missing: text_projection.weight; unexpected: other.weight"):
+            LatentRewardModel.from_original_checkpoint(tmp_path, "lrm_sd15")
+        torch.save({"visual_projection": print}, folder / "state_dict.pt")
+        with pytest.raises(ValueError, match="was refused"):
+            LatentRewardModel.from_original_checkpoint(tmp_path, "lrm_sd15")
+
+    def test_no_unet_no_latent_reward(self):
+        with pytest.raises(TypeError, match="`UNet2DConditionModel`.* got `object`"):
+            LatentRewardModel.from_pipeline(object())
+        with pytest.raises(ValueError, match="must be of CLIPTextModel or CLIPTextModelWithProjection, got"):
+            LatentRewardModelConfig({}, [{"architecture": "T5EncoderModel"}])
+
+
+class TestInTheLoop:
+    def test_another_latent_space_is_refused(self, pipe, pipe_xl, model, tmp_path):
+        other = model.config.scaling_factor
+        model.config.scaling_factor = 0.9
+        try:
+            with pytest.raises(ValueError, match="judges latents with .* it would judge noise"):
+                SPOTrainer(tiny_spo_config(tmp_path), tiny_sd_pipeline(tmp_path / "p"), model, train_dataset=PROMPTS)
+        finally:
+            model.config.scaling_factor = other
+
+    def test_a_rollout_neither_predicts_nor_decodes_for_it(self, pipe, model):
+        evaluations = []
+        wrapped = wrap_pipeline(pipe)
+        handle = wrapped.unet.register_forward_hook(lambda m, args, out: evaluations.append(len(args[0])))
+        backbone = model.backbone.register_forward_hook(lambda m, args, out: evaluations.append(-len(args[0])))
+        try:
+            pairs = stepwise_rollout(
+                wrapped, PROMPTS[:2], model, num_inference_steps=5, branch_start_step=0, num_candidates=3,
+                guidance_scale=3.0, preference_threshold=0.0,
+            )  # fmt: skip
+        finally:
+            handle.remove()
+            backbone.remove()
+        assert sum(count for count in evaluations if count > 0) == 2 * 2 * 5  # guided, prompts, steps
+        assert sum(count for count in evaluations if count < 0) == -2 * 2 * 3 * 5  # the guided half UNet, K candidates
+        assert len(pairs) == 2 * 5
+
+    def test_lpo_trains(self, tmp_path, pipe, model):
+        """LPO's settings: all steps branch, beta 500, a threshold that grows with sigma; memory is estimated, too."""
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        config = tiny_spo_config(
+            tmp_path,
+            branch_start_step=0,
+            beta=500.0,
+            preference_threshold=[0.0, 0.001],
+            memory_budget=1.0,
+            max_steps=2,
+        )
+        trainer = SPOTrainer(config, tiny_sd_pipeline(tmp_path / "p"), model, train_dataset=PROMPTS)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,594 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+A reward model that judges noisy latents: the diffusion model's own UNet, up to its middle, as the vision tower of a CLIP
+(the latent reward model of LPO, https://huggingface.co/papers/2502.01051, section 4.1).
+
+    features(x_t, c, t) = concat of mean over pixels of [last residual of every down level, mid block]
+    score(x_t, c, t)    = exp(logit_scale) * cos(W_v features, W_t pooled_text(c))
+
+The mid block is guided like a noise prediction ("visual feature enhancement"): uncond + w (text - uncond), w = 7.5. Down
+levels take the half with text alone.
+
+Nothing is predicted and nothing decoded, so scoring a candidate costs half a denoiser call, at any noise level. Differences
+from the public code (https://github.com/Kwai-Kolors/LPO):
+
+- a candidate is scored at its own timestep, not at that of the latent it was drawn from (`reward_timestep="branch"` of
+  [`SPOConfig`] does that);
+- prompts are encoded once per rollout, the empty prompt once in all;
+- the up blocks, which never run, are neither kept nor saved;
+- the model knows the latent space it was made for and refuses another: a reward of SD1.5's latents on those of SDXL does
+  harm (paper, table 5).
+"""
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..hub_files import load_diffusers_pipeline, load_strictly, locate_checkpoint, optional_file, require_existing
+from ..pipelines.conditioning import PromptEmbeds
+
+
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
+
+
+class LatentRewardModelConfig(PretrainedConfig):
+    r"""
+    Configuration of a [`LatentRewardModel`].
+
+    Args:
+        unet_config (`dict`, *optional*):
+            Configuration of the [`~diffusers.UNet2DConditionModel`] whose down and mid blocks are the backbone.
+        text_configs (`list[dict]`, *optional*):
+            Configurations of one or two CLIP text encoders, each with its class name under `architecture`.
+        projection_dim (`int`, *optional*, defaults to `768`):
+            Width in which visual and text features are compared (SDXL: 1280).
+        guidance_scale (`float`, *optional*, defaults to `7.5`):
+            w of the guided mid feature. Values of 1 and less switch it off, and with it the unconditional half.
+        num_train_timesteps (`int`, *optional*, defaults to `1000`):
+            Timesteps must lie in `[0, num_train_timesteps)`.
+        scaling_factor (`float`, *optional*, defaults to `0.18215`), shift_factor (`float`, *optional*):
+            Of the autoencoder whose latents are judged.
+        logit_scale_init (`float`, *optional*, defaults to `2.6592`):
+            Logarithm of the factor of the cosine in a fresh model, ln(1 / 0.07).
+    """
+
+    model_type = "latent_reward_model"
+
+    def __init__(
+        self,
+        unet_config=None,
+        text_configs=None,
+        projection_dim=768,
+        guidance_scale=7.5,
+        num_train_timesteps=1000,
+        scaling_factor=0.18215,
+        shift_factor=None,
+        logit_scale_init=2.6592,
+        **kwargs,
+    ):
+        self.unet_config = {} if unet_config is None else plain_config(unet_config)
+        self.text_configs = [] if text_configs is None else list(text_configs)
+        unknown = sorted({text.get("architecture") for text in self.text_configs} - set(TEXT_ENCODERS), key=str)
+        if unknown:
+            raise ValueError(f"`text_configs` must be of {' or '.join(TEXT_ENCODERS)}, got {unknown}.")
+        self.projection_dim = projection_dim
+        self.guidance_scale = guidance_scale
+        self.num_train_timesteps = num_train_timesteps
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
+        self.logit_scale_init = logit_scale_init
+        super().__init__(**kwargs)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that are judged."""
+        return self.unet_config.get("in_channels", 4)
+
+
+def plain_config(config) -> dict:
+    """A diffusers configuration as plain values, without the notes of the file it was read from."""
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
+
+
+class UNetFeatures(nn.Module):
+    """
+    The down and mid blocks of a `UNet2DConditionModel`, and what is read off them.
+
+    Args:
+        config (`dict`): of the UNet.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        unet = UNet2DConditionModel.from_config(config)
+        unet.up_blocks = nn.ModuleList()  # never run: a third of the weights is enough
+        unet.conv_norm_out = None
+        unet.conv_out = None
+        self.unet = unet
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the features: one entry per down level, and that of the mid block."""
+        channels = list(self.unet.config.block_out_channels)
+        return [*channels, channels[-1]]
+
+    def load_unet(self, state_dict: dict[str, torch.Tensor], source: str) -> None:
+        """Weights of a whole UNet; those that are not needed are left out, missing and misshapen ones are an error."""
+        unused = ("up_blocks.", "conv_norm_out.", "conv_out.")
+        kept = {name: value for name, value in state_dict.items() if not name.startswith(unused)}
+        load_strictly(self.unet, kept, source, "the backbone of the latent reward model")
+
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, added: dict | None = None
+    ) -> list[torch.Tensor]:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): x_t.
+            timesteps (`torch.Tensor` of shape `(B,)`): int64.
+            text (`torch.Tensor` of shape `(B, L, dim)`): what the blocks attend to.
+            added (`dict`, *optional*): SDXL's pooled text and size conditioning.
+
+        Returns:
+            list of `torch.Tensor` of shape `(B, width)`: means over pixels, one per down level, then the mid block.
+        """
+        unet = self.unet
+        embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+        further = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
+        if further is not None:
+            embedding = embedding + further
+        if unet.time_embed_act is not None:
+            embedding = unet.time_embed_act(embedding)
+        text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
+
+        sample = unet.conv_in(latents)
+        features = []
+        for block in unet.down_blocks:
+            attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+            sample, residuals = block(hidden_states=sample, temb=embedding, **attends)
+            # The last residual before the level's downsampler, which adds one of its own behind it.
+            last = residuals[-1] if block.downsamplers is None else residuals[-2]
+            features.append(last.mean((-2, -1)))
+        attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
+        sample = unet.mid_block(sample, embedding, **attends)
+        return [*features, sample.mean((-2, -1))]
+
+
+class LatentRewardModel(PreTrainedModel):
+    r"""
+    Judges noisy latents with the backbone of a diffusion model. It carries its own weights and text encoders.
+
+    Make one with [`~LatentRewardModel.from_pipeline`] (fresh, to be trained),
+    [`~LatentRewardModel.from_original_checkpoint`] (the released latent rewards of LPO) or
+    [`~LatentRewardModel.from_pretrained`].
+
+    Args:
+        config ([`LatentRewardModelConfig`]):
+            Architecture.
+        tokenizers (`list`, *optional*):
+            One tokenizer per text encoder.
+
+    Example:
+
+    ```python
+    >>> reward_model = LatentRewardModel.from_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    >>> trainer = SPOTrainer(config, pipeline, reward_model, train_dataset=prompts)
+    ```
+    """
+
+    config_class = LatentRewardModelConfig
+    base_model_prefix = ""
+    main_input_name = "latents"
+    _keep_in_fp32_modules_strict = ["logit_scale"]
+    scores = "noisy_latents"
+    """What this reward model scores: the candidates of a rollout as they are."""
+
+    def __init__(self, config: LatentRewardModelConfig, tokenizers: list | None = None):
+        super().__init__(config)
+        self.backbone = UNetFeatures(config.unet_config)
+        self.text_encoders = nn.ModuleList(make_text_encoder(text) for text in config.text_configs)
+        self.visual_projection = nn.Linear(sum(self.backbone.widths), config.projection_dim, bias=False)
+        # A text encoder that projects its pooled output itself (SDXL's second) is taken as it is.
+        projects = config.text_configs and config.text_configs[-1]["architecture"] == "CLIPTextModelWithProjection"
+        self.text_projection = None
+        if not projects:
+            width = config.text_configs[-1]["hidden_size"] if config.text_configs else config.projection_dim
+            self.text_projection = nn.Linear(width, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
+        self.tokenizers = tokenizers
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Heads as in the paper's code; the backbone and the text encoders are always loaded."""
+        if module in (self.visual_projection, self.text_projection):
+            nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the networks; `logit_scale` may be in float32 beside them."""
+        return self.visual_projection.weight.dtype
+
+    def cast(self, dtype: torch.dtype) -> "LatentRewardModel":
+        """Casts the networks in place and leaves `logit_scale`, which multiplies every score, in float32."""
+        logit_scale = self.logit_scale.detach().float().clone()
+        self.to(dtype)
+        self.logit_scale.data = logit_scale
+        return self
+
+    # ---- text ----
+
+    def tokenize(self, prompts: list[str]) -> list[torch.Tensor]:
+        """
+        Token ids `(len(prompts), length)` of each text encoder, padded or cut to its length.
+
+        Raises:
+            ValueError: if there are no tokenizers, or `prompts` is not a list of strings.
+        """
+        if not self.tokenizers:
+            raise ValueError(
+                "This latent reward model has no tokenizer, so it cannot read prompts. Set `tokenizers` to those of its "
+                "pipeline, as `[pipeline.tokenizer]`, or train with a pipeline that has them."
+            )
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("`prompts` must be a list of strings.")
+        found = []
+        for tokenizer in self.tokenizers:
+            encoded = tokenizer(
+                list(prompts),
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            )
+            found.append(encoded.input_ids.to(self.device))
+        return found
+
+    def _encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token features `(B, L, dim)` as the diffusion model attends to them, and pooled features `(B, dim)`."""
+        ids = self.tokenize(prompts)
+        if len(self.text_encoders) == 1:
+            output = self.text_encoders[0](ids[0])
+            return output.last_hidden_state, output.pooler_output
+        outputs = [
+            encoder(part, output_hidden_states=True) for encoder, part in zip(self.text_encoders, ids, strict=True)
+        ]
+        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return tokens, outputs[-1].text_embeds
+
+    def encode_prompts(self, prompts: list[str]) -> PromptEmbeds:
+        """
+        Everything that scoring needs of the prompts, one row each: features of the tokens and of the empty prompt, and
+        pooled features. Each distinct prompt passes through the text encoders once.
+        """
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys([*prompts, ""]))}
+        tokens, pooled = self._encode(list(unique))
+        rows = torch.tensor([unique[prompt] for prompt in prompts], device=tokens.device)
+        empty = torch.full_like(rows, unique[""])
+        return PromptEmbeds(tokens[rows], tokens[empty], pooled[rows], pooled[empty])
+
+    # ---- scores ----
+
+    def visual_features(self, latents: torch.Tensor, timesteps: torch.Tensor, text: PromptEmbeds) -> torch.Tensor:
+        """
+        The features that are projected, `(B, sum of widths)`: down levels under the prompt, the mid block guided.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): x_t in the scale of the denoiser.
+            timesteps (`torch.Tensor` of shape `(B,)`): int64.
+            text ([`PromptEmbeds`]): from [`~LatentRewardModel.encode_prompts`].
+        """
+        latents = latents.to(self.device, self.dtype)
+        timesteps = timesteps.to(self.device)
+        scale = self.config.guidance_scale
+        if scale <= 1:
+            added = self._added(text.pooled_prompt_embeds)
+            return torch.cat(self.backbone(latents, timesteps, text.prompt_embeds, added), dim=-1)
+        tokens = torch.cat([text.prompt_embeds, text.negative_prompt_embeds])
+        added = self._added(torch.cat([text.pooled_prompt_embeds, text.negative_pooled_prompt_embeds]))
+        twice = torch.cat([latents, latents])
+        *levels, middle = self.backbone(twice, torch.cat([timesteps, timesteps]), tokens, added)
+        cond, uncond = middle.chunk(2)
+        guided = uncond + scale * (cond - uncond)
+        return torch.cat([*(level[: len(latents)] for level in levels), guided], dim=-1)
+
+    def _added(self, pooled: torch.Tensor) -> dict | None:
+        """SDXL's conditioning on the pooled text and the size, which is always the one the model was trained at."""
+        if self.backbone.unet.config.addition_embed_type != "text_time":
+            return None
+        side = 8 * self.backbone.unet.config.sample_size
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=pooled.device, dtype=pooled.dtype)
+        return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
+
+    def score(
+        self,
+        latents: torch.Tensor,
+        prompts: list[str] | None = None,
+        timesteps: torch.Tensor | int | None = None,
+        *,
+        text_features: PromptEmbeds | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Scores noisy latents against their prompts at their timesteps. Differentiable in the latents.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, C, h, w)`):
+                x_t in the scale of the denoiser.
+            prompts (`list[str]`, *optional*):
+                One prompt per latent.
+            timesteps (`torch.Tensor` of shape `(batch_size,)` or `()`, or `int`, *optional*):
+                Integer timesteps in `[0, num_train_timesteps)`. `None` stands for clean latents, timestep 0.
+            text_features ([`PromptEmbeds`], *optional*):
+                From [`~LatentRewardModel.encode_prompts`], instead of `prompts`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`: float32. The probability that humans prefer one of two latents is
+            the softmax over their scores.
+
+        Raises:
+            `ValueError`: If latents are of another space, lengths do not fit, a timestep is out of range, or the text is
+            not given once. Timesteps on an accelerator are trusted, as reading them would wait for it.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"`latents` must have shape (batch_size, {self.config.latent_channels}, height, width), got "
+                f"{tuple(latents.shape)}."
+            )
+        if (prompts is None) == (text_features is None):
+            raise ValueError("Pass either `prompts` or `text_features`.")
+        text = self.encode_prompts(prompts) if text_features is None else text_features
+        if len(text) != len(latents):
+            raise ValueError(f"Got {len(latents)} latents and {len(text)} prompts.")
+        timesteps = self._check_timesteps(timesteps, len(latents))
+
+        visual = self.visual_projection(self.visual_features(latents, timesteps, text.to(self.device)))
+        pooled = text.pooled_prompt_embeds.to(self.device, self.dtype)
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        cosine = (F.normalize(visual.float(), dim=-1) * F.normalize(pooled.float(), dim=-1)).sum(-1)
+        return self.logit_scale.float().exp() * cosine
+
+    forward = score
+
+    def _check_timesteps(self, timesteps: torch.Tensor | int | None, batch_size: int) -> torch.Tensor:
+        timesteps = torch.as_tensor(0 if timesteps is None else timesteps)
+        if timesteps.is_floating_point() or timesteps.shape not in ((), (batch_size,)):
+            raise ValueError(
+                f"`timesteps` must be an integer or {batch_size} of them, got shape {tuple(timesteps.shape)} and dtype "
+                f"{timesteps.dtype}."
+            )
+        known = self.config.num_train_timesteps
+        if (
+            timesteps.device.type == "cpu"
+            and timesteps.numel()
+            and not 0 <= timesteps.min() <= timesteps.max() < known
+        ):
+            raise ValueError(f"`timesteps` must lie in [0, {known}), got {timesteps.tolist()}.")
+        return timesteps.to(self.device).expand(batch_size)
+
+    def check_pipeline(self, pipeline) -> None:
+        """
+        Whether this model can judge what the (SPO or diffusers) pipeline makes. A model that came without tokenizers
+        takes those of the pipeline.
+
+        Raises:
+            ValueError: for latents of another space.
+        """
+        pipeline = getattr(pipeline, "sd_pipeline", pipeline)
+        vae, config = pipeline.vae.config, self.config
+        theirs = (vae.latent_channels, vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
+        ours = (config.latent_channels, config.scaling_factor, config.shift_factor or 0.0)
+        if not all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) for a, b in zip(theirs, ours, strict=True)):
+            raise ValueError(
+                f"The latent reward model judges latents with (channels, scale, shift) = {ours}, and the pipeline's are "
+                f"{theirs}: it would judge noise. Take a reward model that was made for this pipeline."
+            )
+        if not self.tokenizers:
+            self.tokenizers = tokenizers_of(pipeline, len(self.text_encoders))
+
+    # ---- loading and saving ----
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, **config_kwargs) -> "LatentRewardModel":
+        r"""
+        A fresh latent reward model with copies of a pipeline's down and mid blocks and text encoders, ready to be
+        trained. Its heads are random.
+
+        Args:
+            pipeline (SPO or diffusers pipeline of Stable Diffusion 1, 2 or XL, path or Hub id):
+                Where the weights come from; it is left as it is.
+            config_kwargs:
+                Passed to [`LatentRewardModelConfig`], e.g. `guidance_scale=1.0`.
+
+        Returns:
+            [`LatentRewardModel`] in evaluation mode.
+
+        Raises:
+            `TypeError`: for a pipeline without a UNet.
+        """
+        if isinstance(pipeline, (str, Path)):
+            pipeline = load_diffusers_pipeline(pipeline)
+        pipeline = getattr(pipeline, "sd_pipeline", pipeline)
+        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+            raise TypeError(
+                "A latent reward model is made from a pipeline with a `UNet2DConditionModel` (Stable Diffusion 1, 2 or "
+                f"XL), got `{type(pipeline).__name__}`."
+            )
+        encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+        encoders = [encoder for encoder in encoders if encoder is not None]
+        vae = pipeline.vae.config
+        settings = {"scaling_factor": vae.scaling_factor, "shift_factor": getattr(vae, "shift_factor", None)}
+        model = cls._from_parts(pipeline.unet, encoders, {**settings, **config_kwargs})
+        model.tokenizers = tokenizers_of(pipeline, len(encoders))
+        return model.eval()
+
+    @classmethod
+    def _from_parts(cls, unet: UNet2DConditionModel, encoders: list, settings: dict) -> "LatentRewardModel":
+        """A model around the weights of a UNet and its text encoders; heads as they are initialised."""
+        texts = [{**encoder.config.to_dict(), "architecture": type(encoder).__name__} for encoder in encoders]
+        last = encoders[-1].config
+        settings = {"projection_dim": getattr(last, "projection_dim", last.hidden_size), **settings}
+        model = cls(cls.config_class(plain_config(unet.config), texts, **settings))
+        weights = {name: value for name, value in unet.state_dict().items() if "lora_" not in name}
+        weights = {name.replace(".base_layer.", "."): value for name, value in weights.items()}
+        model.backbone.load_unet(weights, "the pipeline's UNet")
+        for own, given in zip(model.text_encoders, encoders, strict=True):
+            own.load_state_dict(given.state_dict())
+        return model.cast(unet.dtype)
+
+    @classmethod
+    def from_original_checkpoint(
+        cls, folder_or_id: str | Path, subfolder: str | None = None, tokenizer: str | None = None, **config_kwargs
+    ) -> "LatentRewardModel":
+        r"""
+        One of the released latent rewards of LPO (https://huggingface.co/casiatao/LRM): `unet/` and `text_encoder/` (of
+        SDXL also `text_encoder_2/`) in diffusers' format, and `state_dict.pt` with the heads. Only tensors are read.
+
+        Args:
+            folder_or_id (`str` or `Path`):
+                Folder or Hub id.
+            subfolder (`str`, *optional*):
+                Folder inside it, such as `"lrm_sd15"`.
+            tokenizer (`str`, *optional*):
+                Folder or Hub id of a pipeline that has the tokenizers. Without it they are looked for beside the
+                weights, and otherwise taken from the pipeline that is trained.
+            config_kwargs:
+                Passed to [`LatentRewardModelConfig`].
+
+        Returns:
+            [`LatentRewardModel`] in evaluation mode.
+
+        Raises:
+            `FileNotFoundError`: If a part is missing.
+            `ValueError`: If keys or shapes of the heads do not fit; they are named.
+        """
+        source = os.fspath(folder_or_id)
+        require_existing(source, "latent reward model")
+        parts = {
+            name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")
+        }
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
+        encoders = [transformers.CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])]
+        is_xl = optional_file(source, f"{parts['text_encoder_2']}/config.json") is not None
+        if is_xl:
+            second = transformers.CLIPTextModelWithProjection
+            encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
+        # The files do not name their latent space: SDXL's and that of SD1 and SD2 are told apart by the text encoders.
+        settings = {"scaling_factor": 0.13025 if is_xl else 0.18215}
+        file = locate_checkpoint(source, f"{subfolder}/{STATE_NAME}" if subfolder else STATE_NAME)
+        heads = read_heads(file)
+        settings["projection_dim"] = len(heads.get("visual_projection.weight", torch.empty(0)))
+        model = cls._from_parts(unet, encoders, {**settings, **config_kwargs})
+        expected = nn.ModuleDict({"visual_projection": model.visual_projection})
+        if model.text_projection is not None:
+            expected["text_projection"] = model.text_projection
+        logit_scale = heads.pop("logit_scale", None)
+        if logit_scale is None:
+            raise ValueError(f"{file!r} has no 'logit_scale'; it holds {sorted(heads)}.")
+        load_strictly(expected, heads, file, "the heads of a latent reward model")
+        model.logit_scale.data = logit_scale.float().reshape(())
+        for place, folder in ((source, subfolder), (tokenizer, None)):
+            if place is not None and model.tokenizers is None:
+                model.tokenizers = load_tokenizers(place, folder, len(encoders))
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        r"""
+        Loads what [`~LatentRewardModel.save_pretrained`] wrote. Arguments as in
+        [`~transformers.PreTrainedModel.from_pretrained`]; missing or unexpected weights are an error.
+        """
+        path = str(pretrained_model_name_or_path)
+        require_existing(path, "latent reward model")
+        return_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
+        if problems:
+            raise ValueError(f"The weights in {path!r} do not fit the latent reward model: {problems}.")
+        if model.tokenizers is None:
+            model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
+        return (model, info) if return_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        r"""
+        Writes weights, configuration and tokenizers to a folder that [`~LatentRewardModel.from_pretrained`] loads on its
+        own. Arguments as in [`~transformers.PreTrainedModel.save_pretrained`].
+        """
+        if self.tokenizers and kwargs.get("is_main_process", True):
+            for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False):
+                tokenizer.save_pretrained(Path(save_directory) / name)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def make_text_encoder(config: dict) -> PreTrainedModel:
+    """A text encoder of the class that its configuration names, with random weights."""
+    config = copy.deepcopy(config)
+    architecture = getattr(transformers, config.pop("architecture"))
+    for name in ("dtype", "torch_dtype"):  # one model has one dtype, said by its weights
+        config.pop(name, None)
+    return architecture(architecture.config_class(**config))
+
+
+def tokenizers_of(pipeline, count: int) -> list | None:
+    """The tokenizers of a pipeline's first `count` text encoders, `None` if one is missing."""
+    found = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")][:count]
+    return None if any(tokenizer is None for tokenizer in found) else found
+
+
+def load_tokenizers(path: str, folder: str | None, count: int) -> list | None:
+    """`tokenizer/` and `tokenizer_2/` of a folder or Hub id, `None` if they are not there."""
+    found = []
+    for name in ("tokenizer", "tokenizer_2")[:count]:
+        place = f"{folder}/{name}" if folder else name
+        names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+        if all(optional_file(path, f"{place}/{file}") is None for file in names):
+            return None
+        found.append(AutoTokenizer.from_pretrained(path, subfolder=place, trust_remote_code=False))
+    return found
+
+
+def read_heads(path: str) -> dict[str, torch.Tensor]:
+    """
+    The heads in a `state_dict.pt` of a released latent reward, flat: `visual_projection.weight`,
+    `text_projection.weight` and `logit_scale`, which may be a plain number.
+
+    Raises:
+        ValueError: if the file holds anything but tensors and numbers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a reader raises depends on where the bytes break off
+        raise ValueError(f"{path!r} was refused: it is not a file of plain tensors, or incomplete: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path!r} must hold a dictionary, got a {type(content).__name__}.")
+    flat = {}
+    for name, value in content.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, entry in inner:
+            flat[f"{name}.{key}" if key else name] = torch.as_tensor(entry)
+    return flat
+
+
+AutoConfig.register(LatentRewardModelConfig.model_type, LatentRewardModelConfig, exist_ok=True)
+AutoModel.register(LatentRewardModelConfig, LatentRewardModel, exist_ok=True)
