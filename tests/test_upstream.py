@@ -128,12 +128,24 @@ def test_a_second_time_changes_nothing(checkout):
 def test_every_module_is_there_under_its_new_name(checkout):
     there = checkout / "trl" / "experimental" / "spo"
     ours = {path.relative_to(ROOT / "trl_spo").as_posix() for path in (ROOT / "trl_spo").glob("**/*.py")}
+    flat = set()  # as in TRL's experimental methods; only programs have a folder
+    for name in ours - {"ddpo_interop.py", "scripts/cli.py"}:
+        folder, _, stem = name.rpartition("/")
+        if folder in ("", "scripts"):
+            flat.add(name)
+        elif stem != "__init__.py":
+            flat.add(f"{folder.removesuffix('s')}_{stem}")
     found = {path.relative_to(there).as_posix() for path in there.glob("**/*.py")}
-    assert found == ours - {"ddpo_interop.py", "scripts/cli.py"}
+    assert found == flat
+    assert {path.name for path in (there / "accelerate_configs").iterdir()} == {
+        path.name for path in (ROOT / "trl_spo" / "accelerate_configs").glob("*.yaml")
+    }
     written = [*there.glob("**/*.py"), *(checkout / "tests" / "experimental" / "spo").glob("*.py")]
     written += [*(checkout / "examples").glob("**/*.*"), *(checkout / "docs").glob("**/*.*")]
     for path in written:
         assert not re.search(r"trl_spo|trl-spo|ddpo_interop", path.read_text()), path
+        folders = r"experimental\.spo\.(pipelines|rewards|training|evaluation)\.|trl\.experimental\.spo/"
+        assert not re.search(folders, path.read_text()), path  # neither a folder that is gone nor a path with dots
     for path in there.glob("**/*.py"):
         assert path.read_text().startswith("# Copyright 2020-2026 The HuggingFace Team."), path
 
