@@ -26,7 +26,7 @@ import trl_spo
 
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
-    "training.arguments rollout_settings spo_config step_reward_config step_distribution scheduling_ddim pair_selection losses "
+    "training.arguments rollout_settings spo_config step_reward_config step_distribution scheduling_ddim scheduling_flow pair_selection losses "
     "training.numerics training.running_means images prompts hub_files "
     "pipelines.ddpo pipelines.conditioning pipelines.adapters pipelines.base pipelines.autoencoder "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.auto pipelines.encoding_cache "
@@ -39,7 +39,7 @@ SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "
     "SPOStableDiffusionPipeline SPOStableDiffusionXLPipeline wrap_pipeline stepwise_rollout StepPairs ddim_step_stats "
-    "LatentRewardModel LatentRewardModelConfig wrap_reward gaussian_log_prob select_pairs PairSelection spo_loss step_preference_loss"
+    "flow_step_stats LatentRewardModel LatentRewardModelConfig wrap_reward gaussian_log_prob select_pairs PairSelection spo_loss step_preference_loss"
 ).split()
 
 

@@ -37,6 +37,7 @@ _import_structure = {
     "rollout": ["stepwise_rollout"],
     "step_pairs": ["StepPairs"],
     "scheduling_ddim": ["ddim_step_stats"],
+    "scheduling_flow": ["flow_step_stats"],
     "spo_config": ["SPOConfig"],
     "losses": ["spo_loss", "step_preference_loss"],
     "spo_trainer": ["SPOTrainer"],
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings
     from .scheduling_ddim import ddim_step_stats
+    from .scheduling_flow import flow_step_stats
     from .spo_config import SPOConfig
     from .spo_trainer import SPOTrainer
     from .step_distribution import gaussian_log_prob
