@@ -206,7 +206,7 @@ def test_the_papers_protocol():
         assert part in words
 
 
-@pytest.mark.parametrize("setting", [{"num_inference_steps": 0}, {"eta": 1.5}, {"seed": -1}])
+@pytest.mark.parametrize("setting", [{"num_inference_steps": 0}, {"eta": -0.5}, {"seed": -1}])
 def test_protocol_refuses_nonsense(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         EvaluationProtocol("bad", **setting)
@@ -347,8 +347,10 @@ def test_arguments_are_checked_before_sampling(pipeline):
         run(seeds=[1])
     with pytest.raises(ValueError, match=r"shape \(2, 3, height, width\), one per prompt, got \(3, 3, 8, 8\)"):
         run(base=torch.rand(3, 3, 8, 8))
-    with pytest.raises(ValueError, match="asks for PNDM, but this pipeline samples with DDIMScheduler"):
+    with pytest.raises(ValueError, match="asks for PNDM, but this pipeline samples with DDIM"):
         run(protocol=EvaluationProtocol("other", scheduler="PNDM"))
+    with pytest.raises(ValueError, match=r"`eta` of DDIM must lie in \[0, 1\], got 1.5"):
+        run(protocol=EvaluationProtocol("noisy", eta=1.5))
     with pytest.raises(ValueError, match="batch_size"):
         run(batch_size=0)
 

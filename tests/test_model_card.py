@@ -26,6 +26,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from trl_spo import SPOConfig, StepRewardConfig, wrap_pipeline
+from trl_spo.scheduling_ddim import DDIMStepRule
+from trl_spo.step_distribution import SamplingCode
 from trl_spo.training.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
 
 from .testing_utils import ddim_scheduler, device_settings, tiny_sd_pipeline
@@ -52,7 +54,12 @@ def spo_args(tmp_path, **kwargs):
 
 
 def spo_card(args, **kwargs):
-    given = {"name": "spo-tiny", "base_model": "someone/base", "scheduler": ddim_scheduler(), "tags": ["trl", "spo"]}
+    given = {
+        "name": "spo-tiny",
+        "base_model": "someone/base",
+        "step_rule": DDIMStepRule(ddim_scheduler()),
+        "tags": ["trl", "spo"],
+    }
     return spo_model_card(args, **{**given, **kwargs})
 
 
@@ -84,7 +91,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     args = spo_args(tmp_path, beta=7.0, guidance_scale=3.5, num_inference_steps=9)
     text = spo_card(args, log_history=HISTORY, global_step=10, num_pairs=123)
     assert "for 10 steps on 123 pairs" in text and "| `beta` | 7.0 |" in text
-    assert "DDIMScheduler, 9 steps, eta 1, guidance 3.5" in text
+    assert "DDIM, eta 1, 9 steps, guidance 3.5" in text
     assert "| metric | step 0 | step 10 |" in text and "| `eval_reward_mean` | 1.0000 | 2.2500 |" in text
     assert "| `eval_clip_mean` | | 0.3000 |" in text and "runtime" not in text
     assert "## Evaluation" not in spo_card(args) and "Gallery" not in spo_card(args)
@@ -136,7 +143,7 @@ def test_the_example_of_an_spo_card_runs_and_samples_like_the_rollout(tmp_path):
     pipeline.add_lora()
     pipeline.save_lora(tmp_path / "lora")
     args = spo_args(tmp_path, num_inference_steps=2, branch_start_step=0, negative_prompt='a "dog"')
-    text = spo_card(args, base_model=None, scheduler=pipeline.scheduler)
+    text = spo_card(args, base_model=None, step_rule=pipeline.step_rule)
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "path/to/the/base/model" in code and "eta=1, negative_prompt=" in code
     code = code.replace("path/to/the/base/model", str(tmp_path / "base"))
@@ -155,6 +162,21 @@ def test_the_example_of_an_spo_card_runs_and_samples_like_the_rollout(tmp_path):
     )
     exec(code.replace("path/to/this/folder", str(tmp_path / "full")), names)
     assert isinstance(names["pipe"], DiffusionPipeline) and "lora" not in ModelCard(text).data.tags
+
+
+def test_another_sampler_is_named_and_coded_by_its_own_rule(tmp_path):
+    """Regression: the card of any scheduler but DDIM printed an eta that its code then left out."""
+
+    class AncestralRule(DDIMStepRule):
+        sampler_name = "Ancestral"
+
+        def sampling_code(self, eta):
+            return SamplingCode(["Noise"], [f"pipe.noise = Noise({eta})"], [f"noise_scale={eta}"])
+
+    text = spo_card(spo_args(tmp_path, eta=0.7), step_rule=AncestralRule(ddim_scheduler()), use_lora=False)
+    assert "Ancestral, eta 0.7, 20 steps, guidance 5" in text and "DDIM" not in text
+    assert "from diffusers import DiffusionPipeline, Noise, UNet2DConditionModel" in text
+    assert "pipe.noise = Noise(0.7)" in text and "guidance_scale=5, noise_scale=0.7)" in text
 
 
 def test_the_card_of_a_reward_model(tmp_path):

@@ -29,9 +29,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 
 from trl_spo import SPOStableDiffusionPipeline, SPOStableDiffusionXLPipeline, wrap_pipeline
+from trl_spo.pipelines.base import compute_dtype_of
 from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
 
@@ -202,6 +203,44 @@ class TestScheduler:
         wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=ddim_scheduler(set_alpha_to_one=True)))
         wrapped.set_timesteps(5)
         assert [wrapped.step_is_stochastic(i, 1.0) for i in range(5)] == [True] * 4 + [False]
+
+
+class TestPrecision:
+    """What the denoiser takes is not always the dtype of its first parameter."""
+
+    def test_stored_in_eight_bits_and_computed_in_sixteen(self, tmp_path):
+        """`enable_layerwise_casting`, diffusers' way to save memory: latents in float8 would be refused by torch."""
+        pipe = tiny_sd_pipeline(tmp_path).to(torch.bfloat16)
+        wrapped = wrap_pipeline(pipe)
+        assert wrapped.compute_dtype == torch.bfloat16
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+        assert next(pipe.unet.parameters()).dtype == torch.float8_e4m3fn
+        assert wrapped.compute_dtype == wrapped.latent_dtype == wrapped.dtype == torch.bfloat16
+        images = wrapped.sample(wrapped.encode_prompt(PROMPTS[:1]), torch.Generator().manual_seed(0), 2)
+        assert images.isfinite().all()
+
+    def test_quantised_layers_and_adapters_do_not_count(self):
+        network = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4)).half()
+        network = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), network)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        network[0].base_layer.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+        assert compute_dtype_of(network) == torch.float16
+
+    def test_a_cast_denoiser_has_another_dtype(self, tmp_path):
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        assert wrapped.latent_dtype == torch.float32
+        wrapped.denoiser.to(torch.bfloat16)
+        assert wrapped.latent_dtype == torch.bfloat16
+        wrapped.prepare_for_training(use_peft=False)
+        assert wrapped.latent_dtype == torch.float32
+
+
+def test_number_of_pixels(pipe):
+    wrapped = wrap_pipeline(pipe)
+    assert wrapped.num_pixels() == 16 * 16
+    assert wrapped.num_pixels(24, 8) == 24 * 8
 
 
 class TestAdapter:

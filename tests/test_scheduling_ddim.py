@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler
 from torch.overrides import TorchFunctionMode
 
 from trl_spo import ddim_step_stats
-from trl_spo.scheduling_ddim import ddim_predict
+from trl_spo.scheduling_ddim import DDIMStepRule, ddim_predict
 
 
 STEPS = 10
@@ -204,3 +204,41 @@ def test_scheduler_is_only_read():
     assert torch.equal(before[0], scheduler.timesteps)
     assert torch.equal(before[1], scheduler.alphas_cumprod)
     assert before[2] == dict(scheduler.config)
+
+
+class TestStepRule:
+    """The rule of a pipeline says the same as the functions, and knows what its sampler can do."""
+
+    def test_answers_are_those_of_the_functions(self):
+        users = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        rule = DDIMStepRule(users)
+        assert rule.set_timesteps(STEPS) == rule.scheduler.timesteps.tolist() == list(range(900, -1, -100))
+        assert users.num_inference_steps is None and rule.num_train_timesteps == 1000
+        sample, output = torch.randn((2, 2, 4, 8), generator=torch.Generator().manual_seed(5))
+        timesteps = torch.tensor([900, 300])
+        for ours, expected in zip(
+            rule.distribution(output, timesteps, sample, 0.5),
+            ddim_step_stats(rule.scheduler, output, timesteps, sample, 0.5),
+            strict=True,
+        ):
+            assert torch.equal(ours, expected)
+        noisy = rule.add_noise(sample, output, timesteps)
+        torch.testing.assert_close(
+            rule.predict_original_sample(output, timesteps, noisy), sample, atol=1e-4, rtol=1e-4
+        )
+
+    def test_the_last_step_may_branch_only_if_it_has_noise(self):
+        rule = DDIMStepRule(make_scheduler(steps_offset=1, set_alpha_to_one=True))
+        rule.set_timesteps(STEPS)
+        assert [rule.is_stochastic(step, 1.0) for step in range(STEPS)] == [True] * (STEPS - 1) + [False]
+        assert not any(rule.is_stochastic(step, 0.0) for step in range(STEPS))
+        rule.set_timesteps(2)  # the answers of another schedule are other answers
+        assert [rule.is_stochastic(step, 1.0) for step in range(2)] == [True, False]
+
+    def test_the_range_of_eta(self):
+        rule = DDIMStepRule(make_scheduler())
+        for eta in (0.0, 0.5, 1.0):
+            rule.check_eta(eta)
+        for eta in (-0.1, 1.1, float("nan")):
+            with pytest.raises(ValueError, match="`eta` of DDIM must lie in"):
+                rule.check_eta(eta)

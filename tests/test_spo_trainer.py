@@ -423,7 +423,7 @@ class TestSaving:
         trainer.save_model()
         card = (tmp_path / "out" / "README.md").read_text()
         for expected in (
-            "DDIMScheduler, 5 steps, eta 1, guidance 3",
+            "DDIM, eta 1, 5 steps, guidance 3",
             "`beta` | 10.0",
             "eval_reward_mean",
             "2406.04314",

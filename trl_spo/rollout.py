@@ -238,8 +238,8 @@ class Sampler:
         eta = self.settings.eta
         mean, std, _ = self.pipeline.step_distribution(output, self.timesteps[step], latents, eta)
         if not self.pipeline.step_is_stochastic(step, eta):
-            return mean.to(self.pipeline.dtype).expand(num_samples, *mean.shape)
-        return sample_candidates(mean, std, num_samples, self.generator, self.pipeline.dtype)
+            return mean.to(self.pipeline.latent_dtype).expand(num_samples, *mean.shape)
+        return sample_candidates(mean, std, num_samples, self.generator, self.pipeline.latent_dtype)
 
     def original_samples(self, latents: torch.Tensor, output: torch.Tensor, step: int) -> torch.Tensor:
         """The x_0 that a prediction stands for."""

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The distribution of one stochastic DDIM step.
+The distribution of one stochastic DDIM step, as functions and as the [`StepRule`] of a pipeline.
 
 Source: DDIM (https://huggingface.co/papers/2010.02502), equations 12 and 16, as `diffusers.DDIMScheduler.step`
 computes them. Differences from that method:
@@ -28,8 +28,13 @@ public SPO code's own step clamp the previous timestep first and so never reach 
 """
 
 import torch
+from diffusers import DDIMScheduler
+from diffusers.utils import logging
 
-from .step_distribution import StepDistribution
+from .step_distribution import SamplingCode, StepDistribution, StepRule
+
+
+logger = logging.get_logger(__name__)
 
 
 def _check_timestep(timestep: int | torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -134,3 +139,86 @@ def ddim_step_stats(
     pred_sample_direction = (1 - alpha_prod_t_prev - std_dev_t**2) ** 0.5 * pred_epsilon
     prev_sample_mean = alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
     return StepDistribution(prev_sample_mean, std_dev_t, pred_original_sample)
+
+
+def stochastic_ddim_scheduler(scheduler) -> DDIMScheduler:
+    """
+    A `DDIMScheduler` with the noise schedule of `scheduler`, which is left alone.
+
+    Latents must not be clipped: where the source configuration does not mention `clip_sample`, it is set to False
+    (`DDIMScheduler`'s own default is True).
+
+    Raises:
+        ValueError: if the scheduler has no variance-preserving schedule that DDIM could use.
+    """
+    name = type(scheduler).__name__
+    config = dict(getattr(scheduler, "config", {}))
+    compatible = name in DDIMScheduler._compatibles and "beta_schedule" in config
+    if not compatible or config.get("prediction_type", "epsilon") not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"SPO needs stochastic denoising steps, and the pipeline's scheduler `{name}` cannot be turned into a "
+            "DDIMScheduler. Set `pipeline.scheduler` to a DDIMScheduler (or PNDM, DDPM, Euler, DPM-Solver with an "
+            "epsilon, sample or v prediction)."
+        )
+    if not isinstance(scheduler, DDIMScheduler):
+        logger.info(f"SPO samples with DDIMScheduler, built from the configuration of the pipeline's {name}.")
+    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+
+
+class DDIMStepRule(StepRule):
+    """
+    The steps of stochastic DDIM, for models with a variance-preserving schedule of betas.
+
+    Args:
+        scheduler: of the user's pipeline; a [`~diffusers.DDIMScheduler`] of our own is built from its configuration.
+
+    Raises:
+        ValueError: see [`stochastic_ddim_scheduler`].
+    """
+
+    sampler_name = "DDIM"
+
+    def __init__(self, scheduler):
+        self.scheduler = stochastic_ddim_scheduler(scheduler)
+        self._stochastic: dict[tuple[int, float], list[bool]] = {}
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def set_timesteps(self, num_inference_steps: int) -> list[int]:
+        self.scheduler.set_timesteps(num_inference_steps)
+        return self.scheduler.timesteps.tolist()
+
+    def check_eta(self, eta: float) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(
+                f"`eta` of DDIM must lie in [0, 1], got {eta}: 0 is deterministic and 1 has the variance of DDPM."
+            )
+
+    def is_stochastic(self, step: int, eta: float) -> bool:
+        # Asked for at every step, and reading a number may wait for the device: the answers of a schedule are kept.
+        key = (self.scheduler.num_inference_steps, eta)
+        if key not in self._stochastic:
+            timesteps = self.scheduler.timesteps.to(self.scheduler.alphas_cumprod.device)
+            origin = torch.zeros(len(timesteps), device=timesteps.device)
+            std = ddim_step_stats(self.scheduler, origin, timesteps, origin, eta).std_dev_t
+            self._stochastic[key] = (std > 0).tolist()
+        return self._stochastic[key][step]
+
+    def distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
+        return ddim_step_stats(self.scheduler, model_output, timesteps, latents, eta)
+
+    def predict_original_sample(self, model_output, timesteps, latents) -> torch.Tensor:
+        return ddim_predict(self.scheduler, model_output, timesteps, latents)[0]
+
+    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def sampling_code(self, eta: float) -> SamplingCode:
+        clip_sample = self.scheduler.config.clip_sample
+        return SamplingCode(
+            imports=["DDIMScheduler"],
+            setup=[f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip_sample})"],
+            arguments=[f"eta={eta:g}"],
+        )

@@ -48,7 +48,8 @@ class SPOConfig(StepTrainingArguments):
             Classifier-free guidance in rollouts, scoring and evaluation; 1 or less is no guidance. Sample with the
             same value later: guidance changes what preference training still has to find.
         eta (`float`, *optional*, defaults to `1.0`):
-            Noise of the DDIM steps, in (0, 1]. 0 would make all candidates equal.
+            Noise of the steps, above 0, where all candidates would be equal; 1 is the variance of DDPM. The pipeline's
+            sampler says how far it goes.
         num_candidates (`int`, *optional*, defaults to `4`):
             K, candidates drawn from one latent (SDXL: 2). Cost grows with K, the margin of best over worst slowly.
         num_inner_steps (`int`, *optional*, defaults to `1`):
@@ -185,7 +186,7 @@ class SPOConfig(StepTrainingArguments):
     # Parameters that control the rollout
     num_inference_steps: int = _field(20, "Number of denoising steps.")
     guidance_scale: float = _field(5.0, "Classifier-free guidance in rollouts, scoring and evaluation.")
-    eta: float = _field(1.0, "Noise of the DDIM steps, in (0, 1].")
+    eta: float = _field(1.0, "Noise of the steps, above 0.")
     num_candidates: int = _field(4, "Candidates drawn from one latent.")
     num_inner_steps: int = _field(1, "Steps that a candidate goes on alone before it is scored.")
     branch_start_step: int = _field(4, "First step that branches.")

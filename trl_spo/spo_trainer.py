@@ -360,7 +360,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
 
     def _choose_chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
         args = self.args
-        latent_shape = _, *latent_size = self.pipeline.latent_shape(args.height, args.width)
+        latent_shape = self.pipeline.latent_shape(args.height, args.width)
         if args.memory_budget is not None:
             with self.accelerator.autocast():
                 denoiser, scoring = rollout_chunk_sizes(
@@ -374,12 +374,13 @@ class SPOTrainer(CheckpointingMixin, Trainer):
                     image_size=args.scoring_image_size,
                 )
             return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
-        latent_pixels, factor = math.prod(latent_size), getattr(self.pipeline.sd_pipeline, "vae_scale_factor", 8)
+        pixels = self.pipeline.num_pixels(args.height, args.width)
+        latent_pixels = math.prod(latent_shape[1:])
         # A CPU is fastest when what it works on stays in its caches, a GPU when it has much to do at once.
         denoiser, decoder = (2**15, 2**16) if args.device.type == "cpu" else (2**17, 2**21)
         return {
             "rollout_micro_batch_size": max(1, denoiser // latent_pixels),
-            "vae_decode_batch_size": max(1, decoder // (latent_pixels * factor**2)),
+            "vae_decode_batch_size": max(1, decoder // pixels),
             "reward_batch_size": 16 if args.device.type == "cpu" else 32,
         }
 
@@ -768,7 +769,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             self.args,
             name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
             base_model=getattr(pipeline.sd_pipeline, "name_or_path", None),
-            scheduler=pipeline.scheduler,
+            step_rule=pipeline.step_rule,
             denoiser_name=pipeline.denoiser_name,
             denoiser_class=type(pipeline.denoiser).__name__,
             use_lora=pipeline.use_lora,

@@ -14,12 +14,12 @@
 
 """
 The step distribution p(x_{t-1} | x_t) of a stochastic sampler, whatever the sampler is: draw candidates from it, and take
-log-probabilities and the divergence to a reference under it. A scheduler module (`scheduling_ddim`, later siblings)
-says what mean and standard deviation are.
+log-probabilities and the divergence to a reference under it. [`StepRule`] is what a scheduler module (`scheduling_ddim` and
+its siblings) implements: it says what mean and standard deviation are.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -39,6 +39,77 @@ class StepDistribution(NamedTuple):
     prev_sample_mean: torch.Tensor
     std_dev_t: torch.Tensor
     pred_original_sample: torch.Tensor
+
+
+class SamplingCode(NamedTuple):
+    """
+    How to sample in plain diffusers what was trained, in the words of a model card's example.
+
+    Attributes:
+        imports (`list[str]`): names to import from diffusers.
+        setup (`list[str]`): lines that prepare the pipeline `pipe`.
+        arguments (`list[str]`): keyword arguments of the call of `pipe`, such as `"eta=1"`.
+    """
+
+    imports: list[str]
+    setup: list[str]
+    arguments: list[str]
+
+
+class StepRule:
+    """
+    What a sampler does in one step. One per kind of sampler; no other module knows its formulas or its name.
+
+    A pipeline holds one as `pipeline.step_rule`. Timesteps are integers in `[0, num_train_timesteps)`, or one value above
+    for the start of a flow. They come as an `int`, a 0-d tensor, or one per row `(batch_size,)`. Latents have shape
+    `(batch_size, ...)`, and so have model outputs.
+
+    Attributes:
+        sampler_name (`str`): how people call the sampler, such as "DDIM".
+        scheduler: the diffusers scheduler behind it. It belongs to the rule, the user's own is never changed.
+    """
+
+    sampler_name: str = None
+    scheduler: Any = None
+
+    @property
+    def num_train_timesteps(self) -> int:
+        raise NotImplementedError
+
+    def set_timesteps(self, num_inference_steps: int) -> list[int]:
+        """Fix the schedule; returns t_0 > t_1 > ... as a list."""
+        raise NotImplementedError
+
+    def check_eta(self, eta: float) -> None:
+        """
+        Raises:
+            ValueError: if the sampler has no steps with this much noise. 0 is legal: deterministic steps.
+        """
+        raise NotImplementedError
+
+    def is_stochastic(self, step: int, eta: float) -> bool:
+        """Whether step number `step` of the schedule may branch: whether its candidates differ enough to be compared."""
+        raise NotImplementedError
+
+    def distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
+        """Distribution of x_{t-1} given x_t and the (guided) prediction of the denoiser there."""
+        raise NotImplementedError
+
+    def predict_original_sample(self, model_output, timesteps, latents) -> torch.Tensor:
+        """Predicted x_0, float32, at any training timestep (not only those of the schedule)."""
+        raise NotImplementedError
+
+    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
+        """x_t of the forward process, for timesteps of shape `(batch_size,)`."""
+        raise NotImplementedError
+
+    def description(self, eta: float) -> str:
+        """The sampler in a few words, such as "DDIM, eta 1"."""
+        return f"{self.sampler_name}, eta {eta:g}"
+
+    def sampling_code(self, eta: float) -> SamplingCode:
+        """How to sample like this in plain diffusers."""
+        raise NotImplementedError
 
 
 def sample_candidates(

@@ -52,11 +52,11 @@ class EvaluationProtocol:
 
     Attributes:
         name (`str`): what to call it in reports.
-        scheduler (`str`, *optional*, defaults to `"DDIM"`): diffusers' name of the sampler without "Scheduler"; must be
-            the one the [`SPOPipeline`] samples with.
+        scheduler (`str`, *optional*, defaults to `"DDIM"`): name of the sampler; must be the `sampler_name` of the
+            pipeline's step rule.
         num_inference_steps (`int`, *optional*, defaults to `20`): sampling steps, at least 1.
         guidance_scale (`float`, *optional*, defaults to `5.0`): classifier-free guidance; up to 1 is none.
-        eta (`float`, *optional*, defaults to `0.0`): noise of each step, from 0 (deterministic) to 1.
+        eta (`float`, *optional*, defaults to `0.0`): noise of each step; 0 is deterministic.
         negative_prompt (`str`, *optional*, defaults to `""`): of every prompt.
         height, width (`int`, *optional*): pixels; the model's own size by default.
         seed (`int`, *optional*, defaults to `0`): image number i is drawn from seed `seed + i`.
@@ -75,8 +75,8 @@ class EvaluationProtocol:
     def __post_init__(self):
         if self.num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"`eta` must lie in [0, 1], got {self.eta}.")
+        if not self.eta >= 0:
+            raise ValueError(f"`eta` must not be negative, got {self.eta}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
 
@@ -272,12 +272,13 @@ def _describe_metric(metric: Any) -> str:
 
 
 def _check_sampler(pipeline: SPOPipeline, protocol: EvaluationProtocol) -> None:
-    sampler = type(pipeline.scheduler).__name__
-    if sampler != f"{protocol.scheduler}Scheduler":
+    sampler = pipeline.step_rule.sampler_name
+    if sampler != protocol.scheduler:
         raise ValueError(
             f"Protocol {protocol.name!r} asks for {protocol.scheduler}, but this pipeline samples with {sampler}. Give "
-            f"a protocol with scheduler={sampler.removesuffix('Scheduler')!r} and a name of its own."
+            f"a protocol with scheduler={sampler!r} and a name of its own."
         )
+    pipeline.step_rule.check_eta(protocol.eta)
 
 
 def evaluate_pipeline(

@@ -16,8 +16,8 @@
 What SPO asks of a diffusion pipeline, and the bridge to TRL's DDPO classes.
 
 Rollout, loss and trainers know no scheduler, no UNet and no noise parametrisation. They ask a pipeline for the *step
-distribution* of x_{t-1} given x_t (mean, standard deviation, predicted x_0). A new model family is one module with a
-subclass of [`SPOPipeline`] and one line in [`wrap_pipeline`].
+distribution* of x_{t-1} given x_t (mean, standard deviation, predicted x_0), and the pipeline asks its step rule. A new
+model family is one module with a subclass of [`SPOPipeline`] and one line in the table of `pipelines.auto`.
 
 TRL shipped the interface of a trainable diffusion pipeline (`DDPOStableDiffusionPipeline`) up to 0.23.1. Where it is
 installed, our pipelines are instances of it; elsewhere the definitions below, with the same names and members, take
@@ -26,15 +26,51 @@ its place.
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..step_distribution import StepDistribution
+from ..step_distribution import StepDistribution, StepRule
 from .conditioning import PromptEmbeds
 from .ddpo import DDPOStableDiffusionPipeline
+
+
+def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
+    """
+    The dtype in which a diffusers network takes its inputs. It is not that of any first parameter: weights may be stored
+    in 8 or 4 bits and computed with in another dtype, and adapters are float32 in a network of half precision.
+    """
+    # diffusers' layerwise casting keeps the answer in its hook.
+    for module in network.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("layerwise_casting")
+        if hook is not None:
+            return hook.compute_dtype
+
+    # Elsewhere it is the dtype of the first layer that is neither quantised nor an adapter, nor kept in float32 always.
+    adapters = set()
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name in module.adapter_layer_names:
+                layers = getattr(module, name, None)
+                adapters.update(map(id, layers.parameters() if hasattr(layers, "parameters") else ()))
+    kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in network.named_parameters():
+        if not parameter.is_floating_point() or torch.finfo(parameter.dtype).bits < 16:
+            continue
+        if id(parameter) not in adapters and not any(part in name for part in kept):
+            return parameter.dtype
+
+    # A network that is quantised as a whole says in which dtype it computes.
+    quantization = getattr(getattr(network, "config", None), "quantization_config", None)
+    for name in ("compute_dtype", "bnb_4bit_compute_dtype"):
+        if isinstance(getattr(quantization, name, None), torch.dtype):
+            return getattr(quantization, name)
+    return torch.float32
 
 
 class DenoiserForTraining(torch.nn.Module):
@@ -65,16 +101,21 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
 
     Subclasses implement the methods that raise below. Shapes: latents `(batch_size, channels, height, width)` in the
     scale the denoiser sees; images `(batch_size, 3, height, width)` in [-1, 1]; timesteps int64.
+
+    Attributes:
+        sd_pipeline: the wrapped diffusers pipeline.
+        step_rule ([`StepRule`]): what the sampler does in a step; set by subclasses.
     """
 
     denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
-    scheduler = None  # set by subclasses; hides the read-only property of TRL's interface
+    step_rule: StepRule = None
 
     def __init__(self, pipeline):
         self.sd_pipeline = pipeline
         self.use_lora = True
         self.scoring_vae = None
         self._frozen_copy = None
+        self._compute_dtype = None
 
     # --- the trained network -----------------------------------------------------------------------------------------
 
@@ -88,9 +129,23 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         return next(self.denoiser.parameters()).device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the denoiser takes its inputs: see [`compute_dtype_of`]."""
+        # Asked for at every step, and answered by a walk over all modules: kept until the denoiser is moved or cast.
+        key = (self.denoiser, next(self.denoiser.parameters()).dtype)
+        if self._compute_dtype is None or self._compute_dtype[0] != key:
+            self._compute_dtype = (key, compute_dtype_of(self.denoiser))
+        return self._compute_dtype[1]
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """Dtype in which latents are stored between steps. Rollout and loss round to it alike."""
+        return self.compute_dtype
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Storage dtype of latents: that of the denoiser's base weights."""
-        return next(self.denoiser.parameters()).dtype
+        """Dtype of the model, as diffusers means it: `compute_dtype`."""
+        return self.compute_dtype
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
@@ -116,6 +171,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
             `torch.nn.Module`: the module to hand to an optimizer.
         """
         self.freeze()
+        self._compute_dtype = None
         self.use_lora = use_peft
         if use_peft:
             self.add_lora(peft_config)
@@ -167,34 +223,8 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         """Text features of `prompts`, and of `negative_prompt` once per prompt."""
         raise NotImplementedError
 
-    def set_timesteps(self, num_inference_steps: int) -> list[int]:
-        """Fix the schedule; returns t_0 > t_1 > ... as a list."""
-        raise NotImplementedError
-
-    def check_eta(self, eta: float) -> None:
-        """
-        Raises:
-            ValueError: if the sampler has no steps with this much noise.
-        """
-
-    def step_is_stochastic(self, step: int, eta: float) -> bool:
-        """Whether step number `step` of the schedule has sigma > 0, so that candidates differ."""
-        raise NotImplementedError
-
     def predict(self, latents, timesteps, prompt_embeds: PromptEmbeds, guidance_scale: float, denoiser=None):
         """Guided prediction of the denoiser (or of `denoiser`, its wrapped version), float32."""
-        raise NotImplementedError
-
-    def step_distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
-        """Distribution of x_{t-1} given x_t under a prediction."""
-        raise NotImplementedError
-
-    def predict_original_sample(self, latents, timesteps, prompt_embeds, guidance_scale: float) -> torch.Tensor:
-        """Predicted x_0 from x_t at any training timestep (not only those of the schedule)."""
-        raise NotImplementedError
-
-    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
-        """x_t of the forward process."""
         raise NotImplementedError
 
     def image_posterior(self, images) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,7 +275,60 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         """Read such a file back into the adapter that is being trained."""
         raise NotImplementedError
 
+    # --- the sampler: answers of the step rule -----------------------------------------------------------------------
+
+    @property
+    def scheduler(self):
+        """The diffusers scheduler of the step rule, independent of `sd_pipeline.scheduler`."""
+        return self.step_rule.scheduler
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.step_rule.num_train_timesteps
+
+    def set_timesteps(self, num_inference_steps: int, latent_shape: tuple[int, ...] | None = None) -> list[int]:
+        """
+        Fix the schedule; returns t_0 > t_1 > ... as a list. `latent_shape`, the shape of one latent, matters to families
+        whose schedule depends on the size of the image.
+        """
+        return self.step_rule.set_timesteps(num_inference_steps)
+
+    def check_eta(self, eta: float) -> None:
+        """
+        Raises:
+            ValueError: if the sampler has no steps with this much noise.
+        """
+        self.step_rule.check_eta(eta)
+
+    def step_is_stochastic(self, step: int, eta: float) -> bool:
+        """Whether step number `step` of the schedule may branch."""
+        return self.step_rule.is_stochastic(step, eta)
+
+    def step_distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
+        """Distribution of x_{t-1} given x_t under a prediction."""
+        return self.step_rule.distribution(model_output, timesteps, latents, eta)
+
+    @torch.no_grad()
+    def predict_original_sample(self, latents, timesteps, prompt_embeds, guidance_scale: float) -> torch.Tensor:
+        """Predicted x_0 from x_t at any training timestep (not only those of the schedule)."""
+        model_output = self.predict(latents, timesteps, prompt_embeds, guidance_scale)
+        return self.step_rule.predict_original_sample(model_output, timesteps, latents)
+
+    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
+        """x_t of the forward process."""
+        return self.step_rule.add_noise(latents, noise, timesteps)
+
     # --- shared by all families --------------------------------------------------------------------------------------
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels of an image per side of one latent pixel."""
+        return self.sd_pipeline.vae_scale_factor
+
+    def num_pixels(self, height: int | None = None, width: int | None = None) -> int:
+        """Number of pixels of an image of this size, by default of the model's own."""
+        _, *latent_size = self.latent_shape(height, width)
+        return math.prod(latent_size) * self.spatial_factor**2
 
     def encode_images(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] -> latents drawn from their posterior."""
@@ -254,7 +337,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
     def draw_latents(self, mean: torch.Tensor, std: torch.Tensor, generator=None) -> torch.Tensor:
         """A sample of the posterior `N(mean, std^2)`, in the dtype of latents."""
         noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return (mean + std * noise).to(self.dtype)
+        return (mean + std * noise).to(self.latent_dtype)
 
     def prepare_latents(self, batch_size: int, generator=None, height=None, width=None) -> torch.Tensor:
         """
@@ -262,7 +345,7 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         """
         shape = (batch_size, *self.latent_shape(height, width))
         latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-        return latents.to(self.dtype)
+        return latents.to(self.latent_dtype)
 
     @torch.no_grad()
     def sample(
@@ -283,12 +366,12 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         Returns:
             `torch.Tensor` of shape `(batch_size, 3, height, width)` in [-1, 1].
         """
-        timesteps = self.set_timesteps(num_inference_steps)
+        timesteps = self.set_timesteps(num_inference_steps, self.latent_shape(height, width))
         latents = self.prepare_latents(len(prompt_embeds), generators, height, width)
         for step, timestep in enumerate(timesteps):
             output = self.predict(latents, timestep, prompt_embeds, guidance_scale)
             mean, std, _ = self.step_distribution(output, timestep, latents, eta)
             if self.step_is_stochastic(step, eta):
                 mean = mean + std * randn_tensor(mean.shape, generator=generators, device=mean.device)
-            latents = mean.to(self.dtype)
+            latents = mean.to(self.latent_dtype)
         return self.decode_latents(latents)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -35,8 +35,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..hub_files import load_diffusers_pipeline
-from ..scheduling_ddim import ddim_predict, ddim_step_stats
-from ..step_distribution import StepDistribution, gaussian_log_prob
+from ..scheduling_ddim import DDIMStepRule
+from ..step_distribution import gaussian_log_prob
 from .adapters import LORA_NAME
 from .base import SPOPipeline
 from .conditioning import PromptEmbeds
@@ -53,30 +53,6 @@ def default_lora_config() -> LoraConfig:
     )
 
 
-def stochastic_ddim_scheduler(scheduler) -> DDIMScheduler:
-    """
-    A `DDIMScheduler` with the noise schedule of `scheduler`, which is left alone.
-
-    Latents must not be clipped: where the source configuration does not mention `clip_sample`, it is set to False
-    (`DDIMScheduler`'s own default is True).
-
-    Raises:
-        ValueError: if the scheduler has no variance-preserving schedule that DDIM could use.
-    """
-    name = type(scheduler).__name__
-    config = dict(getattr(scheduler, "config", {}))
-    compatible = name in DDIMScheduler._compatibles and "beta_schedule" in config
-    if not compatible or config.get("prediction_type", "epsilon") not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(
-            f"SPO needs stochastic denoising steps, and the pipeline's scheduler `{name}` cannot be turned into a "
-            "DDIMScheduler. Set `pipeline.scheduler` to a DDIMScheduler (or PNDM, DDPM, Euler, DPM-Solver with an "
-            "epsilon, sample or v prediction)."
-        )
-    if not isinstance(scheduler, DDIMScheduler):
-        logger.info(f"SPO samples with DDIMScheduler, built from the configuration of the pipeline's {name}.")
-    return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
-
-
 class SPOStableDiffusionPipeline(SPOPipeline):
     """
     A Stable Diffusion pipeline for `SPOTrainer` and for TRL's `DDPOTrainer`.
@@ -87,7 +63,8 @@ class SPOStableDiffusionPipeline(SPOPipeline):
 
     Attributes:
         sd_pipeline: the wrapped diffusers pipeline.
-        scheduler ([`~diffusers.DDIMScheduler`]): the sampler of rollouts; independent of `sd_pipeline.scheduler`.
+        step_rule ([`DDIMStepRule`]): the sampler of rollouts.
+        scheduler ([`~diffusers.DDIMScheduler`]): that of the step rule; independent of `sd_pipeline.scheduler`.
 
     Raises:
         ValueError: if a component is missing or does not fit the others, the scheduler cannot be stochastic, the UNet
@@ -107,8 +84,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
             )
         super().__init__(pipeline)
         self.use_lora = use_lora
-        self.scheduler = stochastic_ddim_scheduler(pipeline.scheduler)
-        self._stochastic: dict[tuple[int, int, float], list[bool]] = {}
+        self.step_rule = DDIMStepRule(pipeline.scheduler)
         in_channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
         if in_channels != latent_channels:
             raise ValueError(
@@ -237,31 +213,7 @@ class SPOStableDiffusionPipeline(SPOPipeline):
         """Keyword arguments of the UNet for the negative or the positive half of guidance."""
         return {"encoder_hidden_states": embeds.negative_prompt_embeds if negative else embeds.prompt_embeds}
 
-    # --- the sampler -------------------------------------------------------------------------------------------------
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
-
-    def set_timesteps(self, num_inference_steps: int) -> list[int]:
-        self.scheduler.set_timesteps(num_inference_steps)
-        return self.scheduler.timesteps.tolist()
-
-    def check_eta(self, eta: float) -> None:
-        if not 0 < eta <= 1:
-            raise ValueError(
-                f"`eta` must be in (0, 1], got {eta}: 0 is deterministic DDIM, where all candidates would be equal, and 1 "
-                "has the variance of DDPM."
-            )
-
-    def step_is_stochastic(self, step: int, eta: float) -> bool:
-        key = (id(self.scheduler), self.scheduler.num_inference_steps, eta)
-        if key not in self._stochastic:  # asked for at every step, and reading a number may wait for the device
-            timesteps = self.scheduler.timesteps.to(self.scheduler.alphas_cumprod.device)
-            origin = torch.zeros(len(timesteps), device=timesteps.device)
-            std = ddim_step_stats(self.scheduler, origin, timesteps, origin, eta).std_dev_t
-            self._stochastic[key] = (std > 0).tolist()
-        return self._stochastic[key][step]
+    # --- the denoiser ------------------------------------------------------------------------------------------------
 
     def predict(self, latents, timesteps, prompt_embeds, guidance_scale: float, denoiser=None) -> torch.Tensor:
         r"""
@@ -279,31 +231,20 @@ class SPOStableDiffusionPipeline(SPOPipeline):
             `torch.Tensor` of the shape of `latents`, float32.
         """
         denoiser = self.denoiser if denoiser is None else denoiser
-        latents = latents.to(self.dtype)
+        latents = latents.to(self.compute_dtype)
         if not torch.is_tensor(timesteps):  # filled on the device: copying a number there would wait for it
             timesteps = torch.full((len(latents),), timesteps, device=latents.device)
         timesteps = timesteps.to(latents.device).expand(len(latents))
-        prompt_embeds = prompt_embeds.to(self.dtype)
+        prompt_embeds = prompt_embeds.to(self.compute_dtype)
         conditioning = self._conditioning(prompt_embeds, negative=False)
         if guidance_scale <= 1:
             return denoiser(latents, timesteps, **conditioning, return_dict=False)[0].float()
         if prompt_embeds.negative_prompt_embeds is None:
             raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
         conditioning = _cat_conditioning(self._conditioning(prompt_embeds, negative=True), conditioning)
-        output = denoiser(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), **conditioning, return_dict=False)[0]
+        output = denoiser(torch.cat([latents, latents]), timesteps.repeat(2), **conditioning, return_dict=False)[0]
         uncond, cond = output.float().chunk(2)
         return uncond + guidance_scale * (cond - uncond)
-
-    def step_distribution(self, model_output, timesteps, latents, eta: float) -> StepDistribution:
-        return ddim_step_stats(self.scheduler, model_output, timesteps, latents, eta)
-
-    @torch.no_grad()
-    def predict_original_sample(self, latents, timesteps, prompt_embeds, guidance_scale: float) -> torch.Tensor:
-        model_output = self.predict(latents, timesteps, prompt_embeds, guidance_scale)
-        return ddim_predict(self.scheduler, model_output, timesteps, latents)[0]
-
-    def add_noise(self, latents, noise, timesteps) -> torch.Tensor:
-        return self.scheduler.add_noise(latents, noise, timesteps)
 
     # --- the VAE -----------------------------------------------------------------------------------------------------
 

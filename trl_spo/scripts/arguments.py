@@ -236,7 +236,7 @@ class SamplerArguments:
         guidance_scale (`float`, *optional*):
             Classifier-free guidance. `None`: that of the protocol, or 5.0.
         eta (`float`, *optional*):
-            Noise of the DDIM steps. `None`: that of the protocol, or 1.0.
+            Noise of the steps. `None`: that of the protocol, or 1.0.
         negative_prompt (`str`, *optional*):
             Prompt of the unconditional half of the guidance. `None`: that of the protocol, or empty.
         height (`int`, *optional*), width (`int`, *optional*):
@@ -259,7 +259,7 @@ class SamplerArguments:
     lora_scale: float = field(default=1.0, metadata={"help": "Weight of the LoRA; 0 is the base model."})
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
-    eta: float | None = field(default=None, metadata={"help": "Noise of the DDIM steps."})
+    eta: float | None = field(default=None, metadata={"help": "Noise of the steps."})
     negative_prompt: str | None = field(default=None, metadata={"help": "Prompt of the unconditional half."})
     height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Image width in pixels."})

@@ -248,7 +248,7 @@ def denoiser_bytes(
     device = pipeline.device if device is None else device
     fake_mode = fake_mode or _fake_mode_of(pipeline.denoiser)
     with fake_mode:
-        latents = torch.empty(num_samples, *latent_shape, dtype=pipeline.dtype, device=device)
+        latents = torch.empty(num_samples, *latent_shape, dtype=pipeline.latent_dtype, device=device)
         rows = embeds[:1].to(device).repeat(num_samples)
 
     @torch.no_grad()

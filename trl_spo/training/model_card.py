@@ -28,6 +28,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..step_distribution import StepRule
+
 
 PAPER = "2406.04314"
 FOLDER = "path/to/this/folder"  # where the card's examples load from if the model has no Hub id
@@ -89,7 +91,7 @@ def spo_model_card(
     *,
     name: str,
     base_model: str | None,
-    scheduler: Any,
+    step_rule: StepRule,
     denoiser_name: str = "unet",
     denoiser_class: str = "UNet2DConditionModel",
     use_lora: bool = True,
@@ -108,7 +110,7 @@ def spo_model_card(
         args ([`SPOConfig`]): of the run.
         name (`str`): heading.
         base_model (`str`, *optional*): Hub id of the base model; a local path is left out.
-        scheduler: the scheduler the model was trained with.
+        step_rule ([`StepRule`]): the sampler the model was trained with.
         denoiser_name, denoiser_class (`str`): what was trained, and its class.
         use_lora (`bool`, *optional*, defaults to `True`): whether the folder holds a LoRA or a whole denoiser.
         reward_model (`str`, *optional*): Hub id of the reward model, or what it is in a few words.
@@ -148,10 +150,9 @@ def spo_model_card(
             parts.append(f"{label}:\n\n![{label}]({strip})")
     parts += [
         "## Use",
-        f"```python\n{_spo_code(args, base, where, scheduler, denoiser_name, denoiser_class, use_lora)}\n```",
+        f"```python\n{_spo_code(args, base, where, step_rule, denoiser_name, denoiser_class, use_lora)}\n```",
         "## Sampler",
-        f"{type(scheduler).__name__}, {args.num_inference_steps} steps, eta {args.eta:g}, guidance "
-        f"{args.guidance_scale:g}. Compare with the base model under the same sampler: guidance alone moves scores.",
+        f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare with the base model under the same sampler: guidance alone moves scores.",
         "## Recipe",
         _settings(args, SPO_RECIPE, {"scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)}),
         *_evaluation(log_history, ("_mean", "_std")),
@@ -291,25 +292,30 @@ def _widget(samples: dict | None) -> list[dict] | None:
     return [{"text": prompt, "output": {"url": image}} for prompt, image in pairs]
 
 
-def _spo_code(args, base, where, scheduler, denoiser_name, denoiser_class, use_lora) -> str:
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    keep = f", clip_sample={config['clip_sample']}" if "clip_sample" in config else ""
-    imports = ["DiffusionPipeline", name, *([] if use_lora else [denoiser_class])]
+def _spo_code(args, base, where, step_rule, denoiser_name, denoiser_class, use_lora) -> str:
+    code = step_rule.sampling_code(args.eta)
+    imports = {"DiffusionPipeline", *code.imports}
     if use_lora:
         load = f'pipe.load_lora_weights("{where}")'
     else:
         load = f'pipe.{denoiser_name} = {denoiser_class}.from_pretrained("{where}", subfolder="{denoiser_name}")'
-    eta = f", eta={args.eta:g}" if name == "DDIMScheduler" else ""
-    negative = f", negative_prompt={json.dumps(args.negative_prompt)}" if args.negative_prompt else ""
+        imports.add(denoiser_class)
+    arguments = [
+        '"a photo of a cat"',
+        f"num_inference_steps={args.num_inference_steps}",
+        f"guidance_scale={args.guidance_scale:g}",
+        *code.arguments,
+    ]
+    if args.negative_prompt:
+        arguments.append(f"negative_prompt={json.dumps(args.negative_prompt)}")
     return "\n".join(
         [
             f"from diffusers import {', '.join(sorted(imports))}",
             "",
             f'pipe = DiffusionPipeline.from_pretrained("{base or "path/to/the/base/model"}")',
-            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config{keep})",
+            *code.setup,
             load,
-            f'image = pipe("a photo of a cat", num_inference_steps={args.num_inference_steps}, '
-            f"guidance_scale={args.guidance_scale:g}{eta}{negative}).images[0]",
+            f"image = pipe({', '.join(arguments)}).images[0]",
         ]
     )
 
