@@ -1,4 +1,4 @@
-.PHONY: demo test test-ddpo compare compare-quick reliability coverage mutation docs upstream quality style clean
+.PHONY: demo test test-ddpo compare compare-quick reliability coverage mutation docs upstream quality house style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -74,6 +74,9 @@ upstream: $(STAMP)  ## copy the project into a checkout of TRL, see upstream/REA
 quality: $(STAMP)  ## what CI asks of the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+house: $(STAMP)  ## numbers about how the code is written; REV=<commit> measures another version
+	$(BIN)/python reliability/house.py $(if $(REV),--rev $(REV))
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
