@@ -617,7 +617,7 @@ PAIRS = [
     handled("nothing-to-check", lambda world: check_images([GOOD], num_rows=0), lambda world, bad: _same(bad, [])),
     refused("resolution-that-the-vae-cannot", ValueError, "`resolution=17` does not suit the pipeline: .* multiple of 2", lambda world: world.reward_trainer([GOOD], resolution=17)),
     refused("timestep-unknown-to-the-pipeline", ValueError, "Timestep 1000 is out of range.* up to 999. Lower", lambda world: world.reward_trainer([GOOD], max_timestep=1000)),
-    refused("file-missing", FileNotFoundError, "There are no image pairs at .*nowhere.parquet.*does not exist", lambda world: load_preference_dataset(world.folder / "nowhere.parquet")),
+    refused("file-missing", FileNotFoundError, "There is no preference dataset at .*nowhere.parquet.*does not exist", lambda world: load_preference_dataset(world.folder / "nowhere.parquet")),
 ]  # fmt: skip
 
 
@@ -876,7 +876,7 @@ REWARDS = [
     refused("reward-not-callable", TypeError, r"`reward_model` must be a `StepAwareRewardModel`.* got `int`", lambda world: world.trainer(reward=3)),
     refused("reward-absent", TypeError, "`reward_model` must be .* got `NoneType`", lambda world: world.trainer(reward=None)),
     refused("reward-not-callable-in-a-rollout", TypeError, "[Rr]eward.* callable.* got `int`", lambda world: world.rollout(3)),
-    refused("reward-path-missing", FileNotFoundError, "no step-aware reward model at .*nowhere': the path does not exist", lambda world: world.trainer(reward=str(world.folder / "nowhere"))),
+    refused("reward-path-missing", FileNotFoundError, "no reward model at .*nowhere': the path does not exist", lambda world: world.trainer(reward=str(world.folder / "nowhere"))),
     refused("reward-model-without-tokenizer", ValueError, "has no tokenizer, so it cannot read prompts", lambda world: world.trainer(reward=without_tokenizer(world))),
     refused("reward-model-without-tokenizer-in-a-rollout", ValueError, "has no tokenizer", lambda world: world.rollout(without_tokenizer(world))),
     refused("reward-features-of-another-size", ValueError, r"`text_features` must have shape \(2, 12\), got \(2, 7\)", lambda world: world.reward_model().score(torch.zeros(2, 3, 16, 16), text_features=torch.zeros(2, 7))),
@@ -990,7 +990,7 @@ CHECKPOINTS = [
     refused("reward-weights-a-list", ValueError, "is not a flat state dict of tensors", lambda world: world.original(lambda w: list(w.values()))),
     refused("reward-weights-a-tensor", ValueError, "is not a flat state dict of tensors", lambda world: world.original(lambda w: torch.ones(3))),
     refused("reward-weights-an-empty-dict", ValueError, f"{FITS} .*missing: ", lambda world: world.original(lambda w: {"position_ids": torch.ones(1)})),
-    refused("reward-pickle-of-an-object", ValueError, "was refused: it is no file of plain tensors", saved(pickle.dumps(Anything()))),
+    refused("reward-pickle-of-an-object", ValueError, "was refused: it is not a file of plain tensors", saved(pickle.dumps(Anything()))),
     refused("reward-pickle-of-a-number", ValueError, "not a flat state dict|was refused|cannot be read", saved(pickle.dumps(3))),
     refused("reward-file-empty", ValueError, "cannot be read, the download may be incomplete|was refused", saved(b"")),
     refused("reward-file-text", ValueError, "cannot be read|was refused", saved(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")),

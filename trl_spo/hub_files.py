@@ -12,7 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Find, read and refuse files, local ones and those of the Hub: weights, configurations, tokenizers, pipelines."""
+"""
+Find, read and refuse files, local ones and those of the Hub: weights, configurations, tokenizers, pipelines.
+
+Every error names the file and what was expected in it. Nothing here runs code from a file: weights are safetensors or
+are unpickled with `weights_only=True`, and tokenizers are loaded without remote code.
+"""
 
 import json
 import os
@@ -29,106 +34,46 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 
-def load_diffusers_pipeline(path: str | Path, **kwargs):
-    """Load a diffusers pipeline from a folder or the Hub; see [`wrap_pipeline`] for `kwargs`."""
-    from diffusers import AutoencoderKL, DiffusionPipeline
-
-    dtype = kwargs.get("torch_dtype")
-    if isinstance(dtype, str):
-        kwargs["torch_dtype"] = getattr(torch, dtype, None)
-        if not isinstance(kwargs["torch_dtype"], torch.dtype):
-            raise ValueError(f"`torch_dtype` must name a dtype such as 'float16' or 'bfloat16', got {dtype!r}.")
-    local = Path(path)
-    if local.is_dir() and not (local / "model_index.json").is_file():
-        raise ValueError(
-            f"{str(path)!r} is a folder without `model_index.json`, so it is not a diffusers pipeline. Pass the folder "
-            "that `pipeline.save_pretrained(...)` wrote."
-        )
-    if not local.exists() and (local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1):
-        raise ValueError(
-            f"The pipeline path {str(path)!r} does not exist. Pass an existing folder or a Hub id such as "
-            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
-        )
-    try:
-        if isinstance(kwargs.get("vae"), (str, Path)):
-            kwargs["vae"] = AutoencoderKL.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
-        return DiffusionPipeline.from_pretrained(path, **kwargs)
-    except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
-        raise
-    except Exception as error:  # diffusers says of a broken folder what happens to break first
-        found = "the folder is incomplete or broken"
-        if not local.exists():
-            found = "it is neither an existing folder nor a Hub id that can be reached"
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"Could not load a diffusers pipeline from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
-        ) from error
+LOCAL_SUFFIXES = (".parquet", ".safetensors")  # no repository on the Hub is called like a file
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def require_existing(path: str, what: str):
-    """Refuses what is plainly a local path and does not exist, before anything asks the Hub for it."""
-    looks_local = os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1
-    if looks_local and not os.path.exists(path):
-        raise FileNotFoundError(f"There is no {what} at {path!r}: the path does not exist.")
+# --- paths and Hub ids -----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(loader, path: str, what: str):
-    path = str(path)
-    require_existing(path, what.removeprefix("a "))
-    try:
-        return loader.from_pretrained(path)
-    except OSError as error:
-        raise FileNotFoundError(f"{path!r} holds no {what.removeprefix('a ')}: {error}") from error
-    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The weights in {path!r} were refused: they are no plain tensors: {error}") from error
+def is_missing_path(path: str | Path) -> bool:
+    """
+    Whether `path` can only be a local path and does not exist, so that asking the Hub for it would be pointless.
+
+    A Hub id is "name" or "owner/name". Whatever is absolute, starts with "." or "~", has more than one slash, or ends
+    like a file of rows or weights, is a local path.
+    """
+    text = os.fspath(path)
+    looks_local = (
+        os.path.isabs(text) or text.startswith((".", "~")) or text.count("/") > 1 or text.endswith(LOCAL_SUFFIXES)
+    )
+    return looks_local and not os.path.exists(text)
 
 
-def read_model_type(path: str, hub_kwargs: dict) -> str | None:
-    require_existing(path, "reward model")
-    try:
-        config_file = cached_file(path, "config.json", **hub_kwargs)
-    except OSError as error:
-        raise FileNotFoundError(f"{path!r} holds no step-aware reward model, and no other: {error}") from error
-    if config_file is None:
-        raise FileNotFoundError(f"{path!r} holds no step-aware reward model, and no other: there is no config.json.")
-    return read_json(config_file).get("model_type")
+def require_existing(path: str | Path, what: str, hint: str = "") -> None:
+    """
+    Refuse a local path that does not exist, before anything asks the Hub for it.
 
+    Args:
+        path (`str` or `Path`): a local path or a Hub id.
+        what (`str`): what should be there, without an article, such as `"CLIP model"`.
+        hint (`str`, *optional*): a sentence that says what to pass instead.
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:  # of JSON, or of the encoding
-        raise ValueError(f"{str(path)!r} is not valid JSON, it may be incomplete: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(content).__name__}.")
-    return content
-
-
-def load_tokenizer(path: str):
-    """The tokenizer of a folder or Hub id, `None` if it holds none."""
-    path = str(path)
-    require_existing(path, "processor")
-    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-    if all(optional_file(path, name) is None for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # the default asks on the terminal
-
-
-def image_settings(path: str) -> dict:
-    """`image_mean` and `image_std` of a processor. Read from its JSON: image processor classes may need torchvision."""
-    path = str(path)
-    require_existing(path, "processor")
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        file = optional_file(path, name)
-        if file is not None:
-            settings = read_json(file)
-            settings = settings.get("image_processor", settings)
-            return {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key) is not None}
-    return {}
+    Raises:
+        FileNotFoundError: if [`is_missing_path`].
+    """
+    if is_missing_path(path):
+        sentences = f"There is no {what} at {str(path)!r}: the path does not exist. {hint}"
+        raise FileNotFoundError(sentences.strip())
 
 
 def optional_file(path: str, name: str) -> str | None:
+    """The local path of the file `name` in a folder or Hub repository, or `None` if it has no such file."""
     return cached_file(
         path,
         name,
@@ -139,7 +84,17 @@ def optional_file(path: str, name: str) -> str | None:
 
 
 def locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> str:
-    """The path of a checkpoint file that is given as a file, or as folder or Hub id and file name."""
+    """
+    The local path of a checkpoint file.
+
+    Args:
+        checkpoint (`str`): the file itself, or a folder or Hub id that holds `filename`.
+        filename (`str`, *optional*): the name of the file in that folder or repository.
+        hub_kwargs: passed to `hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: if there is no such file, here or on the Hub.
+    """
     checkpoint = os.fspath(checkpoint)
     path = checkpoint if filename is None else os.path.join(checkpoint, filename)
     if os.path.isfile(path):
@@ -164,8 +119,142 @@ def locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> st
         ) from error
 
 
+# --- whole objects ---------------------------------------------------------------------------------------------------
+
+
+def load_diffusers_pipeline(path: str | Path, **kwargs):
+    """
+    Load a diffusers pipeline from a folder or the Hub.
+
+    Args:
+        path (`str` or `Path`): the folder that `pipeline.save_pretrained(...)` wrote, or a Hub id.
+        kwargs: passed to `DiffusionPipeline.from_pretrained`. `torch_dtype` may be the name of a dtype, and `vae` a
+            folder or Hub id.
+
+    Raises:
+        ValueError: if there is no pipeline, it is incomplete or broken, or `torch_dtype` does not name a dtype.
+    """
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+    # What can be refused without reading a weight.
+    dtype = kwargs.get("torch_dtype")
+    if isinstance(dtype, str):
+        kwargs["torch_dtype"] = getattr(torch, dtype, None)
+        if not isinstance(kwargs["torch_dtype"], torch.dtype):
+            raise ValueError(f"`torch_dtype` must name a dtype such as 'float16' or 'bfloat16', got {dtype!r}.")
+    local = Path(path)
+    if local.is_dir() and not (local / "model_index.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} is a folder without `model_index.json`, so it is not a diffusers pipeline. Pass the folder "
+            "that `pipeline.save_pretrained(...)` wrote."
+        )
+    if is_missing_path(path):
+        raise ValueError(
+            f"The pipeline path {str(path)!r} does not exist. Pass an existing folder or a Hub id such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+        )
+
+    try:
+        if isinstance(kwargs.get("vae"), (str, Path)):
+            kwargs["vae"] = AutoencoderKL.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
+        return DiffusionPipeline.from_pretrained(path, **kwargs)
+    except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
+        raise
+    except Exception as error:  # diffusers reports whatever part of a broken folder fails first
+        found = "the folder is incomplete or broken"
+        if not local.exists():
+            found = "it is neither an existing folder nor a Hub id that can be reached"
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"Could not load a diffusers pipeline from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
+        ) from error
+
+
+def load_pretrained(loader, path: str | Path, what: str):
+    """`loader.from_pretrained(path)` with errors that say that `what` (such as `"CLIP model"`) was expected there."""
+    path = str(path)
+    require_existing(path, what)
+    try:
+        return loader.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(f"{path!r} holds no {what}: {error}") from error
+    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The weights in {path!r} were refused: they are not plain tensors: {error}") from error
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a folder or Hub id, or `None` if it holds none."""
+    path = str(path)
+    require_existing(path, "processor")
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+    if all(optional_file(path, name) is None for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # the default asks on the terminal
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file; a `ValueError` that names the file if it holds anything else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:  # of JSON, or of the encoding
+        raise ValueError(f"{str(path)!r} is not valid JSON, it may be incomplete: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def read_model_type(path: str, hub_kwargs: dict) -> str | None:
+    """The `model_type` in the `config.json` of a reward model, `None` if the configuration does not say."""
+    require_existing(path, "reward model")
+    try:
+        config_file = cached_file(path, "config.json", **hub_kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"{path!r} holds no step-aware reward model, and no other: {error}") from error
+    if config_file is None:
+        raise FileNotFoundError(f"{path!r} holds no step-aware reward model, and no other: there is no config.json.")
+    return read_json(config_file).get("model_type")
+
+
+def read_image_processor(path: str | Path) -> dict:
+    """
+    The settings of the image processor in a folder or Hub repository; empty if it has none.
+
+    They are read from the JSON, because some classes of image processors need torchvision.
+    """
+    path = str(path)
+    require_existing(path, "processor")
+    for name in PROCESSOR_FILES:
+        file = optional_file(path, name)
+        if file is not None:
+            settings = read_json(file)
+            return settings.get("image_processor", settings)
+    return {}
+
+
+def image_settings(path: str | Path) -> dict:
+    """`image_mean` and `image_std` of an image processor, those of the two that it has."""
+    settings = read_image_processor(path)
+    return {key: settings[key] for key in ("image_mean", "image_std") if settings.get(key) is not None}
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
 def read_state_dict(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
-    """The state dict in a `.safetensors` or torch file, under `key` where it has one. Runs no code from the file."""
+    """
+    The state dict in a `.safetensors` or torch file. Runs no code from the file.
+
+    Args:
+        path (`str`): the file.
+        key (`str`, *optional*): the entry of the file that holds the state dict, if it is not the whole file.
+
+    Raises:
+        ValueError: if the file holds anything but named tensors, cannot be read, or has no such entry.
+    """
     try:
         if path.endswith(".safetensors"):
             content = load_file(path)
@@ -173,11 +262,12 @@ def read_state_dict(path: str, key: str | None = None) -> dict[str, torch.Tensor
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(
-            f"{path!r} was refused: it is no file of plain tensors (it holds other objects, or is not a checkpoint at "
-            f"all): {error}"
+            f"{path!r} was refused: it is not a file of plain tensors (it holds other objects, or is not a checkpoint "
+            f"at all): {error}"
         ) from error
     except Exception as error:  # what a reader raises depends on where the bytes break off
         raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
+
     if key is not None:
         if not isinstance(content, dict) or key not in content:
             found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
@@ -196,33 +286,47 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: str, what: str):
+def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: str, what: str) -> None:
     """
     `load_state_dict` that names the missing, unexpected and misshapen keys in one error, the first ten of each.
+
     Position ids, which some versions of transformers save, are left out: they are constants.
+
+    Args:
+        model (`nn.Module`): the model to fill.
+        weights (`dict[str, torch.Tensor]`): its state dict.
+        source (`str`): the file they come from, for the error.
+        what (`str`): what the model is, for the error.
+
+    Raises:
+        ValueError: if a weight is missing, unexpected, of another shape, or not of floating point where it should be.
     """
-    expected = {name: weight for name, weight in model.state_dict().items() if not name.endswith(".position_ids")}
-    weights = {name: weight for name, weight in weights.items() if not name.endswith(".position_ids")}
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & weights.keys())
-        if weights[name].shape != expected[name].shape
-    ]
-    dtypes = [
-        f"{name} {weights[name].dtype}"
-        for name in sorted(expected.keys() & weights.keys())
-        if expected[name].is_floating_point() and not weights[name].is_floating_point()
-    ]
-    problems = [
-        f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
-        for kind, names in (
-            ("missing", sorted(expected.keys() - weights.keys())),
-            ("unexpected", sorted(weights.keys() - expected.keys())),
-            ("wrong shape", shapes),
-            ("not floating point", dtypes),
-        )
-        if names
-    ]
+    expected = _without_position_ids(model.state_dict())
+    weights = _without_position_ids(weights)
+    shapes, dtypes = [], []
+    for name in sorted(expected.keys() & weights.keys()):
+        given, wanted = weights[name], expected[name]
+        if given.shape != wanted.shape:
+            shapes.append(f"{name} {tuple(given.shape)} for {tuple(wanted.shape)}")
+        if wanted.is_floating_point() and not given.is_floating_point():
+            dtypes.append(f"{name} {given.dtype}")
+
+    found = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
+        "wrong shape": shapes,
+        "not floating point": dtypes,
+    }
+    problems = [f"{problem}: {_first_ten(names)}" for problem, names in found.items() if names]
     if problems:
         raise ValueError(f"{str(source)!r} does not fit {what}. " + "; ".join(problems) + ".")
     model.load_state_dict(weights, strict=False)
+
+
+def _without_position_ids(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in weights.items() if not name.endswith(".position_ids")}
+
+
+def _first_ten(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more

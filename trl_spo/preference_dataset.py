@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from datasets import DatasetDict, load_dataset, load_from_disk
 
+from .hub_files import require_existing
 from .images import image_to_tensor, read_image
 from .prompts import is_unicode
 from .rewards.base import is_reward_model, wrap_reward
@@ -146,11 +147,8 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
         if files:
             files = [str(file) for file in _files_of_split(files, split, path)]
             return load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
-    elif not path.exists() and (path.suffix == ".parquet" or path.is_absolute() or str(name).startswith((".", "~"))):
-        raise FileNotFoundError(
-            f"There are no image pairs at {str(name)!r}: the path does not exist. Pass a `.parquet` file, a folder of "
-            "them, or a Hub id such as 'yuvalkirstain/pickapic_v1'."
-        )
+    hint = "Pass a `.parquet` file, a folder of them, or a Hub id such as 'yuvalkirstain/pickapic_v1'."
+    require_existing(name, "preference dataset", hint)
     return load_dataset(str(name), split=split, streaming=streaming)
 
 

@@ -51,8 +51,7 @@ from ..hub_files import (
     load_strictly,
     load_tokenizer,
     locate_checkpoint,
-    optional_file,
-    read_json,
+    read_image_processor,
     read_state_dict,
     require_existing,
 )
@@ -90,21 +89,14 @@ class ImagePreparation:
         The settings in the `preprocessor_config.json` of a folder or Hub id. Read from the file, because transformers'
         image processor classes may need torchvision. Without such a file: CLIP's, at `image_size`.
         """
-        path = str(path)
-        require_existing(path, "processor")
-        settings = {}
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            file = optional_file(path, name)
-            if file is not None:
-                settings = read_json(file)
-                settings = settings.get("image_processor", settings)
-                break
-        size, crop = settings.get("size", image_size), settings.get("crop_size", image_size)
+        settings = read_image_processor(path)
+        size = settings.get("size", image_size)
+        crop = settings.get("crop_size", image_size)
         if isinstance(size, dict):
             size = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
         if isinstance(crop, dict):
             if crop["height"] != crop["width"]:
-                raise ValueError(f"The image processor of {path!r} crops to {crop}; only squares are supported.")
+                raise ValueError(f"The image processor of {str(path)!r} crops to {crop}; only squares are supported.")
             crop = crop["height"]
         if not settings.get("do_center_crop", True):
             crop = None
@@ -455,7 +447,7 @@ class PickScore(CLIPMetric):
             kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
         """
         processor = model if processor is None else processor
-        clip = load_pretrained(CLIPModel, model, "a CLIP model")
+        clip = load_pretrained(CLIPModel, model, "CLIP model")
         preparation = ImagePreparation.from_processor(processor, clip.config.vision_config.image_size)
         description = f"{cls.__name__}, {model}"
         return cls(clip, _require_tokenizer(processor), preparation, description=description, **kwargs)
@@ -510,7 +502,7 @@ class HPSv2(CLIPMetric):
             kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
         """
         path = _find_file(checkpoint, filename)
-        config = load_pretrained(CLIPConfig, clip, "a CLIP configuration")
+        config = load_pretrained(CLIPConfig, clip, "CLIP configuration")
         tokenizer, settings = _require_tokenizer(clip), ImagePreparation.from_processor(clip)
         model = CLIPModel(config)
         load_strictly(model, convert_open_clip(_read_weights(path, "state_dict")), path, f"the CLIP of {clip!r}")
@@ -558,7 +550,7 @@ class AestheticScore(CLIPMetric):
         """
         path = _find_file(predictor, filename)
         weights = _read_weights(path)
-        model = load_pretrained(CLIPModel, clip, "a CLIP model")
+        model = load_pretrained(CLIPModel, clip, "CLIP model")
         preparation = ImagePreparation.from_processor(clip, model.config.vision_config.image_size, half="round")
         mlp = PredictorMLP(model.config.projection_dim)
         load_strictly(mlp, weights, path, f"the aesthetic predictor on embeddings of {clip!r}")

@@ -594,7 +594,7 @@ class StepAwareRewardModel(PreTrainedModel):
         Returns:
             [`StepAwareRewardModel`] in evaluation mode.
         """
-        clip = load_pretrained(CLIPModel, path_or_id, "a CLIP model")
+        clip = load_pretrained(CLIPModel, path_or_id, "CLIP model")
         processor = path_or_id if processor is None else processor
         config = cls.config_class(clip.config, **{**image_settings(processor), **config_kwargs})
         model = cls(config, tokenizer=load_tokenizer(processor)).cast(clip.visual_projection.weight.dtype)
@@ -667,7 +667,7 @@ class StepAwareRewardModel(PreTrainedModel):
         checkpoint = locate_checkpoint(checkpoint, filename, revision=revision, cache_dir=cache_dir, token=token)
         weights = {canonical_name(name): weight for name, weight in read_state_dict(checkpoint).items()}
         processor = clip if processor is None else processor
-        clip_config = load_pretrained(CLIPConfig, clip, "a CLIP configuration")
+        clip_config = load_pretrained(CLIPConfig, clip, "CLIP configuration")
         config = cls.config_class(clip_config, **{**image_settings(processor), **config_kwargs})
         model = cls(config, tokenizer=load_tokenizer(processor))
         load_strictly(model, weights, checkpoint, f"the CLIP architecture of {str(clip)!r}")
