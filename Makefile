@@ -1,4 +1,4 @@
-.PHONY: demo test test-ddpo compare compare-quick reliability coverage mutation docs upstream quality house style clean
+.PHONY: demo test test-ddpo test-gpu compare compare-quick reliability coverage mutation docs upstream quality house style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,6 +19,8 @@ $(STAMP): constraints.txt setup.cfg pyproject.toml
 demo: export OMP_WAIT_POLICY := PASSIVE
 test coverage: export OMP_WAIT_POLICY := PASSIVE
 test coverage: export OMP_NUM_THREADS := 1
+# The tests of `tests/gpu` run on the CPU here, so that they are known to be right when a GPU is at hand.
+test coverage: export TRL_SPO_TEST_DEVICE := cpu
 test-ddpo: export OMP_WAIT_POLICY := PASSIVE
 
 demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world; writes demo_output/
@@ -26,6 +28,10 @@ demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world; writes 
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+# A machine with a GPU has a torch of its own, and perhaps no network: nothing is installed.
+test-gpu:  ## both trainers on the GPU of this machine: under four minutes; without one it says so
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest tests/gpu
 
 $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 	test -x $(DDPO_BIN)/python || $(PYTHON) -m venv .venv-ddpo
