@@ -70,7 +70,7 @@ from models import PRESETS, build_pipeline, clip_config
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepAwareRewardModelConfig
-from trl_spo.pipelines.stable_diffusion import default_lora_config
+from trl_spo.pipelines.base import default_lora_config
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

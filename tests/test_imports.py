@@ -28,7 +28,7 @@ PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "training.arguments rollout_settings spo_config step_reward_config step_distribution scheduling_ddim scheduling_flow pair_selection losses "
     "training.numerics training.running_means images prompts hub_files "
-    "pipelines.ddpo pipelines.conditioning pipelines.adapters pipelines.base pipelines.autoencoder "
+    "pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.auto pipelines.encoding_cache "
     "rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling preference_dataset "
     "training.checkpointing training.model_card training.memory training.ema training.callbacks pair_loader "

@@ -174,6 +174,13 @@ class TestWrapPipeline:
         with pytest.raises(ValueError, match="9 input channels"):
             wrap_pipeline(pipe)
 
+    def test_a_unet_that_is_told_the_guidance(self, tmp_path):
+        """LCM's. Without the embedding it predicts something else, and nothing would say so."""
+        pipe = tiny_sd_pipeline(tmp_path)
+        pipe.unet.register_to_config(time_cond_proj_dim=32)
+        with pytest.raises(ValueError, match="`time_cond_proj_dim=32`.*not on classes, images or guidance"):
+            wrap_pipeline(pipe)
+
 
 class TestScheduler:
     def test_others_become_ddim_and_the_users_stays(self, tmp_path):
@@ -233,7 +240,7 @@ class TestPrecision:
         assert wrapped.latent_dtype == torch.float32
         wrapped.denoiser.to(torch.bfloat16)
         assert wrapped.latent_dtype == torch.bfloat16
-        wrapped.prepare_for_training(use_peft=False)
+        wrapped.prepare_for_training(use_lora=False)
         assert wrapped.latent_dtype == torch.float32
 
 
@@ -313,9 +320,18 @@ class TestAdapter:
         assert dtypes == {True: torch.float32, False: torch.bfloat16}
         assert wrapped.dtype == torch.bfloat16
 
+    def test_the_switch_of_the_pipeline_counts_where_training_does_not_say(self, tmp_path):
+        """Regression: `use_lora=False` of a pipeline was forgotten by `prepare_for_training`."""
+        wrapped = SPOStableDiffusionPipeline(tiny_sd_pipeline(tmp_path), use_lora=False)
+        wrapped.prepare_for_training()
+        assert not hasattr(wrapped.denoiser, "peft_config") and not wrapped.use_lora
+        wrapped = SPOStableDiffusionPipeline(tiny_sd_pipeline(tmp_path), use_lora=False)
+        wrapped.prepare_for_training(use_lora=True)
+        assert wrapped.denoiser.peft_config and wrapped.use_lora
+
     def test_full_fine_tuning_has_a_frozen_reference(self, tmp_path):
         wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
-        wrapped.prepare_for_training(use_peft=False)
+        wrapped.prepare_for_training(use_lora=False)
         with wrapped.reference() as reference:
             assert not any(p.requires_grad for p in reference.parameters())
             before = state_of(reference)

@@ -25,7 +25,7 @@ import yaml
 from trl import TrlParser
 
 from trl_spo import SPOConfig, StepRewardConfig
-from trl_spo.pipelines.stable_diffusion import default_lora_config
+from trl_spo.pipelines.base import default_lora_config
 from trl_spo.scripts.arguments import DiffusionModelArguments, RewardModelArguments
 
 

@@ -122,6 +122,15 @@ def locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> st
 # --- whole objects ---------------------------------------------------------------------------------------------------
 
 
+def _vae_class(path: str | Path, kwargs: dict) -> type[nn.Module]:
+    """The class of the VAE that a saved diffusers pipeline has: a VAE that replaces it is of the same class."""
+    import diffusers
+
+    hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+    name = diffusers.DiffusionPipeline.load_config(path, **hub_kwargs).get("vae", (None, None))[1]
+    return getattr(diffusers, name or "", diffusers.AutoencoderKL)
+
+
 def load_diffusers_pipeline(path: str | Path, **kwargs):
     """
     Load a diffusers pipeline from a folder or the Hub.
@@ -129,12 +138,12 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
     Args:
         path (`str` or `Path`): the folder that `pipeline.save_pretrained(...)` wrote, or a Hub id.
         kwargs: passed to `DiffusionPipeline.from_pretrained`. `torch_dtype` may be the name of a dtype, and `vae` a
-            folder or Hub id.
+            folder or Hub id of another VAE, of the class of the pipeline's own.
 
     Raises:
         ValueError: if there is no pipeline, it is incomplete or broken, or `torch_dtype` does not name a dtype.
     """
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     # What can be refused without reading a weight.
     dtype = kwargs.get("torch_dtype")
@@ -156,7 +165,8 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
 
     try:
         if isinstance(kwargs.get("vae"), (str, Path)):
-            kwargs["vae"] = AutoencoderKL.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
+            vae_class = _vae_class(path, kwargs)
+            kwargs["vae"] = vae_class.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
         return DiffusionPipeline.from_pretrained(path, **kwargs)
     except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
         raise

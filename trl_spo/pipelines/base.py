@@ -13,15 +13,11 @@
 # limitations under the License.
 
 """
-What SPO asks of a diffusion pipeline, and the bridge to TRL's DDPO classes.
+What SPO asks of a diffusion pipeline.
 
 Rollout, loss and trainers know no scheduler, no UNet and no noise parametrisation. They ask a pipeline for the *step
 distribution* of x_{t-1} given x_t (mean, standard deviation, predicted x_0), and the pipeline asks its step rule. A new
 model family is one module with a subclass of [`SPOPipeline`] and one line in the table of `pipelines.auto`.
-
-TRL shipped the interface of a trainable diffusion pipeline (`DDPOStableDiffusionPipeline`) up to 0.23.1. Where it is
-installed, our pipelines are instances of it; elsewhere the definitions below, with the same names and members, take
-its place.
 """
 
 import contextlib
@@ -32,11 +28,21 @@ from pathlib import Path
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..hub_files import load_diffusers_pipeline
 from ..step_distribution import StepDistribution, StepRule
+from .adapters import add_lora, load_lora, save_lora
+from .autoencoder import decode, encode, shrink_latents
 from .conditioning import PromptEmbeds
-from .ddpo import DDPOStableDiffusionPipeline
+
+
+def default_lora_config() -> LoraConfig:
+    """The paper's SD1.5 adapter: rank 4 on the attention projections (SPO, appendix; DDPO uses the same)."""
+    return LoraConfig(
+        r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
+    )
 
 
 def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
@@ -95,27 +101,50 @@ class DenoiserForTraining(torch.nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable  # transformers 4.x
 
 
-class SPOPipeline(DDPOStableDiffusionPipeline):
+class SPOPipeline:
     """
     A diffusion pipeline that can be rolled out and trained step by step.
 
-    Subclasses implement the methods that raise below. Shapes: latents `(batch_size, channels, height, width)` in the
-    scale the denoiser sees; images `(batch_size, 3, height, width)` in [-1, 1]; timesteps int64.
+    A family implements the methods that raise below: the text it is conditioned on, the shape of its latents, and its
+    guided prediction. Adapters, VAE and sampler are shared. Shapes: latents `(batch_size, channels, height, width)` in
+    the scale the denoiser sees, whatever the denoiser makes of them inside `predict`; images
+    `(batch_size, 3, height, width)` in [-1, 1]; timesteps int64.
+
+    Args:
+        pipeline: a diffusers pipeline; its components are used, not copied.
+        use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole denoiser.
 
     Attributes:
         sd_pipeline: the wrapped diffusers pipeline.
         step_rule ([`StepRule`]): what the sampler does in a step; set by subclasses.
+        use_lora (`bool`): whether an adapter is trained.
+        scoring_vae (`torch.nn.Module`, *optional*): decodes for the reward instead of the pipeline's VAE.
+
+    Raises:
+        ValueError: if a component is missing.
     """
 
     denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
+    required_components: tuple[str, ...] = ()
     step_rule: StepRule = None
 
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, use_lora: bool = True):
+        missing = [name for name in self.required_components if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The pipeline has no {', '.join(missing)}. SPO rolls out images and scores them, so it needs "
+                f"{', '.join(self.required_components)}; load the complete pipeline."
+            )
         self.sd_pipeline = pipeline
-        self.use_lora = True
+        self.use_lora = use_lora
         self.scoring_vae = None
         self._frozen_copy = None
         self._compute_dtype = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, use_lora: bool = True, **kwargs) -> "SPOPipeline":
+        """Load from a folder or Hub id; `kwargs` go to the diffusers `from_pretrained`."""
+        return cls(load_diffusers_pipeline(path, **kwargs), use_lora=use_lora)
 
     # --- the trained network -----------------------------------------------------------------------------------------
 
@@ -159,21 +188,23 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         finally:
             self.denoiser.enable_adapters()
 
-    def prepare_for_training(self, peft_config=None, use_peft: bool = True) -> torch.nn.Module:
+    def prepare_for_training(self, peft_config=None, use_lora: bool | None = None) -> torch.nn.Module:
         """
         Freeze everything and make the denoiser trainable: through an adapter, or whole, against a frozen copy.
 
         Args:
-            peft_config (`peft.PeftConfig`, *optional*): the adapter; the paper's LoRA by default.
-            use_peft (`bool`, *optional*, defaults to `True`): `False` trains all weights of the denoiser.
+            peft_config (`peft.PeftConfig`, *optional*): the adapter; by default that of the family.
+            use_lora (`bool`, *optional*): `False` trains all weights of the denoiser. By default what the pipeline was
+                made with.
 
         Returns:
             `torch.nn.Module`: the module to hand to an optimizer.
         """
+        if use_lora is not None:
+            self.use_lora = use_lora
         self.freeze()
         self._compute_dtype = None
-        self.use_lora = use_peft
-        if use_peft:
+        if self.use_lora:
             self.add_lora(peft_config)
         else:
             self.denoiser.to(torch.float32)
@@ -213,9 +244,26 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
                 module.to(device)
         return self
 
-    def add_lora(self, peft_config=None) -> torch.nn.Module:
-        """Freeze the denoiser and add a trainable adapter in float32."""
-        raise NotImplementedError
+    # --- adapters ----------------------------------------------------------------------------------------------------
+
+    def default_lora(self) -> LoraConfig:
+        """
+        The adapter that is trained if the caller names none: rank 4 on the attention projections, as the paper does on
+        Stable Diffusion 1.5 (SPO, appendix; DDPO uses the same). A family whose layers have other names says so.
+        """
+        return default_lora_config()
+
+    def add_lora(self, peft_config: PeftConfig | None = None) -> torch.nn.Module:
+        """Freeze the denoiser and add a trainable adapter in float32: see `pipelines.adapters`."""
+        return add_lora(self.denoiser, peft_config or self.default_lora(), self.denoiser_name)
+
+    def save_lora(self, save_directory: str | Path, state_dict: dict | None = None) -> None:
+        """Write `pytorch_lora_weights.safetensors` in the format diffusers' `load_lora_weights` reads."""
+        save_lora(self.sd_pipeline, self.denoiser_name, save_directory, state_dict)
+
+    def load_lora(self, directory: str | Path) -> None:
+        """Read such a file back into the adapter that is being trained: see `pipelines.adapters`."""
+        load_lora(self.sd_pipeline, self.denoiser_name, directory)
 
     # --- to be implemented by a model family -------------------------------------------------------------------------
 
@@ -227,19 +275,51 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
         """Guided prediction of the denoiser (or of `denoiser`, its wrapped version), float32."""
         raise NotImplementedError
 
-    def image_posterior(self, images) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents of images, in the scale the denoiser sees."""
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """
+        Shape of one latent, without the batch dimension, of an image of this size (by default the model's own).
+
+        Raises:
+            ValueError: for a size that the model cannot make; see [`SPOPipeline.check_size`].
+        """
         raise NotImplementedError
 
-    def decode_latents(self, latents) -> torch.Tensor:
-        raise NotImplementedError
+    # --- the VAE -----------------------------------------------------------------------------------------------------
 
-    def decode_for_scoring(self, latents, image_size: int | None = None) -> torch.Tensor:
+    @property
+    def vae(self) -> torch.nn.Module:
+        return self.sd_pipeline.vae
+
+    def vae_encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of latents by the pipeline's VAE. A family with an unusual VAE overrides it."""
+        return encode(self.vae, images)
+
+    def vae_decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Images by `vae`, the pipeline's own or `scoring_vae`. A family with an unusual VAE overrides it."""
+        return decode(vae, latents)
+
+    @torch.no_grad()
+    def image_posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Mean and standard deviation of the latents of images `(B, 3, H, W)` in [-1, 1], in the scale the denoiser sees.
+        """
+        return self.vae_encode(images)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents -> images `(B, 3, H, W)`, float32, nominally in [-1, 1] (the decoder may overshoot a little)."""
+        return self.vae_decode(self.vae, latents)
+
+    @torch.no_grad()
+    def decode_for_scoring(self, latents: torch.Tensor, image_size: int | None = None) -> torch.Tensor:
         """
         Images of x_0 predictions for the reward model, in [-1, 1]: by `scoring_vae` if there is one, and, where
-        `image_size` is given, at that size (pixels of the short side).
+        `image_size` is given, at that size (pixels of the short side; see [`shrink_latents`]).
         """
-        raise NotImplementedError
+        latents = shrink_latents(latents, image_size, self.spatial_factor)
+        if self.scoring_vae is None:
+            return self.decode_latents(latents)
+        return self.vae_decode(self.scoring_vae, latents)
 
     def optimize(self, channels_last: bool = False, compile_kwargs: dict | None = None) -> None:
         """
@@ -262,18 +342,6 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
     def _decoding_network(self) -> torch.nn.Module | None:
         """The network that turns latents into images."""
         return getattr(self.sd_pipeline, "vae", None)
-
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """Shape of one latent, without the batch dimension."""
-        raise NotImplementedError
-
-    def save_lora(self, save_directory: str | Path, state_dict: dict | None = None) -> None:
-        """Write `pytorch_lora_weights.safetensors` in the format diffusers' `load_lora_weights` reads."""
-        raise NotImplementedError
-
-    def load_lora(self, directory: str | Path) -> None:
-        """Read such a file back into the adapter that is being trained."""
-        raise NotImplementedError
 
     # --- the sampler: answers of the step rule -----------------------------------------------------------------------
 
@@ -324,6 +392,16 @@ class SPOPipeline(DDPOStableDiffusionPipeline):
     def spatial_factor(self) -> int:
         """Pixels of an image per side of one latent pixel."""
         return self.sd_pipeline.vae_scale_factor
+
+    def check_size(self, height: int | None, width: int | None) -> None:
+        """
+        Raises:
+            ValueError: if height or width is not a positive multiple of what one latent pixel stands for.
+        """
+        factor = self.spatial_factor
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value <= 0 or value % factor):
+                raise ValueError(f"`{name}` must be a positive multiple of {factor} (the VAE's factor), got {value}.")
 
     def num_pixels(self, height: int | None = None, width: int | None = None) -> int:
         """Number of pixels of an image of this size, by default of the model's own."""

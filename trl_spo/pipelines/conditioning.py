@@ -14,9 +14,16 @@
 
 """What a denoiser is conditioned on: text features, one row per prompt."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,3 +69,53 @@ class PromptEmbeds:
     def cat(cls, parts: list["PromptEmbeds"]) -> "PromptEmbeds":
         names = [f.name for f in fields(cls) if getattr(parts[0], f.name) is not None]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+class LongPrompts:
+    """
+    One warning for the first prompt that is longer than the text encoder reads. diffusers prints the rest of each text in
+    each call, and transformers says that such a text cannot work.
+
+    Attributes:
+        warned (`bool`): whether there was such a prompt.
+    """
+
+    def __init__(self):
+        self.warned = False
+
+    @contextlib.contextmanager
+    def announced(self, texts: list[str], pipeline: Any, tokenizer: Any = None) -> Iterator[None]:
+        """
+        Encode `texts` inside of this context.
+
+        Args:
+            texts (`list[str]`): prompts.
+            pipeline: the diffusers pipeline that encodes them.
+            tokenizer (*optional*): whose limit counts; by default the pipeline's first.
+        """
+        tokenizer = tokenizer or pipeline.tokenizer or pipeline.tokenizer_2
+        limit = tokenizer.model_max_length
+        names = (pipeline.encode_prompt.__module__, "transformers.tokenization_utils_base")
+        others = [logging.get_logger(name) for name in names]
+        for other in others:
+            other.addFilter(_is_not_about_length)
+        try:
+            for text in texts:
+                if self.warned or len(text.encode()) < limit:  # a token has at least one byte
+                    continue
+                num_tokens = len(tokenizer(text).input_ids)
+                if num_tokens > limit:
+                    logger.warning(
+                        f"A prompt has {num_tokens} tokens and the text encoder reads {limit}: the end of it, and of "
+                        f"other long prompts, has no effect ({text[:60]!r}...)."
+                    )
+                    self.warned = True
+            yield
+        finally:
+            for other in others:
+                other.removeFilter(_is_not_about_length)
+
+
+def _is_not_about_length(record) -> bool:
+    text = record.getMessage()
+    return not text.startswith(("The following part of your input was truncated", "Token indices sequence length"))

@@ -78,7 +78,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
         positive, _, pooled, _ = self._encode_both(list(prompts), None)
         _, negative, _, negative_pooled = self._encode_both([""], negative_prompt or None)
         _, latent_height, latent_width = self.latent_shape(height, width)
-        factor = self.sd_pipeline.vae_scale_factor
+        factor = self.spatial_factor
         size = (latent_height * factor, latent_width * factor)
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=positive.dtype, device=positive.device)
         return PromptEmbeds(
@@ -91,7 +91,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
 
     def _encode_both(self, prompts: list[str], negative_prompt: str | None):
         """diffusers' own encoding: (prompt, negative, pooled, negative pooled) embeddings."""
-        with self._truncation_told_once([*prompts, negative_prompt or ""]):
+        with self.long_prompts.announced([*prompts, negative_prompt or ""], self.sd_pipeline):
             return self.sd_pipeline.encode_prompt(
                 prompts,
                 device=self.device,

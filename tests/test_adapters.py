@@ -1,0 +1,189 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Necessity: adapters and the VAE are shared by all families, and diffusers' readers and writers differ from family to
+family. What is saved must load in plain diffusers, and what comes out of a VAE must be what its own pipeline makes of it.
+"""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from trl_spo import wrap_pipeline
+from trl_spo.pipelines.adapters import add_lora, load_lora, save_lora
+from trl_spo.pipelines.autoencoder import decode, encode, scale_and_shift
+
+from .testing_utils import changed, state_of, tiny_sd_pipeline
+
+
+def sd3_transformer():
+    return SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+    )  # fmt: skip
+
+
+def flux_transformer():
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+
+
+def flux2_transformer():
+    return Flux2Transformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+
+
+def z_image_transformer():
+    return ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[8, 4, 4], axes_lens=[32, 32, 32],
+    )  # fmt: skip
+
+
+def qwen_transformer():
+    return QwenImageTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+
+
+FAMILIES = {
+    StableDiffusion3Pipeline: sd3_transformer,
+    FluxPipeline: flux_transformer,
+    Flux2KleinPipeline: flux2_transformer,
+    ZImagePipeline: z_image_transformer,
+    QwenImagePipeline: qwen_transformer,
+}
+
+
+def bare_pipeline(pipeline_class, denoiser):
+    """A real pipeline with nothing but its denoiser: the rest is not asked about adapters."""
+    parameters = inspect.signature(pipeline_class).parameters.values()
+    required = {parameter.name: None for parameter in parameters if parameter.default is parameter.empty}
+    return pipeline_class(**required | {"transformer": denoiser})
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_an_adapter_of_any_family_loads_in_plain_diffusers_and_in_training(family, tmp_path):
+    """alpha != rank is lost by files that hold weights only: the configuration has to travel with them."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"])
+    pipeline = bare_pipeline(family, FAMILIES[family]())
+    add_lora(pipeline.transformer.bfloat16(), config)
+    for parameter in pipeline.transformer.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            parameter.data.normal_()
+    trained = get_peft_model_state_dict(pipeline.transformer)
+    assert trained
+    save_lora(pipeline, "transformer", tmp_path)
+
+    plain = bare_pipeline(family, FAMILIES[family]())
+    plain.load_lora_weights(tmp_path)
+    loaded = get_peft_model_state_dict(plain.transformer, adapter_name="default_0")
+    assert {name: value.tolist() for name, value in loaded.items()} == {k: v.tolist() for k, v in trained.items()}
+    assert (plain.transformer.peft_config["default_0"].r, plain.transformer.peft_config["default_0"].lora_alpha) == (
+        2,
+        6,
+    )
+
+    resumed = bare_pipeline(family, FAMILIES[family]())
+    add_lora(resumed.transformer, config)
+    load_lora(resumed, "transformer", tmp_path)
+    assert not changed(trained, _Holder(get_peft_model_state_dict(resumed.transformer)))
+    other = bare_pipeline(family, FAMILIES[family]())
+    add_lora(other.transformer, LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="does not fit the adapter being trained"):
+        load_lora(other, "transformer", tmp_path)
+
+
+class _Holder:
+    """What `changed` reads."""
+
+    def __init__(self, state):
+        self.state_dict = lambda: state
+
+
+def shifted_vae(**config) -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=8, **config,
+    ).eval()  # fmt: skip
+
+
+MEAN, STD = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "config, scale, shift",
+    [
+        ({"scaling_factor": 0.5}, [0.5] * 4, [0.0] * 4),
+        ({"scaling_factor": 1.5, "shift_factor": 0.06}, [1.5] * 4, [0.06] * 4),
+        ({"scaling_factor": 2.0, "latents_mean": MEAN, "latents_std": STD}, [4.0, 2.0, 1.0, 0.5], MEAN),
+    ],
+    ids=["scale", "scale-and-shift", "per-channel"],
+)
+@torch.no_grad()
+def test_latents_of_a_vae_have_its_scale_and_its_shift(config, scale, shift):
+    """Regression: only `scaling_factor` was known, so latents of SD3, FLUX and some SDXL models would have been off."""
+    vae = shifted_vae(**config)
+    scale, shift = torch.tensor(scale).view(4, 1, 1), torch.tensor(shift).view(4, 1, 1)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    posterior = vae.encode(images).latent_dist
+    mean, std = encode(vae, images)
+    torch.testing.assert_close(mean, (posterior.mean - shift) * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
+    torch.testing.assert_close(decode(vae, mean), vae.decode(posterior.mean).sample, atol=1e-5, rtol=1e-5)
+    found = scale_and_shift(vae)
+    torch.testing.assert_close(torch.as_tensor(found[0]).expand(4, 1, 1), scale)
+
+
+def test_another_vae_is_of_the_class_of_the_pipelines_own(tmp_path):
+    """Regression: whatever replaced a pipeline's VAE was loaded as an `AutoencoderKL`."""
+    from diffusers import AutoencoderTiny
+
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.register_modules(vae=tiny)
+    pipe.save_pretrained(tmp_path / "pipe")
+    for parameter in tiny.parameters():
+        parameter.data.add_(1)
+    tiny.save_pretrained(tmp_path / "other")
+    wrapped = wrap_pipeline(str(tmp_path / "pipe"), vae=str(tmp_path / "other"))
+    assert isinstance(wrapped.vae, AutoencoderTiny)
+    assert not changed(state_of(tiny), wrapped.vae)
