@@ -31,7 +31,7 @@ ORDER = (  # a module may import from the modules before it
     "pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.auto pipelines.encoding_cache "
     "rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling preference_dataset "
-    "training.checkpointing training.model_card training.memory training.ema training.callbacks pair_loader "
+    "training.checkpointing training.model_card training.memory training.compilation training.ema training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export "
     "evaluation.statistics evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()

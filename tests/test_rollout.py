@@ -212,7 +212,7 @@ class TestCost:
             generator=generator(),
             **{**SETTINGS, "guidance_scale": 1.0},
         )
-        assert sum(sizes["unet"]) == 18 * 3 and max(sizes["unet"]) == 5
+        assert sum(sizes["unet"]) == 18 * 3 and set(sizes["unet"]) == {3, 4}  # 12 candidates in chunks of at most 5
         assert sum(sizes["vae"]) == sum(sizes["vision"]) == 20 * 3 and max(sizes["vae"]) == max(sizes["vision"]) == 4
         assert sum(sizes["text"]) == 3
 

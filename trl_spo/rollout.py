@@ -50,7 +50,7 @@ from .pair_selection import (
 from .pipelines.base import SPOPipeline
 from .pipelines.conditioning import PromptEmbeds
 from .rewards.base import Reward, wrap_reward
-from .rewards.scoring import Scorer
+from .rewards.scoring import Scorer, even_slices
 from .rollout_settings import RolloutSettings
 from .step_distribution import sample_candidates
 from .step_pairs import BranchRecord, NonFinite, StepPairs
@@ -225,10 +225,8 @@ class Sampler:
     def predict(self, latents: torch.Tensor, step: int) -> torch.Tensor:
         """Guided predictions for B latents, or for `(K * B)` of a branch."""
         rows = self.embeds if len(latents) == len(self.embeds) else self.branch_embeds
-        size = self.settings.rollout_micro_batch_size or len(latents)
         outputs = []
-        for start in range(0, len(latents), size):
-            chunk = slice(start, start + size)
+        for chunk in even_slices(len(latents), self.settings.rollout_micro_batch_size):
             timestep, scale = self.timesteps[step], self.settings.guidance_scale
             outputs.append(self.pipeline.predict(latents[chunk], timestep, rows[chunk], scale))
         return torch.cat(outputs)

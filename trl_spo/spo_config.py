@@ -85,8 +85,12 @@ class SPOConfig(StepTrainingArguments):
         defer_scoring (`bool`, *optional*, defaults to `True`):
             Score the candidates of all steps together after the rollout, in full batches. The same scores; with
             `resample` other than `"random"` the next step needs them and they are scored step by step.
-        channels_last (`bool`, *optional*, defaults to `True`):
-            Store convolution weights in channels-last order, which current hardware computes faster.
+        compile_regions (`bool`, *optional*):
+            Compile the blocks that denoiser and reward model repeat, and the decoder. `None`: on CUDA only; blocks that
+            cannot be compiled there run as they are. `torch_compile=True` means this, too, on any device.
+        channels_last (`bool`, *optional*):
+            Store convolution weights in channels-last order. `None`: everywhere but on CUDA, whose group norm is slower
+            in that order.
         scoring_vae (`str`, *optional*):
             Path or Hub id of an `AutoencoderTiny` that decodes for scoring, such as `madebyollin/taesd`. Approximate.
         scoring_image_size (`int`, *optional*):
@@ -206,7 +210,8 @@ class SPOConfig(StepTrainingArguments):
     reward_batch_size: int | None = _field(None, "Maximum number of images in one call of the reward model.")
     memory_budget: float | None = _field(None, "GiB that activations of rollout and scoring may take.")
     defer_scoring: bool = _field(True, "Score the candidates of all steps together after the rollout.")
-    channels_last: bool = _field(True, "Store convolution weights in channels-last order.")
+    compile_regions: bool | None = _field(None, "Compile repeated blocks and the decoder; by default on CUDA only.")
+    channels_last: bool | None = _field(None, "Store convolution weights channels-last; by default not on CUDA.")
     scoring_vae: str | None = _field(None, "Path or Hub id of an AutoencoderTiny that decodes for scoring.")
     scoring_image_size: int | None = _field(None, "Decode for scoring at this size instead of full size.")
     reward_dtype: str | None = _field(None, "Cast the reward model to this dtype, such as 'bfloat16'.")
@@ -269,6 +274,12 @@ class SPOConfig(StepTrainingArguments):
 
     def _check_spo_arguments(self):
         self.rollout_settings()
+        if self.compile_regions is False and (
+            self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        ):
+            raise ValueError(
+                "`torch_compile` compiles the repeated blocks, which `compile_regions=False` forbids; set one of them only."
+            )
         rules = {
             "learning_rate": (self.learning_rate >= 0, "0 or more"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),

@@ -18,12 +18,13 @@ batches, and everything around them (optimizer, schedules, accumulation, precisi
 training) is the Trainer's.
 """
 
+import contextlib
 import copy
 import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.callbacks import ImageLoggingCallback
 from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text
+from .training.compilation import compile_blocks, reference_on_same_code
 from .training.memory import rollout_chunk_sizes
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
@@ -208,7 +210,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self.pipeline.to(config.device)
         # DeepSpeed sends weights to the other ranks as plain bytes, which weights in another memory order are not.
         with_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        self.pipeline.optimize(config.channels_last and not with_deepspeed, self._compile_kwargs(config))
+        self.pipeline.optimize(self._stores_channels_last(config) and not with_deepspeed)
         if config.disable_dropout:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -235,11 +237,17 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # The networks compile themselves, where they should: a second time around them would only cost, and a config of
-        # another run with `torch_compile` may have left transformers 4's environment variable behind.
+        # Blocks are compiled, so the Trainer must not compile the whole network around them; and a config of another run
+        # with `torch_compile` may have left transformers 4's environment variable behind.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        if config.torch_compile and hasattr(self.reward.module, "compile_layers"):
-            self.reward.module.compile_layers(**self._compile_kwargs(config))
+        self._compiles_blocks = self._compiles(config)
+        if self._compiles_blocks:
+            compile_blocks(
+                [*self.pipeline.running_networks(), self.reward.module],
+                required=config.torch_compile or bool(config.compile_regions),
+                backend=config.torch_compile_backend or "inductor",
+                mode=config.torch_compile_mode,
+            )
         self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
         self.pair_loader = PairLoader(self, prompts)
@@ -255,11 +263,16 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             )
 
     @staticmethod
-    def _compile_kwargs(config: SPOConfig) -> dict | None:
-        """Batches of a rollout, of scoring and of training differ in size: compile for any, not for each."""
-        if not config.torch_compile:
-            return None
-        return {"backend": config.torch_compile_backend, "mode": config.torch_compile_mode, "dynamic": True}
+    def _compiles(config: SPOConfig) -> bool:
+        """Compiling pays on a GPU, where it takes part of a minute and all later steps are faster."""
+        if config.compile_regions is None:
+            return config.torch_compile or config.device.type == "cuda"
+        return config.compile_regions
+
+    @staticmethod
+    def _stores_channels_last(config: SPOConfig) -> bool:
+        """A CPU decodes faster in this order; CUDA's group norm takes twice as long in it."""
+        return config.device.type != "cuda" if config.channels_last is None else config.channels_last
 
     def _check_strategies(self, config: SPOConfig, metrics: dict[str, Callable]):
         """What can be trained and measured at all."""
@@ -453,8 +466,9 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             return self.pipeline.step_distribution(output, timesteps, latents, args.eta)
 
         with self.accelerator.autocast():
-            with torch.no_grad(), self.pipeline.reference() as reference:
+            with self._reference() as reference:
                 ref_mean, std, _ = distribution(reference)
+            ref_mean, std = ref_mean.detach(), std.detach()
             mean = distribution(model).prev_sample_mean
 
         def log_probs(mean):
@@ -484,6 +498,16 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
         self._record_loss(output, chosen_logps, rejected_logps, *logps, kl)
         return (loss, output) if return_outputs else loss
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[torch.nn.Module]:
+        """The untouched model. What it predicts may carry a graph; detach it."""
+        if self._compiles_blocks:
+            with reference_on_same_code(self.pipeline) as reference:
+                yield reference
+        else:
+            with torch.no_grad(), self.pipeline.reference() as reference:
+                yield reference
 
     def timestep_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         r"""

@@ -321,23 +321,21 @@ class SPOPipeline:
             return self.decode_latents(latents)
         return self.vae_decode(self.scoring_vae, latents)
 
-    def optimize(self, channels_last: bool = False, compile_kwargs: dict | None = None) -> None:
+    def running_networks(self) -> list[torch.nn.Module]:
+        """What a rollout and a loss run on samples: denoiser, its frozen copy, and what decodes for scoring."""
+        networks = [self.denoiser, self._frozen_copy, self.scoring_vae or self._decoding_network()]
+        return [network for network in networks if network is not None]
+
+    def optimize(self, channels_last: bool = False) -> None:
         """
         Make the networks faster without changing what they compute.
 
         Args:
             channels_last (`bool`, *optional*, defaults to `False`): store convolutions in channels-last order.
-            compile_kwargs (`dict`, *optional*): compile them with these arguments of `torch.compile`; in place, so that
-                rollouts, training and evaluation share the compiled code.
         """
-        networks = [self.denoiser, self._frozen_copy, self.scoring_vae or self._decoding_network()]
-        for module in networks:
-            if module is not None and channels_last:
-                module.to(memory_format=torch.channels_last)
-        if compile_kwargs is not None:
-            for module in (*networks[:2], getattr(networks[2], "decoder", networks[2])):
-                if module is not None:
-                    module.compile(**compile_kwargs)
+        if channels_last:
+            for network in self.running_networks():
+                network.to(memory_format=torch.channels_last)
 
     def _decoding_network(self) -> torch.nn.Module | None:
         """The network that turns latents into images."""

@@ -23,6 +23,16 @@ from ..training.numerics import is_finite
 from .base import Reward
 
 
+def even_slices(total: int, size: int | None) -> list[slice]:
+    """
+    As few slices of `total` samples as have at most `size` each, all of nearly one length: the last is no straggler, which
+    would leave a GPU idle and, if it were a single sample, have compiled code compiled once more.
+    """
+    count = max(1, math.ceil(total / size)) if size else 1
+    ends = [total * i // count for i in range(count + 1)]
+    return [slice(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
 class Scorer:
     """
     Asks the reward about candidates of one rollout. Prompts are encoded once.
@@ -77,10 +87,8 @@ class Scorer:
         if not self.text_is_a_list:  # features are on the device, a list of prompts is not: neither has to wait
             rows = rows.to(latents.device, non_blocking=True)
 
-        size = self.batch_size or len(latents)
         scores = []
-        for start in range(0, len(latents), size):
-            chunk = slice(start, start + size)
+        for chunk in even_slices(len(latents), self.batch_size):
             scores.append(self._score(latents[chunk], rows[chunk], timesteps[chunk]))
         scores = torch.cat(scores).cpu()  # the one wait for the device
         parts = scores.split([math.prod(shape) for shape in shapes])
@@ -97,8 +105,7 @@ class Scorer:
         return scores.masked_fill(~finite, math.nan)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        size = self.decode_batch_size or len(latents)
-        chunks = latents.split(size)
+        chunks = [latents[chunk] for chunk in even_slices(len(latents), self.decode_batch_size)]
         return torch.cat([self.pipeline.decode_for_scoring(chunk, self.image_size) for chunk in chunks])
 
     def image_is_finite(self, latents: torch.Tensor) -> bool:

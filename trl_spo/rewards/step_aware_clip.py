@@ -305,6 +305,7 @@ class StepAwareRewardModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "images"
     supports_gradient_checkpointing = True
+    _repeated_blocks = ["StepAwareCLIPEncoderLayer"]  # what a compiler should look at, as in diffusers
     _no_split_modules = ["CLIPEncoderLayer", "StepAwareCLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -379,11 +380,6 @@ class StepAwareRewardModel(PreTrainedModel):
         return self
 
     # ---- features and scores ----
-
-    def compile_layers(self, **kwargs):
-        """Compile the blocks of the vision tower in place, with these arguments of `torch.compile`."""
-        for layer in self.model.vision_model.encoder.layers:
-            layer.compile(**kwargs)
 
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
         r"""
