@@ -26,16 +26,23 @@ from diffusers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+SEQUENCES = {"prompt_embeds": "prompt_mask", "negative_prompt_embeds": "negative_prompt_mask"}  # and their masks
+
+
 @dataclass(frozen=True)
 class PromptEmbeds:
     """
     Everything a denoiser is conditioned on, one row per prompt. Fields a model family does not use stay `None`.
 
     Attributes:
-        prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): text features.
-        negative_prompt_embeds (`torch.Tensor` of the same shape, *optional*): of the negative (or empty) prompt.
+        prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`): text features.
+        negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, ...)`, *optional*): of the negative
+            (or empty) prompt. Its sequences may have another length.
         pooled_prompt_embeds, negative_pooled_prompt_embeds (`torch.Tensor` of shape `(batch_size, dim)`, *optional*)
         add_time_ids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): SDXL's size conditioning.
+        prompt_mask, negative_prompt_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): True or 1
+            where a sequence has text, False or 0 where it is padded. `None`: no sequence is padded, or the denoiser
+            attends to padding as to text.
     """
 
     prompt_embeds: torch.Tensor
@@ -43,6 +50,8 @@ class PromptEmbeds:
     pooled_prompt_embeds: torch.Tensor | None = None
     negative_pooled_prompt_embeds: torch.Tensor | None = None
     add_time_ids: torch.Tensor | None = None
+    prompt_mask: torch.Tensor | None = None
+    negative_prompt_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -56,7 +65,16 @@ class PromptEmbeds:
         return self._map(lambda value: value[index.to(value.device) if torch.is_tensor(index) else index])
 
     def to(self, *args, **kwargs) -> "PromptEmbeds":
-        return self._map(lambda value: value.to(*args, **kwargs))
+        """As `torch.Tensor.to`; a dtype is for floating point fields only, masks and indices keep theirs."""
+        others = [arg.device if torch.is_tensor(arg) else arg for arg in args if not isinstance(arg, torch.dtype)]
+        settings = {name: value for name, value in kwargs.items() if name != "dtype"}
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            if value.is_floating_point():
+                return value.to(*args, **kwargs)
+            return value.to(*others, **settings) if others or settings else value
+
+        return self._map(move)
 
     def repeat(self, repeats: int) -> "PromptEmbeds":
         """All rows, then all rows again: matches `candidates (K, B, ...).flatten(0, 1)`."""
@@ -67,8 +85,45 @@ class PromptEmbeds:
 
     @classmethod
     def cat(cls, parts: list["PromptEmbeds"]) -> "PromptEmbeds":
-        names = [f.name for f in fields(cls) if getattr(parts[0], f.name) is not None]
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        """
+        All rows of all parts. Sequences of different lengths are padded with zeros at the end, and a mask says so, also
+        where the parts had none: what a prompt means does not depend on the length of its neighbours.
+
+        Raises:
+            ValueError: if some parts have a field, such as the negative prompt, that others do not have.
+        """
+        values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        for sequences, masks in SEQUENCES.items():
+            if values[sequences][0] is not None:
+                values[sequences], values[masks] = _pad(values[sequences], values[masks])
+        lacking = [name for name, tensors in values.items() if 0 < sum(t is None for t in tensors) < len(tensors)]
+        if lacking:
+            raise ValueError(
+                f"Prompt embeddings can only be joined if all of them have `{lacking[0]}`, or none has it."
+            )
+        return cls(**{name: torch.cat(tensors) for name, tensors in values.items() if tensors[0] is not None})
+
+
+def _pad(sequences: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tuple[list, list]:
+    """Sequences `(B_i, L_i, ...)` and their masks `(B_i, L_i)`, at the length of the longest."""
+    if any(value is None for value in sequences):
+        return sequences, masks
+    length = max(value.shape[1] for value in sequences)
+    ragged = any(value.shape[1] < length for value in sequences)
+    if not ragged and all(mask is None for mask in masks):
+        return sequences, masks
+
+    padded_sequences = []
+    padded_masks = []
+    dtype = next((mask.dtype for mask in masks if mask is not None), torch.bool)
+    for value, mask in zip(sequences, masks, strict=True):
+        if mask is None:
+            mask = torch.ones(value.shape[:2], dtype=dtype, device=value.device)
+        missing = length - value.shape[1]
+        padding = value.new_zeros(len(value), missing, *value.shape[2:])
+        padded_sequences.append(torch.cat([value, padding], dim=1))
+        padded_masks.append(torch.cat([mask, mask.new_zeros(len(mask), missing)], dim=1))
+    return padded_sequences, padded_masks
 
 
 class LongPrompts:
