@@ -66,12 +66,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
 from trl_spo.images import read_image
 from trl_spo.pipelines.autoencoder import load_scoring_vae
-from trl_spo.preference_dataset import (
-    StepPreferenceCollator,
-    check_images,
-    load_preference_dataset,
-    prepare_preference_dataset,
-)
+from trl_spo.preference_collator import StepPreferenceCollator
+from trl_spo.preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
 from trl_spo.prompts import read_prompts
 from trl_spo.rollout import stepwise_rollout
 
@@ -407,7 +403,7 @@ PROMPT_CASES = [
     refused("prompts-empty-string", ValueError, "empty prompt at position 1. Remove it", train_on(["a", ""])),
     refused("prompts-whitespace", ValueError, "empty prompt at position 0", train_on([" \t\n\u3000\u00a0"])),
     refused("prompts-invisible", ValueError, "empty prompt at position 0", train_on(["\u200b\u200d\ufeff\x00\x07"])),
-    refused("prompts-lone-surrogate", ValueError, "position 1 that is no valid Unicode, .*surrogate", train_on(["a", "a \ud83d cat"])),
+    refused("prompts-lone-surrogate", ValueError, "position 1 that is not valid Unicode, .*surrogate", train_on(["a", "a \ud83d cat"])),
     refused("prompts-string", TypeError, "must be a list of prompts or a `datasets.Dataset`.* got `str`", train_on("a red cat")),
     refused("prompts-number", TypeError, "must be a list of prompts .* got `int`", train_on(3)),
     refused("prompts-dict", TypeError, r"got `dict` with the entries \['prompt'\]. Pass one of them", train_on({"prompt": ["a"]})),
@@ -594,7 +590,7 @@ PAIRS = [
     refused("prompt-none-later", ValueError, "Column `caption` must hold strings, row 1 has a NoneType", reward_training([GOOD, pair(picture(), caption=None)])),
     refused("prompt-none-in-a-dataset", ValueError, "Column `caption` must hold strings, row 1 has a NoneType", reward_training(as_dataset(GOOD, pair(0, caption=None)))),
     refused("prompt-none-in-a-stream", ValueError, "Column `caption` must hold strings, a row has a NoneType", streamed(GOOD, pair(picture(), caption=None))),
-    refused("prompt-surrogate", ValueError, "no valid Unicode", reward_training([GOOD, pair(picture(), caption="a \udcff")])),
+    refused("prompt-surrogate", ValueError, "not valid Unicode", reward_training([GOOD, pair(picture(), caption="a \udcff")])),
     refused("labels-nan", ValueError, f"{LABELS}.*labelled row 1 has nan and 0.0", reward_training([GOOD, pair(picture(), label_0=NAN)])),
     refused("labels-nan-in-a-dataset", ValueError, f"{LABELS}.*labelled row 1 has nan", reward_training(as_dataset(GOOD, pair(0, label_0=NAN)))),
     refused("labels-nan-in-a-stream", ValueError, f"{LABELS}.*'a cat' has nan and 0.0", streamed(GOOD, pair(picture(), label_0=NAN))),

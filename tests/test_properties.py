@@ -59,13 +59,9 @@ from trl_spo.pair_selection import (
     select_pairs,
     select_random_pairs,
 )
-from trl_spo.preference_dataset import (
-    StepPreferenceCollator,
-    find_preference_columns,
-    is_labelled,
-    preference_labels,
-    prepare_preference_dataset,
-)
+from trl_spo.preference_collator import StepPreferenceCollator
+from trl_spo.preference_dataset import find_preference_columns, is_labelled, prepare_preference_dataset
+from trl_spo.preference_labels import preference_labels
 from trl_spo.prompts import PromptColumn, read_prompts
 from trl_spo.rewards.step_aware_clip import StepAwareRewardModel
 from trl_spo.scheduling_ddim import ddim_step_stats
@@ -548,7 +544,7 @@ class TestPrompts:
     @given(st.text(st.characters(categories=["Cs", "L"]), min_size=1, max_size=5))
     def test_half_a_surrogate_pair_is_refused(self, prompt):
         if any(unicodedata.category(c) == "Cs" for c in prompt):
-            with pytest.raises(ValueError, match="no valid Unicode"):
+            with pytest.raises(ValueError, match="not valid Unicode"):
                 read_prompts([prompt])
         else:
             assert read_prompts([prompt]) == [prompt]

@@ -44,7 +44,7 @@ from trl_spo.evaluation import metrics as scores
 from trl_spo.export import export_kohya, merge_lora
 from trl_spo.images import read_image
 from trl_spo.pipelines.autoencoder import load_scoring_vae
-from trl_spo.preference_dataset import StepPreferenceCollator
+from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.training.model_card import hub_id
 
 from .testing_utils import (

@@ -35,16 +35,14 @@ from trl_spo import StepAwareRewardModel, wrap_pipeline
 from trl_spo.images import image_to_tensor
 from trl_spo.noised_pairs import noised_pair_images
 from trl_spo.pipelines.encoding_cache import EncodingCache
+from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.preference_dataset import (
-    StepPreferenceCollator,
     check_images,
     find_preference_columns,
     load_preference_dataset,
-    preference_labels,
     prepare_preference_dataset,
-    relabel_preferences,
-    score_clean_images,
 )
+from trl_spo.preference_labels import preference_labels, relabel_preferences, score_clean_images
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -382,8 +380,17 @@ class TestLoading:
         assert load_preference_dataset(str(tmp_path), "validation")["ranking_id"][:] == [10, 11]
         stream = load_preference_dataset(tmp_path, "validation_unique", streaming=True)
         assert [row["ranking_id"] for row in stream] == [20, 21]
-        with pytest.raises(ValueError, match="no parquet file of the split 'test'.*validation_unique"):
-            load_preference_dataset(tmp_path, "test")
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match="split.*test.*validation_unique"):
+                load_preference_dataset(tmp_path, "test", streaming=streaming)
+
+    def test_some_shards_of_a_dataset_whose_page_counts_all_rows(self, tmp_path):
+        """Regression: `datasets` compares with the `README.md` of the Hub, and refuses who downloaded one shard of 645."""
+        (tmp_path / "data").mkdir()
+        pq.write_table(pickapic_table(2), tmp_path / "data" / "train-00000-of-00645.parquet")
+        header = "dataset_info:\n  splits:\n  - name: train\n    num_examples: 583747\n  - name: test\n    num_examples: 5\n"
+        (tmp_path / "README.md").write_text(f"---\n{header}---\n")
+        assert len(load_preference_dataset(tmp_path)) == 2
 
     def test_other_folders(self, tmp_path):
         for part in ("a", "b"):

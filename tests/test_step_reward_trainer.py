@@ -30,7 +30,8 @@ from transformers import TrainerCallback, TrainingArguments
 from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
 from trl_spo.losses import caption_contrastive_loss
 from trl_spo.noised_pairs import noised_pair_images
-from trl_spo.preference_dataset import StepPreferenceCollator, relabel_preferences
+from trl_spo.preference_collator import StepPreferenceCollator
+from trl_spo.preference_labels import relabel_preferences
 
 from .testing_utils import (
     PROMPTS,

@@ -12,7 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Images from bytes, files and PIL to tensors, and from tensors back to PIL."""
+"""
+Images from bytes and files to PIL and tensors, and from tensors back to bytes and PIL.
+
+This is the one place that decodes image files and that rounds to 8 bits, so that what is scored, shown and saved is
+rounded alike.
+"""
 
 import functools
 import io
@@ -24,9 +29,9 @@ import torch
 from PIL import Image, ImageOps
 
 
-# What PIL decodes by itself. For others it may start a program (EPS: Ghostscript).
+# Formats that PIL decodes by itself. For others it may start a program (EPS: Ghostscript).
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
-LARGEST_ASPECT_RATIO = 8  # of what is resized; longer images lose their ends first
+LARGEST_ASPECT_RATIO = 8  # longer images lose their ends before they are resized
 
 
 @functools.cache
@@ -37,8 +42,10 @@ def _image_formats() -> list[str]:
 
 def read_image(image: Any) -> Image.Image:
     r"""
-    An RGB image from whatever a dataset row may hold: upright, if its EXIF data says that it lies on its side (as
-    `datasets` decodes it), the first frame of an animation, 16 bits per channel scaled to 8 and transparency left out.
+    An RGB image from whatever a dataset row may hold.
+
+    It is turned upright if its EXIF data says that it lies on its side (as `datasets` does). Of an animation the first
+    frame is taken, 16 bits per channel are scaled to 8, and transparency is left out.
 
     Args:
         image (`PIL.Image.Image`, `bytes` or `dict`):
@@ -51,13 +58,13 @@ def read_image(image: Any) -> Image.Image:
     Raises:
         `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
             pixels: a small file may unpack to gigabytes.
-        `ValueError`: If it is none of the kinds above.
+        `ValueError`: If it is of another type.
     """
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
         if isinstance(image, str):
             if not Path(image).is_file():  # devices and pipes have no end
-                raise OSError(f"{image!r} is no file")
+                raise OSError(f"{image!r} is not a file")
             image = Path(image).read_bytes()
     if image is None:
         raise OSError("there is no image")
@@ -69,7 +76,7 @@ def read_image(image: Any) -> Image.Image:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:  # an image that was given may be opened, not read
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
-        image.load()  # first: broken pixels are bad news, broken EXIF data is not
+        image.load()  # before the EXIF data: broken pixels are an error, broken EXIF data is ignored
         return _to_rgb(_upright(image))
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -83,7 +90,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """What PIL's `convert` does, without clipping what has more than 8 bits, or is a fraction, to white or black."""
+    """PIL's `convert("RGB")`, but images of more than 8 bits or of fractions are scaled instead of clipped."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
         largest = pixels.max(initial=0)
@@ -101,9 +108,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     r"""
-    Brings an RGB image to a square tensor: bicubic resize of the short side to `resolution`, then centre crop. Of an
-    image that is more than eight times as long as wide, the middle is cut out before the resize, which would otherwise
-    make gigabytes of a line.
+    Brings an RGB image to a square tensor: bicubic resize of the short side to `resolution`, then centre crop.
+
+    If an image is more than eight times as long as wide, its middle is cut out before the resize, which would otherwise
+    turn a thin line into gigabytes.
 
     Args:
         image (`PIL.Image.Image`):
@@ -116,7 +124,8 @@ def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     """
     longest = LARGEST_ASPECT_RATIO * min(image.size)
     if max(image.size) > longest:
-        kept = [min(side, longest + (side - longest) % 2) for side in image.size]  # the middle stays the middle
+        # An even number of pixels goes, so that the middle stays the middle.
+        kept = [min(side, longest + (side - longest) % 2) for side in image.size]
         left, top = ((side - part) // 2 for side, part in zip(image.size, kept, strict=True))
         image = image.crop((left, top, left + kept[0], top + kept[1]))
     scale = resolution / min(image.size)
@@ -130,14 +139,30 @@ def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
 
 
 def eight_bits(images: torch.Tensor) -> torch.Tensor:
-    """The bytes that an image file would hold; uint8, on the CPU."""
+    """
+    Images as an image file would hold them.
+
+    Args:
+        images (`torch.Tensor` of any shape): floating point; values outside [0, 1] are clipped.
+
+    Returns:
+        `torch.Tensor` of the same shape: uint8 in [0, 255], rounded, on the CPU.
+    """
     return images.detach().float().clamp(0, 1).mul(255).round().byte().cpu()
 
 
 def to_pil(image: torch.Tensor, size: int | None = None) -> Image.Image:
-    """`(3, H, W)` in [0, 1] -> PIL image, small ones enlarged to `size` pixels without smoothing."""
-    array = image.detach().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(array)
+    """
+    A PIL image of a tensor.
+
+    Args:
+        image (`torch.Tensor` of shape `(3, H, W)`): in [0, 1].
+        size (`int`, *optional*): width of the result in pixels. Small images are enlarged without smoothing.
+
+    Returns:
+        `PIL.Image.Image`: RGB.
+    """
+    picture = Image.fromarray(eight_bits(image).permute(1, 2, 0).numpy())
     if size is None or picture.width == size:
         return picture
     resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS

@@ -76,7 +76,7 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
             raise ValueError(f"`{name}` has an empty prompt at position {i}. Remove it: it names nothing to prefer.")
         if not is_unicode(prompt):
             raise ValueError(
-                f"`{name}` has a prompt at position {i} that is no valid Unicode, {prompt[:60]!r}: half of a surrogate "
+                f"`{name}` has a prompt at position {i} that is not valid Unicode, {prompt[:60]!r}: half of a surrogate "
                 "pair, which no file can hold. Read the prompts with the encoding they were written in."
             )
     return prompts

@@ -30,14 +30,9 @@ from .losses import caption_contrastive_loss, step_preference_loss
 from .noised_pairs import noised_pair_images
 from .pipelines.auto import wrap_pipeline
 from .pipelines.encoding_cache import EncodingCache
-from .preference_dataset import (
-    StepPreferenceCollator,
-    check_images,
-    load_preference_dataset,
-    preference_labels,
-    prepare_preference_dataset,
-    score_clean_images,
-)
+from .preference_collator import StepPreferenceCollator
+from .preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
+from .preference_labels import preference_labels, score_clean_images
 from .rewards.step_aware_clip import StepAwareRewardModel, StepRewardOutput
 from .step_reward_config import StepRewardConfig
 from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text

@@ -31,7 +31,7 @@ from examples.shapes.base_scores import evaluation_set
 from examples.shapes.preferences import _denoise, encode_prompts
 from trl_spo.evaluation.statistics import student_t_quantile
 from trl_spo.noised_pairs import noised_pair_images
-from trl_spo.preference_dataset import StepPreferenceCollator
+from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.sampling import score_images
 
 

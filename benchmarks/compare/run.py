@@ -313,7 +313,7 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
     from examples.shapes.preferences import make_preferences
     from trl_spo import wrap_pipeline
     from trl_spo.images import to_pil
-    from trl_spo.preference_dataset import StepPreferenceCollator
+    from trl_spo.preference_collator import StepPreferenceCollator
 
     pipeline = load_pipeline()
     preferences = make_preferences(pipeline, plan["num_pairs"], split="train", seed=0)

@@ -35,6 +35,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..images import eight_bits, to_pil
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..rewards.base import is_reward_model
@@ -232,8 +233,7 @@ def _plain_sheet(
     sheet = Image.new("RGB", (min(columns, len(images)) * width + gap, len(rows) * height + gap), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            array = image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-            sheet.paste(Image.fromarray(array), (gap + x * width, gap + y * height))
+            sheet.paste(to_pil(image), (gap + x * width, gap + y * height))
     return sheet
 
 
@@ -434,7 +434,7 @@ def _evaluate_batch(pipeline, base, prompts, seeds, rows, metrics, protocol, num
         for i, record in enumerate(records):
             record["scores"][side] = {name: values[i].item() for name, values in scores.items()}
             if record["row"] < num_sheet_images:
-                record["images"][side] = images[i].mul(255).round().byte().cpu()
+                record["images"][side] = eight_bits(images[i])
     return records
 
 
