@@ -26,10 +26,11 @@ import trl_spo
 
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
-    "training.arguments rollout_settings spo_config step_reward_config step_distribution scheduling_ddim scheduling_flow pair_selection losses "
+    "training.arguments step_distribution scheduling_ddim scheduling_flow rollout_settings spo_config step_reward_config pair_selection losses "
     "training.numerics training.running_means images prompts hub_files "
     "pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
-    "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.auto pipelines.encoding_cache "
+    "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
+    "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
     "rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling "
     "preference_dataset preference_collator preference_labels "
     "training.checkpointing training.model_card training.memory training.compilation training.ema training.callbacks pair_loader "
@@ -40,6 +41,7 @@ SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "
     "SPOStableDiffusionPipeline SPOStableDiffusionXLPipeline wrap_pipeline stepwise_rollout StepPairs ddim_step_stats "
+    "SPOStableDiffusion3Pipeline SPOFluxPipeline SPOFlux2KleinPipeline SPOZImagePipeline SPOQwenImagePipeline "
     "flow_step_stats LatentRewardModel LatentRewardModelConfig wrap_reward gaussian_log_prob select_pairs PairSelection spo_loss step_preference_loss"
 ).split()
 

@@ -24,7 +24,15 @@ import pytest
 import yaml
 from trl import TrlParser
 
-from trl_spo import SPOConfig, StepRewardConfig
+from trl_spo import (
+    SPOConfig,
+    SPOFlux2KleinPipeline,
+    SPOFluxPipeline,
+    SPOQwenImagePipeline,
+    SPOStableDiffusion3Pipeline,
+    SPOZImagePipeline,
+    StepRewardConfig,
+)
 from trl_spo.pipelines.base import default_lora_config
 from trl_spo.scripts.arguments import DiffusionModelArguments, RewardModelArguments
 
@@ -94,6 +102,32 @@ TABLE = {
         "reward_checkpoint_filename": "sdxl_step-aware_preference_model.bin",
         "vae_name_or_path": "madebyollin/sdxl-vae-fp16-fix",
     },
+    **{
+        name: SPO
+        | {
+            "bf16": True,
+            "fp16": False,
+            "branch_start_step": 4,  # not used: a noise level is given
+            "branch_start_timestep": 751,
+            "timestep_weighting": "even",
+            "sampler": "ddim",
+            "gradient_checkpointing": True,
+            "offload_text_encoders": True,
+            "lora_r": rank,
+            "lora_alpha": rank,
+            "lora_target_modules": list(family.lora_target_modules),
+            "guidance_scale": guidance,
+            "height": 512,
+            "width": 512,
+        }
+        for name, family, rank, guidance in (
+            ("spo_sd3", SPOStableDiffusion3Pipeline, 32, 4.5),
+            ("spo_flux", SPOFluxPipeline, 64, 3.5),
+            ("spo_flux2_klein", SPOFlux2KleinPipeline, 32, 4.0),
+            ("spo_z_image", SPOZImagePipeline, 32, 5.0),
+            ("spo_qwen_image", SPOQwenImagePipeline, 64, 4.0),
+        )
+    },
     "step_reward_sd15": STEP_REWARD
     | {"learning_rate": 3e-6, "max_steps": 8000, "resolution": 512, "relabel_preferences": False},
     "step_reward_sdxl": STEP_REWARD
@@ -119,10 +153,12 @@ def test_published_values(name):
     model, reward, config = parse(name)
     values = vars(model) | vars(reward) | vars(config)
     assert {key: values[key] for key in TABLE[name]} == TABLE[name]
-    assert {"spo_sd15": 40, "spo_sdxl": 16}.get(name, 64) == (
+    published = name in ("spo_sd15", "spo_sdxl")
+    expected = {"spo_sd15": 40, "spo_sdxl": 16}.get(name, 40 if name.startswith("spo") else 64)
+    assert expected == (
         config.per_device_train_batch_size
         * config.gradient_accumulation_steps
-        * (4 if name.startswith("spo") else 1)  # devices, as the comments in the files say
+        * (4 if published else 1)  # devices, as the comments in the files say
     )
 
 

@@ -31,6 +31,11 @@ _import_structure = {
     "rewards.step_aware_clip": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
     "pipelines.auto": ["wrap_pipeline"],
+    "pipelines.flux": ["SPOFluxPipeline"],
+    "pipelines.flux2": ["SPOFlux2KleinPipeline"],
+    "pipelines.qwen_image": ["SPOQwenImagePipeline"],
+    "pipelines.stable_diffusion_3": ["SPOStableDiffusion3Pipeline"],
+    "pipelines.z_image": ["SPOZImagePipeline"],
     "pipelines.stable_diffusion": ["SPOStableDiffusionPipeline"],
     "pipelines.stable_diffusion_xl": ["SPOStableDiffusionXLPipeline"],
     "rollout_settings": ["RolloutSettings"],
@@ -54,8 +59,13 @@ if TYPE_CHECKING:
     from .losses import spo_loss, step_preference_loss
     from .pair_selection import PairSelection, select_pairs
     from .pipelines.auto import wrap_pipeline
+    from .pipelines.flux import SPOFluxPipeline
+    from .pipelines.flux2 import SPOFlux2KleinPipeline
+    from .pipelines.qwen_image import SPOQwenImagePipeline
     from .pipelines.stable_diffusion import SPOStableDiffusionPipeline
+    from .pipelines.stable_diffusion_3 import SPOStableDiffusion3Pipeline
     from .pipelines.stable_diffusion_xl import SPOStableDiffusionXLPipeline
+    from .pipelines.z_image import SPOZImagePipeline
     from .rewards.base import Reward, wrap_reward
     from .rewards.latent import LatentRewardModel, LatentRewardModelConfig
     from .rewards.step_aware_clip import StepAwareRewardModel, StepAwareRewardModelConfig

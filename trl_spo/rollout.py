@@ -213,11 +213,12 @@ class Sampler:
         keeps_predictions: bool = False,
     ):
         self.pipeline = pipeline
-        self.settings = settings
         self.generator = generator
         self.judges_candidates = judges_candidates
         self.predicts_candidates = keeps_predictions or not judges_candidates
-        self.timesteps = pipeline.set_timesteps(settings.num_inference_steps)
+        latent_shape = pipeline.latent_shape(settings.height, settings.width)
+        self.timesteps = pipeline.set_timesteps(settings.num_inference_steps, latent_shape)
+        self.settings = settings.resolve(pipeline.step_rule, self.timesteps)
         self.thresholds = thresholds_by_step(pipeline, settings, self.timesteps)
         self.embeds = embeds
         self.branch_embeds = embeds.repeat(settings.num_candidates)
@@ -498,7 +499,8 @@ def record_of(branch: Branch, selection: PairSelection, with_latents: bool) -> B
 def _conditioning(pipeline, prompt_embeds, negative_prompt_embeds, prompts) -> tuple[PromptEmbeds, list[str]]:
     """Accept a record, a plain tensor, or the prompts themselves."""
     if isinstance(prompt_embeds, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompt_embeds):
-        return pipeline.encode_prompt(list(prompt_embeds)), list(prompt_embeds)
+        with pipeline.encoders_on_device():
+            return pipeline.encode_prompt(list(prompt_embeds)), list(prompt_embeds)
     if torch.is_tensor(prompt_embeds):
         prompt_embeds = PromptEmbeds(prompt_embeds, negative_prompt_embeds)
     prompts = [""] * len(prompt_embeds) if prompts is None else list(prompts)
@@ -573,6 +575,7 @@ def stepwise_rollout(
     # 1. Plan: where the rollout branches, and how clear a pair must be there.
     judges_candidates = reward.sees == "noisy_latents"
     sampler = Sampler(pipeline, embeds, settings, generator, judges_candidates, return_trajectory)
+    settings = sampler.settings
     plan = plan_branches(pipeline, settings, generator)
 
     # 2. Sample: one trajectory per prompt, with its branches.

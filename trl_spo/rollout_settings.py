@@ -14,13 +14,16 @@
 
 """What a rollout is told to do, checked once: [`RolloutSettings`]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from .scheduling_ddim import stable_diffusion_snr
 
 
 RESAMPLE = ("random", "chosen", "rejected")
 PAIRS = ("best_worst", "random")
 REWARD_TIMESTEPS = ("next", "branch")
+SNR_TOLERANCE = 0.05  # a schedule seldom hits a noise level exactly: this close is the same
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class RolloutSettings:
         branch_start_step (`int`): first step that branches.
         branch_end_step (`int`, *optional*): first step that does not branch any more; the rollout stops there, since
             what comes later cannot give pairs. `None`: every step after the first that branches may branch.
+        branch_start_timestep, branch_end_timestep (`int`, *optional*): the same as noise levels: those of these timesteps of
+            Stable Diffusion 1, compared by signal-to-noise ratio, so that a number means the same in every family and for
+            every number of steps. They go before `branch_start_step` and `branch_end_step`; see `resolve`.
         num_inner_steps (`int`): j, steps that a candidate goes on alone before it is scored.
         num_branches (`int`, *optional*): branch only at this many random places of those that may branch, and stop after
             the last of them. `None`: branch at every eligible step.
@@ -62,6 +68,8 @@ class RolloutSettings:
     num_inference_steps: int = 20
     branch_start_step: int = 4
     branch_end_step: int | None = None
+    branch_start_timestep: int | None = None
+    branch_end_timestep: int | None = None
     num_inner_steps: int = 1
     num_branches: int | None = None
     eta: float = 1.0
@@ -96,6 +104,37 @@ class RolloutSettings:
         """Whether scores can wait until the end of the rollout: only if the next x_t does not depend on them."""
         return self.defer_scoring and self.resample == "random"
 
+    def resolve(self, step_rule, timesteps: list[int]) -> "RolloutSettings":
+        """
+        The same settings with branch ranges as step numbers of a schedule: branching starts and ends with the first step whose
+        latents have no more noise than Stable Diffusion 1 has at the timesteps that are given.
+
+        Args:
+            step_rule ([`StepRule`]): tells the signal-to-noise ratio of timesteps.
+            timesteps (`list[int]`): the schedule, `num_inference_steps` of them.
+
+        Raises:
+            ValueError: if no step lies in the range.
+        """
+        if self.branch_start_timestep is None and self.branch_end_timestep is None:
+            return self
+        found = {}
+        for name in ("branch_start", "branch_end"):
+            wanted = getattr(self, f"{name}_timestep")
+            if wanted is None:
+                found[f"{name}_step"] = getattr(self, f"{name}_step")
+                continue
+            least = stable_diffusion_snr(wanted) * (1 - SNR_TOLERANCE)
+            clear = [step for step, timestep in enumerate(timesteps) if step_rule.snr(timestep) >= least]
+            found[f"{name}_step"] = clear[0] if clear else len(timesteps)
+        end = len(timesteps) if found["branch_end_step"] is None else found["branch_end_step"]
+        if found["branch_start_step"] >= end:
+            raise ValueError(
+                f"No step of the schedule {timesteps} lies between `branch_start_timestep={self.branch_start_timestep}` and "
+                f"`branch_end_timestep={self.branch_end_timestep}`. Take more steps or a wider range."
+            )
+        return replace(self, branch_start_timestep=None, branch_end_timestep=None, **found)
+
     def _rules(self) -> dict[str, tuple[bool, str]]:
         rules = {
             "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
@@ -104,7 +143,7 @@ class RolloutSettings:
             "num_inner_steps": (self.num_inner_steps >= 1, "at least 1"),
             "branch_end_step": (self.end <= self.num_inference_steps, f"at most {self.num_inference_steps} steps"),
             "branch_start_step": (
-                0 <= self.branch_start_step < self.end,
+                self.branch_start_timestep is not None or 0 <= self.branch_start_step < self.end,
                 f"in [0, {self.end}), before branching ends",
             ),
             "num_branches": (self.num_branches is None or self.num_branches >= 1, "at least 1, or None for all"),
@@ -116,6 +155,9 @@ class RolloutSettings:
             "pair": (self.pair in PAIRS, "'best_worst' or 'random'"),
             "reward_timestep": (self.reward_timestep in REWARD_TIMESTEPS, "'next' or 'branch'"),
         }
+        for name in ("branch_start_timestep", "branch_end_timestep"):
+            value = getattr(self, name)
+            rules[name] = (value is None or 0 <= value < 1000, "in [0, 1000), a timestep of Stable Diffusion 1")
         for name in ("height", "width"):
             value = getattr(self, name)
             rules[name] = (value is None or value >= 1, "at least 1 pixel, or None for the model's own")

@@ -61,7 +61,8 @@ def generate_images(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        embeds = pipeline.encode_prompt(batch, negative_prompt, **_size(height, width))
+        with pipeline.encoders_on_device():
+            embeds = pipeline.encode_prompt(batch, negative_prompt, **_size(height, width))
         images.append(
             pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
             .div(2)

@@ -27,6 +27,8 @@ The scheduler is only read. `final_alpha_cumprod` is used at the last step exact
 public SPO code's own step clamp the previous timestep first and so never reach it.
 """
 
+import math
+
 import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging
@@ -165,6 +167,21 @@ def stochastic_ddim_scheduler(scheduler) -> DDIMScheduler:
     return DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
 
 
+def stable_diffusion_snr(timestep: int) -> float:
+    """
+    Signal-to-noise ratio of x_t at a timestep of Stable Diffusion 1, the scale on which branch ranges can be given for every
+    family: betas from 0.00085 to 0.012, linear in their root, 1000 of them.
+
+    Raises:
+        ValueError: for a timestep outside of [0, 1000).
+    """
+    if not 0 <= timestep < 1000:
+        raise ValueError(f"A timestep of Stable Diffusion 1 lies in [0, 1000), got {timestep}.")
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha = (1 - betas).cumprod(0)[timestep].item()
+    return alpha / (1 - alpha)
+
+
 class DDIMStepRule(StepRule):
     """
     The steps of stochastic DDIM, for models with a variance-preserving schedule of betas.
@@ -189,6 +206,10 @@ class DDIMStepRule(StepRule):
     def set_timesteps(self, num_inference_steps: int) -> list[int]:
         self.scheduler.set_timesteps(num_inference_steps)
         return self.scheduler.timesteps.tolist()
+
+    def snr(self, timestep: int) -> float:
+        alpha = self.scheduler.alphas_cumprod[timestep].item()
+        return alpha / (1 - alpha) if alpha < 1 else math.inf
 
     def check_eta(self, eta: float) -> None:
         if not 0 <= eta <= 1:

@@ -42,7 +42,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from .step_distribution import StepDistribution
+from .step_distribution import SamplingCode, StepDistribution, StepRule
 
 
 logger = logging.get_logger(__name__)
@@ -203,7 +203,7 @@ def noise_excess(sigmas: list[float] | torch.Tensor, eta: float = 1.0, sampler: 
     return ((factor**2 + std**2).sqrt() / following[kept]).tolist()
 
 
-class FlowStepRule:
+class FlowStepRule(StepRule):
     """
     What a flow-matching pipeline answers about its steps: timesteps, step distribution, x_0, forward noise.
 
@@ -216,24 +216,22 @@ class FlowStepRule:
         sampler (`str`, *optional*, defaults to `"ddim"`): one of `SAMPLERS`.
     """
 
+    sampler_name = "FlowMatchEuler"
+
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler, sampler: str = "ddim"):
-        check_sampler(sampler)
         self.scheduler = scheduler
-        self.sampler = sampler
+        self.set_sampler(sampler)
         self.sigmas: list[float] = []
         # Timestep -> its sigma, and the sigma that follows in the schedule. Other timesteps are t / 1000.
         self._sigma = torch.arange(self.num_train_timesteps + 1, dtype=torch.float64) / self.num_train_timesteps
         self._current = self._sigma.clone()
         self._next = torch.full_like(self._sigma, math.nan)
+        self._values: dict[int, float] = {}  # the same for single timesteps, without a tensor
         self._warned: set[tuple] = set()
 
     @property
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
-
-    @property
-    def sampler_name(self) -> str:
-        return f"FlowMatchEuler sigmas, {self.sampler} steps"
 
     def set_timesteps(self, num_inference_steps: int, **schedule) -> list[int]:
         """
@@ -263,19 +261,23 @@ class FlowStepRule:
         self._current[timesteps] = current
         self._next = torch.full_like(self._sigma, math.nan)
         self._next[timesteps] = following
+        self._values = dict(zip(timesteps.tolist(), self.sigmas[:-1], strict=True))
         return timesteps.tolist()
+
+    def set_sampler(self, sampler: str) -> None:
+        check_sampler(sampler)
+        self.sampler = sampler
+
+    def snr(self, timestep: int) -> float:
+        sigma = self.sigma(timestep).item()
+        return ((1 - sigma) / sigma) ** 2 if sigma > 0 else math.inf
 
     def check_eta(self, eta: float) -> None:
         """
         Raises:
-            ValueError: if the sampler has no steps with this much noise, or with any.
+            ValueError: if the sampler has no steps with this much noise. 0 is legal: the steps of the ODE.
         """
-        if self.sampler == "ode":
-            raise ValueError("The sampler 'ode' is deterministic: all candidates would be equal. Use 'ddim'.")
-        if not 0 < eta <= LARGEST_ETA[self.sampler]:
-            raise ValueError(
-                f"`eta` must be in (0, {LARGEST_ETA[self.sampler]:g}] for the sampler {self.sampler!r}, got {eta}."
-            )
+        check_flow_eta(eta, self.sampler)
         self.warn_about_noise(eta)
 
     def warn_about_noise(self, eta: float) -> None:
@@ -303,6 +305,10 @@ class FlowStepRule:
     def sigma(self, timesteps: int | torch.Tensor) -> torch.Tensor:
         """Exact sigma of integer timesteps, float64, where the timesteps are."""
         return self._look_up(self._current, timesteps)
+
+    def sigma_value(self, timestep: int) -> float:
+        """The same as a number."""
+        return self._values.get(timestep, timestep / self.num_train_timesteps)
 
     def _look_up(self, table: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
         timesteps = torch.as_tensor(timesteps).long()
@@ -339,6 +345,10 @@ class FlowStepRule:
         return flow_add_noise(latents, noise, self.sigma(timesteps).to(latents.device))
 
     def description(self, eta: float) -> str:
-        """For a model card."""
-        noise = "" if self.sampler == "ode" else f", eta {eta:g}"
-        return f"{type(self.scheduler).__name__} sigmas, {self.sampler} steps{noise}"
+        if self.sampler == "ode" or eta == 0:
+            return self.sampler_name
+        return f"{self.sampler_name} sigmas with stochastic steps ({self.sampler}, eta {eta:g})"
+
+    def sampling_code(self, eta: float) -> SamplingCode:
+        """diffusers takes the steps of the ODE, which have the same marginals: nothing has to be set."""
+        return SamplingCode(imports=[], setup=[], arguments=[])

@@ -58,6 +58,13 @@ class SPOConfig(StepTrainingArguments):
             First step that branches; earlier ones are plain. With 20 steps, 4 starts at t = 751 (the paper's kappa).
         branch_end_step (`int`, *optional*):
             First step that does not branch any more; the rollout stops there. `None` branches to the last step.
+        branch_start_timestep (`int`, *optional*), branch_end_timestep (`int`, *optional*):
+            The same as noise levels: those of these timesteps of Stable Diffusion 1, by signal-to-noise ratio. Step 4 of 20
+            means another noise level in every family; 751 means that of SPO's first branching step everywhere. They go
+            before `branch_start_step` and `branch_end_step`.
+        sampler (`str`, *optional*, defaults to `"ddim"`):
+            Kind of stochastic steps. Diffusion models have `"ddim"`; flow-matching models also `"precise"`, `"flow_sde"`,
+            `"dance_sde"` and `"cps"`, see `trl_spo.scheduling_flow`.
         resample (`str`, *optional*, defaults to `"random"`):
             Which candidate starts the next step: `"random"`, `"chosen"` or `"rejected"`.
         negative_prompt (`str`, *optional*, defaults to `""`):
@@ -96,6 +103,10 @@ class SPOConfig(StepTrainingArguments):
         scoring_image_size (`int`, *optional*):
             Decode for scoring at this size (pixels of the short side), such as the 224 of the reward model, instead of
             full size. Approximate.
+        offload_text_encoders (`bool`, *optional*, defaults to `False`):
+            Text encoders are on the device only while they encode prompts, and embeddings wait on the CPU. For large ones
+            (T5-XXL 9 GiB, Qwen3-4B 7.5 GiB in half precision) it is the difference between two sizes of cards; each
+            rollout with prompts that are not in the cache pays for the way there and back.
         reward_dtype (`str`, *optional*):
             Cast the reward model to this dtype, such as `"bfloat16"`. Approximate.
 
@@ -195,6 +206,13 @@ class SPOConfig(StepTrainingArguments):
     num_inner_steps: int = _field(1, "Steps that a candidate goes on alone before it is scored.")
     branch_start_step: int = _field(4, "First step that branches.")
     branch_end_step: int | None = _field(None, "First step that does not branch any more; the rollout stops there.")
+    branch_start_timestep: int | None = _field(
+        None, "Start branching at the noise level of this timestep of Stable Diffusion 1, instead of at a step."
+    )
+    branch_end_timestep: int | None = _field(
+        None, "End branching at the noise level of this timestep of Stable Diffusion 1, instead of at a step."
+    )
+    sampler: str = _field("ddim", "Kind of stochastic steps; flow-matching models have several.")
     resample: str = _field("random", "Which candidate starts the next step: 'random', 'chosen' or 'rejected'.")
     negative_prompt: str = _field("", "Prompt of the unconditional half of the guidance.")
     height: int | None = _field(None, "Image height in pixels.")
@@ -214,6 +232,7 @@ class SPOConfig(StepTrainingArguments):
     channels_last: bool | None = _field(None, "Store convolution weights channels-last; by default not on CUDA.")
     scoring_vae: str | None = _field(None, "Path or Hub id of an AutoencoderTiny that decodes for scoring.")
     scoring_image_size: int | None = _field(None, "Decode for scoring at this size instead of full size.")
+    offload_text_encoders: bool = _field(False, "Keep text encoders on the device only while they encode prompts.")
     reward_dtype: str | None = _field(None, "Cast the reward model to this dtype, such as 'bfloat16'.")
 
     # Parameters that control the pair selection

@@ -61,6 +61,9 @@ logger = logging.get_logger(__name__)
 
 COUNTS = ("pairs/nonfinite", "skipped_steps")  # metrics that are sums, not means
 CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
+# Median of c / sigma (see `timestep_weights`) over the branching steps of the paper's run: Stable Diffusion 1, 20 steps, from
+# the fifth on, eta 1.
+REFERENCE_SENSITIVITY = 0.68
 TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
 
 
@@ -205,6 +208,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)
         self.reward = reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
         self.reward_model = reward_model if reward.module is None else reward.module
+        self.pipeline.offload_text_encoders = config.offload_text_encoders
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
         self.pipeline.to(config.device)
@@ -297,7 +301,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         """The reward must know the timesteps it will be asked about. The first one, of pure noise, is never scored."""
         if reward.num_train_timesteps is None:
             return
-        timesteps = self.pipeline.set_timesteps(config.num_inference_steps)
+        timesteps = self._set_timesteps(config)
         scored = timesteps if config.reward_timestep == "branch" else [*timesteps[1:], 0]
         known = reward.num_train_timesteps
         if max(scored) >= known:
@@ -306,10 +310,17 @@ class SPOTrainer(CheckpointingMixin, Trainer):
                 "a reward model that was trained for this pipeline."
             )
 
+    def _set_timesteps(self, config: SPOConfig) -> list[int]:
+        """The schedule of the config's number of steps and image size."""
+        latent_shape = self.pipeline.latent_shape(config.height, config.width)
+        return self.pipeline.set_timesteps(config.num_inference_steps, latent_shape)
+
     def _check_branches(self, config: SPOConfig):
         """At least one branching step must have candidates that differ."""
+        self.pipeline.step_rule.set_sampler(config.sampler)
+        timesteps = self._set_timesteps(config)
         self.pipeline.check_eta(config.eta)
-        self.pipeline.set_timesteps(config.num_inference_steps)
+        config = config.rollout_settings().resolve(self.pipeline.step_rule, timesteps)
         end = config.num_inference_steps if config.branch_end_step is None else config.branch_end_step
         branch_lengths(self.pipeline, config.branch_start_step, end, config.num_inner_steps, config.eta)
 
@@ -444,7 +455,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         policy and one of the reference; only transitions inside a multi-step branch have an x_t each.
         """
         args = self.args
-        self.pipeline.set_timesteps(args.num_inference_steps)  # a callback may have sampled with other steps
+        self._set_timesteps(args)  # a callback may have sampled with other steps
         pairs: StepPairs = inputs["pairs"]
         chosen_row = torch.arange(len(pairs))
         apart = chosen_row[~pairs.shared.cpu()]  # found where the pairs wait, on the CPU: nothing waits for the device
@@ -514,8 +525,9 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         Factors that make all branching steps weigh the same in the loss (`timestep_weighting="even"`).
 
         A change d of the prediction changes the log-ratio of a candidate with noise z by (c / sigma) z d to first
-        order, where c = d mean / d prediction. The weight of a step is the median of c / sigma over the branching
-        steps, divided by its own.
+        order, where c = d mean / d prediction. The weight of a step is `REFERENCE_SENSITIVITY` divided by its own c / sigma:
+        all steps then weigh as the middle one of Stable Diffusion 1 does without weights, so `beta` means the same in
+        every family.
 
         Args:
             timesteps (`torch.Tensor` of shape `(batch_size,)`): timesteps of branching steps.
@@ -524,7 +536,8 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             `torch.Tensor` of shape `(batch_size,)`, float32.
         """
         if self._step_weights is None:
-            args, schedule = self.args, self.pipeline.set_timesteps(self.args.num_inference_steps)
+            schedule = self._set_timesteps(self.args)
+            args = self.args.rollout_settings().resolve(self.pipeline.step_rule, schedule)
             end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
             steps = [i for i in range(args.branch_start_step, end) if self.pipeline.step_is_stochastic(i, args.eta)]
             branching = torch.tensor([schedule[i] for i in steps])
@@ -534,8 +547,8 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             change = (at_one.prev_sample_mean - at_zero.prev_sample_mean).abs()
             sensitivity = (change / at_zero.std_dev_t).flatten()
             weights = torch.zeros(max(schedule) + 1)
-            weights[branching] = sensitivity.median() / sensitivity
-            self._step_weights = weights.to(args.device)
+            weights[branching] = REFERENCE_SENSITIVITY / sensitivity
+            self._step_weights = weights.to(self.args.device)
         return self._step_weights[timesteps]
 
     def training_step(self, *args, **kwargs):

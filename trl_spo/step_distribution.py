@@ -80,6 +80,20 @@ class StepRule:
         """Fix the schedule; returns t_0 > t_1 > ... as a list."""
         raise NotImplementedError
 
+    def set_sampler(self, sampler: str) -> None:
+        """
+        Choose among the kinds of steps that the rule knows.
+
+        Raises:
+            ValueError: if it does not know this one.
+        """
+        if sampler != "ddim":
+            raise ValueError(f"The steps of {self.sampler_name} come with the sampler 'ddim' only, got {sampler!r}.")
+
+    def snr(self, timestep: int) -> float:
+        """Signal-to-noise ratio of x_t, the ratio of the variances: what a timestep means, whatever the family is."""
+        raise NotImplementedError
+
     def check_eta(self, eta: float) -> None:
         """
         Raises:

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from examples.shapes import world
 from examples.shapes.preferences import sample_images
+from examples.shapes.train_flow import FLOW_PIPELINE, NUM_T5_TOKENS
+from trl_spo import SPOStableDiffusion3Pipeline
 
 
 PIPELINE = Path(__file__).parent / "weights" / "pipeline"
@@ -27,6 +29,18 @@ def load_pipeline(path=PIPELINE) -> StableDiffusionPipeline:
     pipeline.text_encoder.float()  # transformers 5 keeps the half precision of the file, diffusers does not
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_flow_pipeline(path=FLOW_PIPELINE) -> SPOStableDiffusion3Pipeline:
+    """
+    The flow-matching model of the shapes world in float32, wrapped for training. In plain diffusers call it with
+    `max_sequence_length=1`: its text has one token of T5, which is zero, where published models have 256.
+    """
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.float()  # transformers 5 keeps the half precision of the file, diffusers does not
+    pipeline.set_progress_bar_config(disable=True)
+    return SPOStableDiffusion3Pipeline(pipeline, max_sequence_length=NUM_T5_TOKENS)
 
 
 def evaluation_set(split: str = "heldout", repeats: int = 3) -> tuple[list[str], list[int]]:
@@ -61,7 +75,8 @@ def mean_and_error(values: torch.Tensor) -> str:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a pipeline of the shapes world.")
-    parser.add_argument("--pipeline", type=Path, default=PIPELINE)
+    parser.add_argument("--model", choices=["unet", "flow"], default="unet")
+    parser.add_argument("--pipeline", type=Path, help="Folder with other weights than those in the repository.")
     parser.add_argument("--split", default="heldout", choices=["train", "validation", "heldout"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=list(GUIDANCE_SCALES))
@@ -69,11 +84,15 @@ def main(argv=None):
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--full_precision", action="store_true", help="Sample in float32 instead of bfloat16.")
     args = parser.parse_args(argv)
-    pipeline = load_pipeline(args.pipeline)
+    load, default = (load_flow_pipeline, FLOW_PIPELINE) if args.model == "flow" else (load_pipeline, PIPELINE)
+    pipeline = load(args.pipeline or default)
     prompts, seeds = evaluation_set(args.split, args.repeats)
     sampling = {"num_inference_steps": args.num_inference_steps, "eta": args.eta}
     sampling["dtype"] = None if args.full_precision else torch.bfloat16
-    print(f"{len(prompts)} samples, DDIM, {args.num_inference_steps} steps, eta {args.eta:g}, mean ± standard error\n")
+    sampler = "ddim steps of the flow" if args.model == "flow" else "DDIM"
+    print(
+        f"{len(prompts)} samples, {sampler}, {args.num_inference_steps} steps, eta {args.eta:g}, mean ± standard error\n"
+    )
     print("| guidance | aesthetics | deciles 1 and 9 | alignment | seconds |\n|---|---|---|---|---|")
     for scale in args.guidance_scales:
         start = time.time()

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples.shapes import world
+from trl_spo.pipelines.flow import SPOFlowPipeline
 
 
 ANNOTATOR_TEMPERATURE = 0.1  # labels of pairs of the base model agree with the truth about three times in four
@@ -54,13 +55,13 @@ def sample_images(
     progress: str | None = None,
 ) -> torch.Tensor:
     """
-    Draws one image per prompt with DDIM.
+    Draws one image per prompt with the stochastic steps of the model: DDIM, or those of its flow.
 
     All noise of a sample comes from its own seed, so an image does not depend on its neighbours or on the batch size
     (up to rounding).
 
     Args:
-        pipeline (`StableDiffusionPipeline`): Its parts are called directly; it is not modified.
+        pipeline (`StableDiffusionPipeline` or `SPOFlowPipeline`): Its parts are called directly; it is not modified.
         prompts (`list[str]`): B texts.
         seeds (`list[int]`): B seeds.
         num_inference_steps (`int`, *optional*, defaults to `10`): DDIM steps.
@@ -74,6 +75,9 @@ def sample_images(
     Returns:
         `torch.Tensor` of shape `(B, 3, 32, 32)`, float32, values in [0, 1].
     """
+    if isinstance(pipeline, SPOFlowPipeline):
+        settings = (num_inference_steps, guidance_scale, eta, dtype)
+        return sample_flow_images(pipeline, prompts, seeds, *settings, batch_size=batch_size, progress=progress)
     states, empty = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
     images = []
     for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
@@ -103,6 +107,38 @@ def _denoise(pipeline, context, seeds, num_inference_steps, guidance_scale, eta)
             output = unconditional + guidance_scale * (conditional - unconditional)
         latents = scheduler.step(output, t, latents, eta=eta, variance_noise=step_noise).prev_sample
     return latents
+
+
+@torch.no_grad()
+def sample_flow_images(
+    pipeline: SPOFlowPipeline,
+    prompts,
+    seeds,
+    num_inference_steps: int,
+    guidance_scale: float,
+    eta: float,
+    dtype: torch.dtype | None,
+    batch_size: int = 256,
+    progress: str | None = None,
+) -> torch.Tensor:
+    """[`sample_images`] of the flow-matching model: the same noise of each sample, the steps of its step rule."""
+    shape = pipeline.latent_shape()
+    timesteps = pipeline.set_timesteps(num_inference_steps, shape)
+    unique = sorted(set(prompts))
+    embeds = pipeline.encode_prompt(unique)
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
+    images = []
+    for i in tqdm(range(0, len(prompts), batch_size), desc=progress, unit="batch", disable=progress is None):
+        rows = slice(i, i + batch_size)
+        text = embeds[torch.tensor([row_of[prompt] for prompt in prompts[rows]])]
+        latents, *noise = draw_noise(seeds[rows], num_inference_steps, shape)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            for timestep, step_noise in zip(timesteps, noise, strict=True):
+                output = pipeline.predict(latents, timestep, text, guidance_scale)
+                mean, std, _ = pipeline.step_distribution(output, timestep, latents, eta)
+                latents = mean + std * step_noise
+        images.append((pipeline.decode_latents(latents) / 2 + 0.5).clamp(0, 1))
+    return torch.cat(images)
 
 
 # ------------------------------------------------------------------------------------------------------ annotator

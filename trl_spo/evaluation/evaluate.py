@@ -98,12 +98,29 @@ class EvaluationProtocol:
         )
 
 
+def _flow_protocol(name: str, num_inference_steps: int, guidance_scale: float) -> EvaluationProtocol:
+    return EvaluationProtocol(
+        name,
+        scheduler="FlowMatchEuler",
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        eta=0.0,
+    )
+
+
 PROTOCOLS = {
     # Steps and guidance of the paper's tables. It does not state eta, and no evaluation code is public; wherever the
     # public code makes finished images (its validation, its inference scripts) it leaves diffusers' default of 0.
     "spo-paper": EvaluationProtocol("spo-paper"),
     # The sampler of the rollouts, which `generate_images` and the trainers' evaluation use by default.
     "spo-rollout": EvaluationProtocol("spo-rollout", eta=1.0),
+    # The ODE of flow-matching models, as they are used: SD3 with the 40 steps of the reinforcement-learning papers and of the
+    # model's card (Flow-GRPO, DiffusionNFT), the others with the defaults of their diffusers pipelines.
+    "sd3": _flow_protocol("sd3", 40, 4.5),
+    "flux": _flow_protocol("flux", 28, 3.5),
+    "flux2-klein": _flow_protocol("flux2-klein", 50, 4.0),
+    "z-image": _flow_protocol("z-image", 50, 5.0),
+    "qwen-image": _flow_protocol("qwen-image", 50, 4.0),
 }
 
 

@@ -19,14 +19,24 @@ from typing import Any
 
 from ..hub_files import load_diffusers_pipeline
 from .base import SPOPipeline
+from .flux import SPOFluxPipeline
+from .flux2 import SPOFlux2KleinPipeline
+from .qwen_image import SPOQwenImagePipeline
 from .stable_diffusion import SPOStableDiffusionPipeline
+from .stable_diffusion_3 import SPOStableDiffusion3Pipeline
 from .stable_diffusion_xl import SPOStableDiffusionXLPipeline
+from .z_image import SPOZImagePipeline
 
 
 # Class name of a diffusers pipeline (or of one of its bases) -> the class that SPO trains it with.
 FAMILIES: dict[str, type[SPOPipeline]] = {
     "StableDiffusionPipeline": SPOStableDiffusionPipeline,
     "StableDiffusionXLPipeline": SPOStableDiffusionXLPipeline,
+    "StableDiffusion3Pipeline": SPOStableDiffusion3Pipeline,
+    "FluxPipeline": SPOFluxPipeline,
+    "Flux2KleinPipeline": SPOFlux2KleinPipeline,
+    "ZImagePipeline": SPOZImagePipeline,
+    "QwenImagePipeline": SPOQwenImagePipeline,
 }
 
 

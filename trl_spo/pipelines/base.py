@@ -119,6 +119,7 @@ class SPOPipeline:
         step_rule ([`StepRule`]): what the sampler does in a step; set by subclasses.
         use_lora (`bool`): whether an adapter is trained.
         scoring_vae (`torch.nn.Module`, *optional*): decodes for the reward instead of the pipeline's VAE.
+        offload_text_encoders (`bool`): whether text encoders are on the device only while they encode.
 
     Raises:
         ValueError: if a component is missing.
@@ -138,6 +139,7 @@ class SPOPipeline:
         self.sd_pipeline = pipeline
         self.use_lora = use_lora
         self.scoring_vae = None
+        self.offload_text_encoders = False
         self._frozen_copy = None
         self._compute_dtype = None
 
@@ -239,10 +241,33 @@ class SPOPipeline:
                 )
 
     def to(self, device) -> "SPOPipeline":
-        for module in (self.denoiser, self._frozen_copy, self.scoring_vae, *self.frozen_modules().values()):
+        """Move all networks; with `offload_text_encoders` the text encoders stay where they are."""
+        frozen = self.frozen_modules()
+        encoders = self.text_encoders() if self.offload_text_encoders else {}
+        kept = [module for name, module in frozen.items() if name not in encoders]
+        for module in (self.denoiser, self._frozen_copy, self.scoring_vae, *kept):
             if module is not None:
                 module.to(device)
         return self
+
+    def text_encoders(self) -> dict[str, torch.nn.Module]:
+        """The networks that only `encode_prompt` needs, by component name."""
+        return {name: module for name, module in self.frozen_modules().items() if name.startswith("text_encoder")}
+
+    @contextlib.contextmanager
+    def encoders_on_device(self) -> Iterator[None]:
+        """Encode prompts inside: with `offload_text_encoders` the encoders are on the device only as long."""
+        if not self.offload_text_encoders:
+            yield
+            return
+        encoders = self.text_encoders().values()
+        for module in encoders:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in encoders:
+                module.to("cpu")
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
@@ -335,7 +360,8 @@ class SPOPipeline:
         """
         if channels_last:
             for network in self.running_networks():
-                network.to(memory_format=torch.channels_last)
+                if all(weight.ndim <= 4 for weight in network.parameters()):  # a VAE of videos has a time axis, too
+                    network.to(memory_format=torch.channels_last)
 
     def _decoding_network(self) -> torch.nn.Module | None:
         """The network that turns latents into images."""

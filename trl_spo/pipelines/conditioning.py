@@ -56,6 +56,12 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all fields; rows that are shared by expansion count as often as they are seen."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return sum(value.nbytes for value in values if value is not None)
+
     def _map(self, function) -> "PromptEmbeds":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if value is not None})

@@ -40,16 +40,20 @@ class EncodingCache:
             Memory for images. One of 512 pixels takes 128 KiB with a float32 VAE, one of 1024 four times that; half
             precision takes half.
         max_prompts (`int`, *optional*, defaults to `1024`):
-            Prompts to keep, on the pipeline's device.
+            Prompts to keep, on the pipeline's device, or on the CPU if its text encoders are offloaded.
+        max_prompt_bytes (`int`, *optional*, defaults to `2**30`):
+            Memory for prompts. Those of large text encoders take megabytes each; the oldest go first.
 
     Attributes:
         num_bytes (`int`): memory taken by images.
         num_images_encoded (`int`), num_prompts_encoded (`int`): how often a network had to run.
     """
 
-    def __init__(self, max_bytes: int = 8 * 2**30, max_prompts: int = 1024):
+    def __init__(self, max_bytes: int = 8 * 2**30, max_prompts: int = 1024, max_prompt_bytes: int = 2**30):
         self.max_bytes = max_bytes
         self.max_prompts = max_prompts
+        self.max_prompt_bytes = max_prompt_bytes
+        self._prompt_bytes = 0
         self.num_bytes = self.num_images_encoded = self.num_prompts_encoded = 0
         self._posteriors: dict[str, torch.Tensor] = {}
         self._prompts: OrderedDict[tuple, PromptEmbeds] = OrderedDict()
@@ -106,14 +110,29 @@ class EncodingCache:
         Returns:
             [`PromptEmbeds`], one row per prompt.
         """
-        rows = []
-        for prompt in prompts:
-            key = (prompt, negative_prompt, *sorted(size.items()))
-            if key not in self._prompts:
-                self._prompts[key] = pipeline.encode_prompt([prompt], negative_prompt, **size)
-                self.num_prompts_encoded += 1
-            self._prompts.move_to_end(key)
-            rows.append(self._prompts[key])
-            if len(self._prompts) > self.max_prompts:
-                self._prompts.popitem(last=False)
-        return PromptEmbeds.cat(rows)
+        keys = [(prompt, negative_prompt, *sorted(size.items())) for prompt in prompts]
+        missing = {key: key[0] for key in keys if key not in self._prompts}
+        home = "cpu" if pipeline.offload_text_encoders else pipeline.device
+        fresh = {}
+        if missing:
+            with pipeline.encoders_on_device():
+                for key, prompt in missing.items():
+                    fresh[key] = pipeline.encode_prompt([prompt], negative_prompt, **size).to(home)
+            self.num_prompts_encoded += len(missing)
+
+        rows = [fresh[key] if key in fresh else self._prompts[key] for key in keys]
+        for key, row in zip(keys, rows, strict=True):
+            self._keep(key, row)
+        return PromptEmbeds.cat(rows).to(pipeline.device)
+
+    def _keep(self, key: tuple, row: PromptEmbeds) -> None:
+        """Make a row the most recent one, and drop the oldest where there are too many or they are too large."""
+        if key not in self._prompts:
+            self._prompts[key] = row
+            self._prompt_bytes += row.nbytes
+        self._prompts.move_to_end(key)
+        while len(self._prompts) > self.max_prompts or (
+            self._prompt_bytes > self.max_prompt_bytes and len(self._prompts) > 1
+        ):
+            _, dropped = self._prompts.popitem(last=False)
+            self._prompt_bytes -= dropped.nbytes

@@ -1,0 +1,364 @@
+"""
+Necessity: a family that packs, scales or guides a little differently from diffusers samples images that look right and
+trains a model that nobody uses. Each is compared with its own diffusers pipeline, and trained end to end.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.flow_testing import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
+from tests.testing_utils import brightness_reward, tiny_spo_config
+from trl_spo import (
+    SPOFlux2KleinPipeline,
+    SPOFluxPipeline,
+    SPOQwenImagePipeline,
+    SPOStableDiffusion3Pipeline,
+    SPOTrainer,
+    SPOZImagePipeline,
+    stepwise_rollout,
+    wrap_pipeline,
+)
+from trl_spo.pipelines.auto import FAMILIES
+from trl_spo.pipelines.conditioning import PromptEmbeds
+from trl_spo.pipelines.encoding_cache import EncodingCache
+from trl_spo.pipelines.flow import pack, unpack
+from trl_spo.scheduling_ddim import stable_diffusion_snr
+
+
+SIZE = 32
+PROMPTS = ["a red cat", "a blue dog on a hill"]
+MAKERS = {
+    "sd3": (tiny_sd3_pipeline, SPOStableDiffusion3Pipeline, 4.5),
+    "flux": (tiny_flux_pipeline, SPOFluxPipeline, 3.5),
+    "flux2": (tiny_flux2_klein_pipeline, SPOFlux2KleinPipeline, 4.0),
+    "z_image": (tiny_z_image_pipeline, SPOZImagePipeline, 3.0),
+    "qwen_image": (tiny_qwen_image_pipeline, SPOQwenImagePipeline, 4.0),
+}
+every_family = pytest.mark.parametrize("family", list(MAKERS))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Each tiny pipeline once, wrapped; nothing below changes their weights."""
+    found = {}
+
+    def get(family: str):
+        if family not in found:
+            make, cls, _ = MAKERS[family]
+            pipe = make(tmp_path_factory.mktemp(family))
+            pipe.set_progress_bar_config(disable=True)
+            found[family] = wrap_pipeline(pipe)
+            found[family].max_sequence_length = 40
+            assert type(found[family]) is cls
+        return found[family]
+
+    return get
+
+
+def fresh(family: str, folder):
+    pipeline = wrap_pipeline(MAKERS[family][0](folder))
+    pipeline.sd_pipeline.set_progress_bar_config(disable=True)
+    pipeline.max_sequence_length = 40
+    return pipeline
+
+
+def in_diffusers(pipeline, family: str, latents: torch.Tensor, steps: int, **kwargs) -> torch.Tensor:
+    """Images of the plain pipeline from the same noise, in [0, 1]."""
+    scale = MAKERS[family][2]
+    arguments = {"guidance_scale": scale, "max_sequence_length": 40}
+    if family == "qwen_image":
+        arguments = {"true_cfg_scale": scale, "negative_prompt": [" "] * len(PROMPTS), "max_sequence_length": 40}
+    if family == "flux2":
+        arguments["text_encoder_out_layers"] = (0, 1, 2)
+    given = pack(latents) if family in ("flux", "qwen_image") else latents
+    return pipeline.sd_pipeline(
+        prompt=list(PROMPTS),
+        num_inference_steps=steps,
+        height=SIZE,
+        width=SIZE,
+        latents=given.clone(),
+        output_type="pt",
+        **{**arguments, **kwargs},
+    ).images
+
+
+def noise_for(pipeline, seed: int = 0) -> torch.Tensor:
+    shape = (len(PROMPTS), *pipeline.latent_shape(SIZE, SIZE))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def sampled(pipeline, family: str, latents: torch.Tensor, steps: int, eta: float = 0.0) -> torch.Tensor:
+    embeds = pipeline.encode_prompt(PROMPTS)
+    for timestep in pipeline.set_timesteps(steps, latents.shape[1:]):
+        output = pipeline.predict(latents, timestep, embeds, MAKERS[family][2])
+        latents = pipeline.step_distribution(output, timestep, latents, eta).prev_sample_mean
+    return (pipeline.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def test_packing_is_undone_and_is_diffusers_own():
+    latents = torch.randn(2, 3, 6, 4)
+    from diffusers import FluxPipeline
+
+    assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 3, 6, 4))
+    assert torch.equal(unpack(pack(latents), 6, 4), latents)
+
+
+class TestAgainstDiffusers:
+    @every_family
+    def test_the_deterministic_limit_is_diffusers_own_sampling(self, made, family):
+        """Same noise, same embeddings: schedule, call, guidance, steps and decoder agree to float error."""
+        pipeline = made(family)
+        latents = noise_for(pipeline)
+        found = sampled(pipeline, family, latents, 4)
+        assert torch.allclose(found, in_diffusers(pipeline, family, latents, 4), atol=1e-5)
+        assert found.std() > 0.05
+
+    @every_family
+    def test_another_size_has_its_own_schedule_and_shape(self, made, family):
+        pipeline = made(family)
+        small, large = pipeline.latent_shape(SIZE, SIZE), pipeline.latent_shape(2 * SIZE, SIZE)
+        assert large == (small[0], 2 * small[1], small[2])
+        schedules = []
+        for shape in (small, large):
+            pipeline.set_timesteps(6, shape)
+            schedules.append(pipeline.step_rule.sigmas)
+        static = family == "sd3" or not pipeline.scheduler.config.use_dynamic_shifting
+        assert (schedules[0] == schedules[1]) == static
+        with pytest.raises(ValueError, match="`height` must be a positive multiple of"):
+            pipeline.latent_shape(SIZE + 1, SIZE)
+
+    @every_family
+    def test_images_are_encoded_in_the_scale_of_the_denoiser(self, made, family):
+        """Decoding the mean of the posterior is what the VAE itself makes of it."""
+        pipeline = made(family)
+        images = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        mean, std = pipeline.image_posterior(images)
+        assert mean.shape[1:] == std.shape[1:] == pipeline.latent_shape(SIZE, SIZE)
+        with torch.no_grad():
+            vae = pipeline.vae
+            given = images.unsqueeze(2) if family == "qwen_image" else images
+            expected = vae.decode(vae.encode(given).latent_dist.mode(), return_dict=False)[0]
+            expected = expected[:, :, 0] if family == "qwen_image" else expected
+        assert torch.allclose(pipeline.decode_latents(mean), expected, atol=1e-4)
+        assert (std == 0).all() if family == "flux2" else (std > 0).all()
+
+
+class TestConditioning:
+    @every_family
+    @torch.no_grad()
+    def test_a_neighbour_changes_nothing(self, made, family):
+        """Prompts of different length, encoded apart and concatenated, predict what each predicts alone."""
+        pipeline = made(family)
+        parts = [pipeline.encode_prompt([prompt]) for prompt in PROMPTS]
+        together = PromptEmbeds.cat(parts)
+        latents, scale = noise_for(pipeline), MAKERS[family][2]
+        timestep = pipeline.set_timesteps(4, latents.shape[1:])[1]
+        batch = pipeline.predict(latents, timestep, together, scale)
+        for row in range(len(PROMPTS)):
+            one = slice(row, row + 1)
+            assert torch.allclose(pipeline.predict(latents[one], timestep, parts[row], scale), batch[one], atol=1e-5)
+            assert torch.allclose(
+                pipeline.predict(latents[one], timestep, together[one], scale), batch[one], atol=1e-5
+            )
+        order = torch.tensor([1, 0])
+        swapped = pipeline.predict(latents[order], timestep, together[order], scale)
+        assert torch.allclose(swapped, batch[order], atol=1e-5)
+
+    def test_masks_pad_and_stay_masks(self):
+        parts = [
+            PromptEmbeds(torch.ones(1, length, 3), prompt_mask=torch.ones(1, length, dtype=torch.bool))
+            for length in (2, 4)
+        ]
+        merged = PromptEmbeds.cat(parts).to(torch.bfloat16)
+        assert merged.prompt_embeds.shape == (2, 4, 3) and merged.prompt_embeds.dtype == torch.bfloat16
+        assert merged.prompt_mask.tolist() == [[True, True, False, False], [True] * 4]
+        assert merged.prompt_mask.dtype == torch.bool and (merged.prompt_embeds[0, 2:] == 0).all()
+
+    def test_stable_diffusion_3_without_t5(self, tmp_path):
+        pipeline = wrap_pipeline(tiny_sd3_pipeline(tmp_path, with_t5=False))
+        pipeline.sd_pipeline.set_progress_bar_config(disable=True)
+        pipeline.max_sequence_length = 40
+        latents = noise_for(pipeline)
+        found = sampled(pipeline, "sd3", latents, 2)
+        assert torch.allclose(found, in_diffusers(pipeline, "sd3", latents, 2), atol=1e-5)
+
+
+class TestTraining:
+    @every_family
+    def test_a_step_from_rollout_to_plain_diffusers(self, tmp_path, family):
+        """
+        Ratios exactly 1 and ln 2 before the first update; what is saved predicts in plain diffusers what was trained.
+        """
+        pipeline = fresh(family, tmp_path / "pipe")
+        config = tiny_spo_config(
+            tmp_path / "out", num_inference_steps=4, branch_start_step=0, branch_end_step=3, height=SIZE, width=SIZE,
+            guidance_scale=MAKERS[family][2], max_steps=2, learning_rate=0.01, timestep_weighting="even",
+        )  # fmt: skip
+        trainer = SPOTrainer(config, pipeline, brightness_reward, train_dataset=PROMPTS)
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert logs[0]["ratio/chosen"] == logs[0]["ratio/rejected"] == 1.0
+        trainer.save_model()
+
+        latents = noise_for(pipeline)
+        trained = sampled(pipeline, family, latents, 3)
+        with pipeline.reference():
+            before = sampled(pipeline, family, latents, 3)
+        plain = fresh(family, tmp_path / "plain")
+        assert torch.allclose(in_diffusers(plain, family, latents, 3), before, atol=1e-5)
+        plain.sd_pipeline.load_lora_weights(str(tmp_path / "out"))
+        assert torch.allclose(in_diffusers(plain, family, latents, 3), trained, atol=1e-4)
+        assert not torch.allclose(trained, before, atol=1e-4)
+
+    @pytest.mark.parametrize("family", ["sd3", "flux2"])
+    def test_full_fine_tuning_checkpointing_and_bfloat16(self, tmp_path, family):
+        pipeline = fresh(family, tmp_path / "pipe")
+        config = tiny_spo_config(
+            tmp_path / "out", num_inference_steps=4, branch_start_step=0, branch_end_step=3, height=SIZE, width=SIZE,
+            guidance_scale=MAKERS[family][2], max_steps=1, use_peft=False, gradient_checkpointing=True, bf16=True,
+        )  # fmt: skip
+        trainer = SPOTrainer(config, pipeline, brightness_reward, train_dataset=PROMPTS)
+        before = {name: value.clone() for name, value in pipeline.denoiser.named_parameters()}
+        frozen = {name: value.clone() for name, value in pipeline.vae.state_dict().items()}
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and logs[0]["ratio/chosen"] == 1.0
+        assert any(not torch.equal(value, before[name]) for name, value in pipeline.denoiser.named_parameters())
+        assert all(torch.equal(value, frozen[name]) for name, value in pipeline.vae.state_dict().items())
+
+    @pytest.mark.parametrize("sampler", ["precise", "flow_sde", "dance_sde", "cps"])
+    def test_every_sampler_rolls_out(self, made, sampler):
+        pipeline = made("sd3")
+        pipeline.step_rule.set_sampler(sampler)
+        try:
+            pairs = stepwise_rollout(
+                pipeline, PROMPTS, brightness_reward, num_inference_steps=6, branch_start_step=0, eta=0.7,
+                guidance_scale=4.5, preference_threshold=0.0, height=SIZE, width=SIZE,
+            )  # fmt: skip
+        finally:
+            pipeline.step_rule.set_sampler("ddim")
+        # SD3's last but one step ends at 0.009 and the last at 0: neither branches.
+        assert [branch.step for branch in pairs.branches] == [0, 1, 2, 3]
+        assert len(pairs) == 8 and pairs.final_latents.dtype == torch.float32
+
+    def test_a_rank_by_default_of_the_family(self, tmp_path):
+        """alpha = rank, so that tools that do not read the metadata load it at the same strength."""
+        pipeline = fresh("flux2", tmp_path)
+        pipeline.prepare_for_training()
+        config: LoraConfig = pipeline.denoiser.peft_config["default"]
+        assert config.r == config.lora_alpha == 32
+        trained = {name for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
+        assert any("single_transformer_blocks" in name and "to_qkv_mlp_proj" in name for name in trained)
+
+
+class TestOffloading:
+    def test_text_encoders_are_on_the_device_only_while_they_encode(self, tmp_path, monkeypatch):
+        """Where they are is seen by the moves; the run is the same, and the cache keeps what it is allowed to."""
+        moves, logs = [], {}
+        for offload in (False, True):
+            pipeline = fresh("sd3", tmp_path / str(offload))
+            encoder = pipeline.sd_pipeline.text_encoder_3
+            monkeypatch.setattr(encoder, "to", lambda *args, e=encoder: moves.append(str(args[0])) or e)
+            config = tiny_spo_config(
+                tmp_path / f"out-{offload}", num_inference_steps=4, branch_start_step=0, branch_end_step=3, height=SIZE,
+                width=SIZE, guidance_scale=4.5, max_steps=1, offload_text_encoders=offload,
+            )  # fmt: skip
+            trainer = SPOTrainer(config, pipeline, brightness_reward, train_dataset=PROMPTS)
+            del moves[:]
+            trainer.train()
+            logs[offload] = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert moves == ["cpu", "cpu"]  # to the device of the run, and back: once, as both prompts come together
+        assert logs[True]["step_reward/mean"] == logs[False]["step_reward/mean"]
+
+    def test_the_cache_bounds_its_bytes(self, made):
+        pipeline = made("sd3")
+        one = pipeline.encode_prompt(PROMPTS[:1]).nbytes
+        cache = EncodingCache(max_prompt_bytes=int(1.5 * one))
+        for prompt in (*PROMPTS, PROMPTS[0]):
+            cache.encode_prompts(pipeline, [prompt])
+        assert cache.num_prompts_encoded == 3  # there was room for one
+
+
+class TestNoiseLevels:
+    def test_a_branch_range_means_the_same_noise_everywhere(self, made):
+        """SD1.5's t = 751 has the signal-to-noise ratio of sigma = .805: step 8 of 20 on SD3, of which 8 lie above."""
+        pipeline = made("sd3")
+        assert stable_diffusion_snr(751) == pytest.approx(((1 - 0.805) / 0.805) ** 2, rel=0.01)
+        from trl_spo import RolloutSettings
+
+        timesteps = pipeline.set_timesteps(20)
+        settings = RolloutSettings(branch_start_timestep=751).resolve(pipeline.step_rule, timesteps)
+        assert settings.branch_start_step == 8 and settings.branch_start_timestep is None
+        assert timesteps[7] > 810 > timesteps[8] == 806
+        with pytest.raises(ValueError, match="No step of the schedule"):
+            RolloutSettings(branch_start_timestep=100, branch_end_timestep=900).resolve(pipeline.step_rule, timesteps)
+
+    def test_on_stable_diffusion_it_is_the_step_itself(self, tmp_path):
+        from tests.testing_utils import ddim_scheduler, tiny_sd_pipeline
+        from trl_spo import RolloutSettings
+
+        scheduler = ddim_scheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False)
+        pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=scheduler))
+        timesteps = pipeline.set_timesteps(20)
+        settings = RolloutSettings(branch_start_timestep=751, branch_end_timestep=51)
+        resolved = settings.resolve(pipeline.step_rule, timesteps)
+        assert (resolved.branch_start_step, resolved.branch_end_step) == (4, timesteps.index(51))
+
+
+class TestBadInput:
+    def test_a_negative_prompt_for_flux(self, made):
+        with pytest.raises(
+            ValueError, match="no unconditional half, so a `negative_prompt` has no effect.* got 'blurry'"
+        ):
+            made("flux").encode_prompt(PROMPTS, "blurry")
+
+    def test_distilled_models_are_warned_about(self, tmp_path, monkeypatch):
+        for module, make in (
+            ("flux", lambda: tiny_flux_pipeline(tmp_path / "a", guidance=False)),
+            ("flux2", lambda: tiny_flux2_klein_pipeline(tmp_path / "b", is_distilled=True)),
+        ):
+            said = []
+            monkeypatch.setattr(f"trl_spo.pipelines.{module}.logger.warning", said.append)
+            wrap_pipeline(make())
+            assert len(said) == 1 and "is the better start" in said[0].replace("are the", "is the")
+
+    def test_a_vae_without_shift(self, tmp_path):
+        with pytest.raises(ValueError, match="The VAE has no `shift_factor` in its configuration"):
+            wrap_pipeline(tiny_sd3_pipeline(tmp_path, shift_factor=None))
+
+    def test_a_scheduler_of_another_kind(self, tmp_path):
+        from diffusers import DDIMScheduler
+
+        pipe = tiny_sd3_pipeline(tmp_path)
+        pipe.scheduler = DDIMScheduler()
+        with pytest.raises(ValueError, match="from a `FlowMatchEulerDiscreteScheduler`.* has a `DDIMScheduler`"):
+            wrap_pipeline(pipe)
+
+    def test_settings_of_the_sampler(self, tmp_path):
+        config = {"height": SIZE, "width": SIZE, "num_inference_steps": 4, "branch_start_step": 0}
+        for settings, message in (
+            ({"sampler": "euler"}, "`sampler` must be one of .*'ddim'.* got 'euler'"),
+            ({"eta": 1.4}, r"`eta` must be in \[0, 1\] for the sampler 'ddim', got 1.4"),
+            ({"num_inference_steps": 2000}, "2000 steps of this schedule are so close"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                SPOTrainer(
+                    tiny_spo_config(tmp_path / "out", **{**config, **settings}),
+                    tiny_sd3_pipeline(tmp_path / "pipe"),
+                    brightness_reward,
+                    train_dataset=PROMPTS,
+                )
+
+    def test_what_is_accepted_is_said(self):
+        with pytest.raises(TypeError) as error:
+            wrap_pipeline(3)
+        assert all(f"`{name}`" in str(error.value) for name in FAMILIES)

@@ -1,0 +1,219 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What flow-matching families share: sigmas behind integer timesteps, latents in float32, and the way from a velocity to a
+step. A family says how its transformer is called ([`SPOFlowPipeline.velocity`]), how prompts are encoded, how large latents
+are, and how its schedule is shifted.
+
+Latents are `(B, C, h, w)` everywhere. A transformer that wants them packed into tokens gets them so inside `velocity`.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils import logging
+from peft import LoraConfig
+
+from ..scheduling_flow import FlowStepRule
+from .base import SPOPipeline
+from .conditioning import PromptEmbeds
+
+
+logger = logging.get_logger(__name__)
+
+
+def flow_scheduler(scheduler) -> FlowMatchEulerDiscreteScheduler:
+    """
+    A `FlowMatchEulerDiscreteScheduler` with the sigmas of `scheduler`, which is left alone. Its own noise
+    (`stochastic_sampling`) is switched off: the step rule adds it.
+
+    Raises:
+        ValueError: for a scheduler that has no flow-matching sigmas.
+    """
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            "SPO takes the noise levels of a flow-matching model from a `FlowMatchEulerDiscreteScheduler`, and the "
+            f"pipeline has a `{type(scheduler).__name__}`. Set `pipeline.scheduler` to the one of its checkpoint."
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, stochastic_sampling=False)
+
+
+def linear_mu(num_tokens: int, config) -> float:
+    """
+    The shift of FLUX-like schedules (`use_dynamic_shifting`): linear in the number of image tokens, between the two
+    points of the scheduler's configuration (https://github.com/black-forest-labs/flux, `sampling.py`).
+    """
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (num_tokens - first) * (high - low) / (last - first)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """`(B, C, h, w)` -> one token per 2 x 2 latent pixels, `(B, h/2 * w/2, 4 C)`."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The way back from [`pack`] to latents of `height` x `width`."""
+    grid = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    return F.pixel_shuffle(grid, 2)
+
+
+class SPOFlowPipeline(SPOPipeline):
+    """
+    A flow-matching text-to-image pipeline for `SPOTrainer`.
+
+    Args:
+        pipeline: a diffusers pipeline; its components are used, not copied.
+        use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole transformer.
+        sampler (`str`, *optional*, defaults to `"ddim"`): steps of rollouts, see `scheduling_flow`.
+
+    Attributes:
+        sd_pipeline: the wrapped diffusers pipeline.
+        step_rule ([`FlowStepRule`]): the sampler of rollouts.
+
+    Raises:
+        ValueError: if a component is missing, the scheduler has no flow-matching sigmas, or the autoencoder lacks a
+            number that its latents are scaled with.
+    """
+
+    denoiser_name = "transformer"
+    required_components: tuple[str, ...] = ("transformer", "vae", "scheduler")
+    lora_target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    patch_size = 2  # latent pixels per side that become one token: sizes must be multiples of it
+
+    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim"):
+        super().__init__(pipeline, use_lora)
+        self.step_rule = FlowStepRule(flow_scheduler(pipeline.scheduler), sampler)
+        self._check_networks()
+
+    def _check_networks(self) -> None:
+        """Whether the autoencoder says how its latents are scaled."""
+        for name in ("scaling_factor", "shift_factor"):
+            if getattr(self.vae.config, name, None) is None:
+                raise ValueError(
+                    f"The VAE has no `{name}` in its configuration, and this family scales latents with it. Load the VAE of "
+                    "the checkpoint, or set the value with `vae.register_to_config`."
+                )
+
+    def default_lora(self) -> LoraConfig:
+        """The adapter by default: rank 32 on the attention projections; alpha = rank, so that every tool agrees."""
+        return LoraConfig(
+            r=32, lora_alpha=32, init_lora_weights="gaussian", target_modules=list(self.lora_target_modules)
+        )
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """float32: the last steps are smaller than what bfloat16 can tell apart."""
+        return torch.float32
+
+    # --- the schedule ------------------------------------------------------------------------------------------------
+
+    def set_timesteps(self, num_inference_steps: int, latent_shape: tuple[int, ...] | None = None) -> list[int]:
+        """
+        Fix the schedule; returns t_0 > t_1 > ... as a list.
+
+        Args:
+            num_inference_steps (`int`): S.
+            latent_shape (`tuple[int, ...]`, *optional*): of one latent; the model's own size by default. Schedules with a
+                dynamic shift depend on it.
+        """
+        latent_shape = self.latent_shape() if latent_shape is None else latent_shape
+        return self.step_rule.set_timesteps(num_inference_steps, **self.schedule(num_inference_steps, latent_shape))
+
+    def schedule(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> dict:
+        """Arguments of the scheduler's `set_timesteps` beside the number of steps, as the diffusers pipeline gives them."""
+        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
+        return {"sigmas": sigmas, "mu": linear_mu(self.num_tokens(latent_shape), self.scheduler.config)}
+
+    def num_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """Number of image tokens the transformer sees."""
+        return (latent_shape[1] // self.patch_size) * (latent_shape[2] // self.patch_size)
+
+    # --- the denoiser ------------------------------------------------------------------------------------------------
+
+    def predict(self, latents, timesteps, prompt_embeds: PromptEmbeds, guidance_scale: float, denoiser=None):
+        """
+        Guided velocity e - x_0.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
+            timesteps (`int` or `torch.Tensor` of shape `(batch_size,)`)
+            prompt_embeds ([`PromptEmbeds`]): one row per sample.
+            guidance_scale (`float`): what the diffusers pipeline of the family calls so.
+            denoiser (`torch.nn.Module`, *optional*): call this instead of the transformer, such as its DDP wrapper.
+
+        Returns:
+            `torch.Tensor` of the shape of `latents`, float32.
+        """
+        denoiser = self.denoiser if denoiser is None else denoiser
+        if torch.is_tensor(timesteps):
+            sigma = self.step_rule.sigma(timesteps).to(latents.device, torch.float32).expand(len(latents))
+        else:  # filled on the device: copying a number there would wait for it
+            sigma = torch.full((len(latents),), self.step_rule.sigma_value(timesteps), device=latents.device)
+        latents = latents.to(self.compute_dtype)
+        prompt_embeds = prompt_embeds.to(self.compute_dtype)
+        return self.velocity(denoiser, latents, sigma, prompt_embeds, guidance_scale).float()
+
+    def velocity(
+        self, denoiser, latents: torch.Tensor, sigma: torch.Tensor, embeds: PromptEmbeds, guidance_scale: float
+    ) -> torch.Tensor:
+        """
+        The family's call of its transformer, guidance included.
+
+        Args:
+            denoiser (`torch.nn.Module`): the transformer, or its wrapper.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`): x_t in the dtype of the transformer.
+            sigma (`torch.Tensor` of shape `(B,)`): float32, in [0, 1].
+            embeds ([`PromptEmbeds`]): B rows.
+            guidance_scale (`float`): w.
+
+        Returns:
+            `torch.Tensor` of the shape of `latents`: e - x_0.
+        """
+        raise NotImplementedError
+
+    def check_negative(self, embeds: PromptEmbeds) -> None:
+        """
+        Raises:
+            ValueError: if there is guidance and nothing to guide away from.
+        """
+        if embeds.negative_prompt_embeds is None:
+            raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
+
+    # --- latents -----------------------------------------------------------------------------------------------------
+
+    def latent_channels(self) -> int:
+        """Channels of the latents; a transformer of tokens sees four of each."""
+        return self.denoiser.config.in_channels // 4
+
+    def default_latent_size(self) -> int:
+        """Latent pixels per side of the model's own image size."""
+        return self.sd_pipeline.default_sample_size
+
+    def check_size(self, height: int | None, width: int | None) -> None:
+        step = self.spatial_factor * self.patch_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value <= 0 or value % step):
+                raise ValueError(f"`{name}` must be a positive multiple of {step} pixels, got {value}.")
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        self.check_size(height, width)
+        factor, default = self.spatial_factor, self.default_latent_size()
+        return (
+            self.latent_channels(),
+            height // factor if height else default,
+            width // factor if width else default,
+        )

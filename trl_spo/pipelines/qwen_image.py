@@ -1,0 +1,121 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Qwen-Image as SPO trains it: masked text, guidance that keeps the norm, a video autoencoder with one frame."""
+
+import torch
+
+from .autoencoder import own_precision, scale_and_shift
+from .conditioning import PromptEmbeds
+from .flow import SPOFlowPipeline, pack, unpack
+
+
+class SPOQwenImagePipeline(SPOFlowPipeline):
+    """
+    A Qwen-Image pipeline for `SPOTrainer`. `guidance_scale` is what diffusers calls `true_cfg_scale`; the guided
+    prediction is scaled back to the norm of the conditional one, token by token.
+
+    Args:
+        pipeline (`QwenImagePipeline`): a diffusers pipeline; its components are used, not copied.
+        use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole transformer.
+        sampler (`str`, *optional*, defaults to `"ddim"`): steps of rollouts, see `scheduling_flow`.
+        max_sequence_length (`int`, *optional*, defaults to `512`): tokens of the text.
+    """
+
+    required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    lora_target_modules = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 512):
+        self.max_sequence_length = max_sequence_length
+        super().__init__(pipeline, use_lora, sampler)
+
+    def _check_networks(self) -> None:
+        for name in ("latents_mean", "latents_std"):
+            if getattr(self.vae.config, name, None) is None:
+                raise ValueError(
+                    f"The VAE has no `{name}` in its configuration, and Qwen-Image scales latents with it. Load the VAE of "
+                    "the checkpoint."
+                )
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str], negative_prompt: str = " ", **size) -> PromptEmbeds:
+        """
+        Args:
+            prompts (`list[str]`): B prompts.
+            negative_prompt (`str`, *optional*, defaults to `" "`): of the unconditional call; the published model is used
+                with a space, which stands for the empty prompt, too.
+
+        Returns:
+            [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: prompts differ in length.
+        """
+        positive, mask = self._encode_texts(list(prompts))
+        negative, negative_mask = self._encode_texts([negative_prompt or " "])
+        count = len(positive)
+        return PromptEmbeds(
+            positive,
+            negative.expand(count, -1, -1),
+            prompt_mask=mask,
+            negative_prompt_mask=negative_mask.expand(count, -1),
+        )
+
+    def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, mask = self.sd_pipeline.encode_prompt(
+            texts, device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        if mask is None:  # diffusers' way to say that all rows have the same length
+            mask = torch.ones(tokens.shape[:2], device=tokens.device)
+        return tokens, mask.bool()
+
+    def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
+        height, width = latents.shape[-2:]
+        tokens = pack(latents)
+        cond = self._call(denoiser, tokens, sigma, embeds.prompt_embeds, embeds.prompt_mask, height, width)
+        if guidance_scale > 1:
+            self.check_negative(embeds)
+            negative, mask = embeds.negative_prompt_embeds, embeds.negative_prompt_mask
+            uncond = self._call(denoiser, tokens, sigma, negative, mask, height, width).float()
+            cond = cond.float()
+            guided = uncond + guidance_scale * (cond - uncond)
+            # Guidance may turn a token's prediction but not lengthen it. Where the guided one is 0 it stays 0.
+            length = guided.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            cond = guided * (cond.norm(dim=-1, keepdim=True) / length)
+        return unpack(cond, height, width)
+
+    def _call(self, denoiser, tokens, sigma, text, mask, height: int, width: int) -> torch.Tensor:
+        return denoiser(
+            hidden_states=tokens,
+            timestep=sigma,
+            guidance=None,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(tokens),
+            return_dict=False,
+        )[0]
+
+    # --- latents and images: the VAE is one of videos, an image is its only frame -----------------------------------
+
+    def vae_encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with own_precision(self.vae):
+            posterior = self.vae.encode(images.to(self.device, self.vae.dtype).unsqueeze(2)).latent_dist
+        scale, shift = scale_and_shift(self.vae, self.device)
+        return (posterior.mean.squeeze(2).float() - shift) * scale, posterior.std.squeeze(2).float() * scale
+
+    def vae_decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        scale, shift = scale_and_shift(vae, latents.device)
+        with own_precision(vae):
+            frames = (latents.float() / scale + shift).to(vae.dtype).unsqueeze(2)
+            return vae.decode(frames, return_dict=False)[0][:, :, 0].float()

@@ -1,0 +1,120 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Stable Diffusion 3 and 3.5 as SPO trains them: an MMDiT on unpacked latents, guidance in one batch."""
+
+import torch
+
+from .conditioning import PromptEmbeds
+from .flow import SPOFlowPipeline
+
+
+class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
+    """
+    A Stable Diffusion 3 or 3.5 pipeline for `SPOTrainer`.
+
+    Args:
+        pipeline (`StableDiffusion3Pipeline`): a diffusers pipeline; its components are used, not copied. The T5 encoder may
+            be missing, as diffusers allows: its tokens are zeros then.
+        use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole transformer.
+        sampler (`str`, *optional*, defaults to `"ddim"`): steps of rollouts, see `scheduling_flow`.
+        max_sequence_length (`int`, *optional*, defaults to `256`): tokens of the T5 encoder, as diffusers' pipeline calls
+            them.
+    """
+
+    required_components = (
+        "transformer",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    )
+    # Those of diffusers' training script and of Flow-GRPO: attention of image and of text.
+    lora_target_modules = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+
+    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 256):
+        self.max_sequence_length = max_sequence_length
+        super().__init__(pipeline, use_lora, sampler)
+        self.patch_size = pipeline.transformer.config.patch_size
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+        """
+        Args:
+            prompts (`list[str]`): B prompts, given to all text encoders.
+            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance.
+
+        Returns:
+            [`PromptEmbeds`] with token features `(B, L, dim)` and pooled features, of both halves.
+        """
+        positive, _, pooled, _ = self._encode_texts(list(prompts))
+        negative, _, negative_pooled, _ = self._encode_texts([negative_prompt])
+        return PromptEmbeds(positive, negative.expand_as(positive), pooled, negative_pooled.expand_as(pooled))
+
+    def _encode_texts(self, texts: list[str]):
+        return self.sd_pipeline.encode_prompt(
+            texts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+
+    def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
+        timestep = 1000 * sigma
+        tokens, pooled = embeds.prompt_embeds, embeds.pooled_prompt_embeds
+        guided = guidance_scale > 1
+        if guided:
+            self.check_negative(embeds)
+            latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
+            tokens = torch.cat([embeds.negative_prompt_embeds, tokens])
+            pooled = torch.cat([embeds.negative_pooled_prompt_embeds, pooled])
+        output = denoiser(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+        if not guided:
+            return output
+        uncond, cond = output.float().chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    def schedule(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> dict:
+        """A static shift needs nothing; a dynamic one grows with the number of tokens."""
+        config = self.scheduler.config
+        if not config.use_dynamic_shifting:
+            return {}
+        # diffusers' default of the upper point differs by a digit between its pipelines.
+        return {"mu": linear_mu_sd3(self.num_tokens(latent_shape), config)}
+
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels
+
+    def default_latent_size(self) -> int:
+        return self.denoiser.config.sample_size
+
+
+def linear_mu_sd3(num_tokens: int, config) -> float:
+    """[`~trl_spo.pipelines.flow.linear_mu`] with the default of diffusers' SD3 pipeline, 1.16 instead of 1.15."""
+    from .flow import linear_mu
+
+    return linear_mu(num_tokens, {"max_shift": 1.16, **dict(config)})
