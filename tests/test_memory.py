@@ -27,19 +27,30 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import main, measured_peak_bytes
-from trl_spo import StepAwareRewardModel, wrap_pipeline
+from trl_spo import SPOTrainer, StepAwareRewardModel, wrap_pipeline
 from trl_spo.training.memory import (
     FALLBACK_CHUNK,
     GIB,
+    busy_chunk_sizes,
     denoiser_bytes,
     module_bytes,
     peak_activation_bytes,
+    rollout_budget_gib,
     rollout_chunk_sizes,
     samples_within,
     scoring_bytes,
 )
 
-from .testing_utils import brightness_reward, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    changed,
+    state_of,
+    tiny_clip,
+    tiny_sd_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_spo_config,
+)
 
 
 FLOAT = 4  # bytes
@@ -462,3 +473,52 @@ def test_benchmark_needs_no_memory_for_large_models():
     result = main(["--preset", "sd15", "--budget", "3"])
     assert not result["fits"], "the weights alone take more"
     assert result["weights"]["UNet"] == pytest.approx(859.5e6 * 2, rel=0.001)  # parameters of Stable Diffusion 1.5
+
+
+class TestFreeMemory:
+    """On CUDA, chunk sizes come from the bytes that are free; here they are told."""
+
+    def trainer(self, tmp_path, **settings):
+        config = tiny_spo_config(tmp_path / "out", use_cpu=True, **settings)
+        return SPOTrainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=PROMPTS)
+
+    def test_little_memory_makes_small_chunks(self, tmp_path):
+        """
+        A share of what is left beside gradients and moments, three times what is trained, holds the chunks, and twice the
+        chunks would not fit; ample memory gives as many samples as keep the device busy, and no more.
+        """
+        trainer = self.trainer(tmp_path)
+        embeds, pipeline = trainer._encode(PROMPTS[:1]), trainer.pipeline
+        shape = pipeline.latent_shape()
+        coming = 3 * 4 * sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        needs = {n: denoiser_bytes(pipeline, embeds, shape, 3.0, n) for n in (4, 8)}
+        free = coming + int(1.5 * needs[4] / 0.8)
+        assert needs[4] < rollout_budget_gib(free, trainer.model) * GIB < needs[8]
+        sizes = trainer._choose_chunk_sizes(embeds, free=free)
+        assert sizes["rollout_micro_batch_size"] == 4
+        images = sizes["vae_decode_batch_size"]
+        budget = rollout_budget_gib(free, trainer.model) * GIB
+        assert scoring_bytes(pipeline, trainer.reward, shape, images) <= budget
+        assert scoring_bytes(pipeline, trainer.reward, shape, 2 * images) > budget
+        ample = trainer._choose_chunk_sizes(embeds, free=2**45)
+        busy = busy_chunk_sizes("cpu", 8 * 8, 16 * 16)
+        assert busy == (2**15 // 64, 2**16 // 256) == tuple(ample.values())[:2]
+
+    def test_no_memory_at_all_is_one_sample(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        sizes = trainer._choose_chunk_sizes(trainer._encode(PROMPTS[:1]), free=0)
+        assert set(sizes.values()) == {1}
+
+    def test_smaller_images_go_through_in_larger_chunks(self, tmp_path):
+        """Half the side is a quarter of the pixels; more than the image has is none of it."""
+        sizes = [
+            self.trainer(tmp_path, scoring_image_size=size)._choose_chunk_sizes(None)["vae_decode_batch_size"]
+            for size in (None, 8, 64)
+        ]
+        assert sizes == [256, 1024, 256]
+
+    def test_sizes_by_device(self):
+        """Stable Diffusion 1.5 and XL on a GPU."""
+        assert busy_chunk_sizes("cuda", 64 * 64, 512 * 512) == (64, 32)
+        assert busy_chunk_sizes("cuda", 128 * 128, 1024 * 1024) == (16, 8)
+        assert busy_chunk_sizes("cuda", 2**20, 2**30) == (1, 1)

@@ -87,8 +87,8 @@ class SPOConfig(StepTrainingArguments):
             Maximum number of images in one call of the reward model.
         memory_budget (`float`, *optional*):
             GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
-            `None` are then computed from the networks; without a budget they depend on the image size alone. Either
-            way activations do not grow with K or the number of prompts; what is kept of each candidate (two latents) does.
+            `None` are then computed from the networks. Without a budget they depend on the image size and, on CUDA, on
+            the memory that is free before the first rollout. Either way activations do not grow with K or the number of prompts; what is kept of each candidate (two latents) does.
         defer_scoring (`bool`, *optional*, defaults to `True`):
             Score the candidates of all steps together after the rollout, in full batches. The same scores; with
             `resample` other than `"random"` the next step needs them and they are scored step by step.

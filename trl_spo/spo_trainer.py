@@ -52,7 +52,13 @@ from .step_pairs import StepPairs
 from .training.callbacks import ImageLoggingCallback
 from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text
 from .training.compilation import compile_blocks, reference_on_same_code
-from .training.memory import rollout_chunk_sizes
+from .training.memory import (
+    busy_chunk_sizes,
+    free_bytes,
+    power_of_two_below,
+    rollout_budget_gib,
+    rollout_chunk_sizes,
+)
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
 
@@ -371,8 +377,8 @@ class SPOTrainer(CheckpointingMixin, Trainer):
     def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
         """
         How many samples denoiser, decoder and reward model get at once, by the name of the config field: what the
-        config says; otherwise what fits `memory_budget`; otherwise about as many pixels as keep the device busy, so
-        that memory does not grow with the pool of candidates.
+        config says; otherwise what fits `memory_budget`; otherwise about as many pixels as keep the device busy, on CUDA
+        no more than fit its free memory. Memory does not grow with the pool of candidates.
         """
         args = self.args
         sizes = {name: getattr(args, name) for name in CHUNK_SIZES}
@@ -382,31 +388,44 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             self._chunk_sizes = self._choose_chunk_sizes(embeds)
         return {name: size or self._chunk_sizes[name] for name, size in sizes.items()}
 
-    def _choose_chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
+    def _choose_chunk_sizes(self, embeds: PromptEmbeds, free: int | None = None) -> dict[str, int]:
+        """`free` bytes on the device; by default it is asked."""
         args = self.args
         latent_shape = self.pipeline.latent_shape(args.height, args.width)
-        if args.memory_budget is not None:
-            with self.accelerator.autocast():
-                denoiser, scoring = rollout_chunk_sizes(
-                    self.pipeline,
-                    self.reward,
-                    embeds,
-                    latent_shape,
-                    args.guidance_scale,
-                    args.memory_budget,
-                    largest=args.num_candidates * args.per_device_rollout_batch_size,
-                    image_size=args.scoring_image_size,
-                )
-            return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
-        pixels = self.pipeline.num_pixels(args.height, args.width)
-        latent_pixels = math.prod(latent_shape[1:])
-        # A CPU is fastest when what it works on stays in its caches, a GPU when it has much to do at once.
-        denoiser, decoder = (2**15, 2**16) if args.device.type == "cpu" else (2**17, 2**21)
-        return {
-            "rollout_micro_batch_size": max(1, denoiser // latent_pixels),
-            "vae_decode_batch_size": max(1, decoder // pixels),
-            "reward_batch_size": 16 if args.device.type == "cpu" else 32,
-        }
+        busy = busy_chunk_sizes(args.device.type, math.prod(latent_shape[1:]), self._scored_pixels(latent_shape))
+        free = free_bytes(args.device) if free is None else free
+        if args.memory_budget is None and free is None:
+            denoiser, decoder = busy
+            reward = 16 if args.device.type == "cpu" else 32
+            return dict(zip(CHUNK_SIZES, (denoiser, decoder, reward), strict=True))
+
+        # As many samples as fit the memory; without a budget of the user no more than are of use.
+        budget, largest = args.memory_budget, args.num_candidates * args.per_device_rollout_batch_size
+        if budget is None:
+            budget, largest = max(rollout_budget_gib(free, self.model), 1e-9), max(busy)
+        with self.accelerator.autocast():
+            denoiser, scoring = rollout_chunk_sizes(
+                self.pipeline,
+                self.reward,
+                embeds,
+                latent_shape,
+                args.guidance_scale,
+                budget,
+                largest=largest,
+                image_size=args.scoring_image_size,
+            )
+        if args.memory_budget is None:
+            denoiser = min(busy[0], power_of_two_below(denoiser))
+            scoring = min(busy[1], power_of_two_below(scoring))
+        return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
+
+    def _scored_pixels(self, latent_shape: tuple[int, ...]) -> float:
+        """Pixels of an image as it is decoded for scoring."""
+        pixels = self.pipeline.num_pixels(self.args.height, self.args.width)
+        if self.args.scoring_image_size is None:
+            return pixels
+        short_side = min(latent_shape[1:]) * math.sqrt(pixels / math.prod(latent_shape[1:]))
+        return pixels * min(1.0, self.args.scoring_image_size / short_side) ** 2
 
     def why_no_pairs(self) -> str:
         """What kept candidates from forming pairs, and what to change."""
