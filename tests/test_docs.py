@@ -22,6 +22,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import math
 import re
 import shlex
 import sys
@@ -31,7 +32,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from trl_spo import SPOConfig, StepRewardConfig
+from trl_spo import SPOConfig, StepRewardConfig, flow_step_stats
 from trl_spo.evaluation.evaluate import PROTOCOLS
 from trl_spo.evaluation.metrics import METRICS
 from trl_spo.scripts import cli
@@ -269,25 +270,20 @@ def called(node: ast.expr, known: dict):
     return None
 
 
-def test_the_flow_step_of_the_sketch_keeps_the_marginals():
-    """
-    With x_0 and noise standard normal, x_t has variance t^2 + (1 - t)^2 and the exact velocity is linear in x_t. The step
-    is linear, too, so its variance can be computed, and must be that of the next t up to the square of the step size.
-    """
-    (code,) = [code for code in blocks(ROOT / "docs" / "new_model_family.md", "python") if "flow_step_stats" in code]
+def test_the_flow_step_of_the_page_is_the_one_of_the_package():
+    """The formula of DDIM in words, at the sigmas of the page's code, and what the page says of its noise."""
+    (code,) = [code for code in blocks(ROOT / "docs" / "new_model_family.md", "python") if "flow_step_stats(" in code]
     names = {}
     exec(code, names)
-    t, next_t = 0.6, 0.59
-    variance, next_variance = (s**2 + (1 - s) ** 2 for s in (t, next_t))
-    x = torch.ones(1, 4)
-    velocity = (t - (1 - t)) / variance * x  # E[noise - x_0 | x_t]
-    for eta in (0.0, 0.7):
-        mean, std, x0 = names["flow_step_stats"](velocity, torch.tensor([t]), torch.tensor([next_t]), x, eta)
-        assert (mean**2 * variance + std**2).mean().item() == pytest.approx(next_variance, rel=5e-4)
-        torch.testing.assert_close(x0, (1 - t) / variance * x)  # E[x_0 | x_t]
-        assert (std > 0) == (eta > 0)
-    first = names["flow_step_stats"](velocity, torch.ones(1), torch.tensor([0.95]), x)
-    assert bool(torch.isfinite(first.prev_sample_mean).all()) and first.std_dev_t > 0
+    t, next_t, x, v = 0.8, 0.7, names["sample"], names["velocity"]
+    s = next_t / t * math.sqrt(t**2 - ((1 - t) / (1 - next_t)) ** 2 * next_t**2)
+    k = math.sqrt(next_t**2 - s**2)
+    torch.testing.assert_close(names["x_0"], x - t * v)
+    torch.testing.assert_close(names["mean"], (1 - next_t) * (x - t * v) + k * (x + (1 - t) * v))
+    assert names["std"].item() == pytest.approx(s, rel=1e-6)
+    # At t = 1 it has no pole and replaces all noise; at t' = 0 it leaves none.
+    assert flow_step_stats(v, 1.0, 0.9, x).std_dev_t.item() == pytest.approx(0.9)
+    assert flow_step_stats(v, 0.2, 0.0, x).std_dev_t.item() == 0
 
 
 # --- shell blocks ----------------------------------------------------------------------------------------------------

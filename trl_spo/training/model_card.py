@@ -28,6 +28,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..rewards.base import Reward
 from ..step_distribution import StepRule
 
 
@@ -57,9 +58,12 @@ def hub_id(value: Any) -> str | None:
 
 
 def describe_reward(reward: Any) -> str:
-    """The Hub id of a reward model, or the name of its class or function."""
+    """The Hub id of a reward model, what a [`Reward`] calls itself, or the name of its class or function."""
     source = hub_id(getattr(getattr(reward, "config", None), "_name_or_path", None))
-    return source or f"`{getattr(reward, '__name__', type(reward).__name__)}`"
+    name = getattr(reward, "__name__", type(reward).__name__)
+    if isinstance(reward, Reward) and reward.name != Reward.name:
+        name = reward.name
+    return source or f"`{name}`"
 
 
 def read_samples(folder: str | Path) -> dict | None:
