@@ -25,21 +25,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from trl_spo import StepAwareRewardModel, wrap_pipeline
 from trl_spo.evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
 from trl_spo.evaluation.metrics import PickScore
 from trl_spo.evaluation.sheets import before_after_sheet
 from trl_spo.evaluation.statistics import (
-    compare,
-    comparison_table,
     mean_and_se,
     mean_interval,
     paired_statistics,
     prompt_means,
-    student_t_quantile,
+    statistics_table,
     wilson_interval,
-    win_rate,
 )
 from trl_spo.sampling import generate_images, score_images
 
@@ -88,16 +86,6 @@ def test_mean_and_standard_error_by_hand():
     assert math.isnan(mean_and_se(torch.tensor([1.0]))["se"])
 
 
-def test_paired_difference_and_win_rate_by_hand():
-    """Differences 1, 1, 0, 1: mean 0.75, deviation 0.5, error 0.25; three wins and a draw are 3.5 / 4."""
-    before, after = {"score": torch.tensor([0.0, 5.0, 2.0, 9.0])}, {"score": torch.tensor([1.0, 6.0, 2.0, 10.0])}
-    result = compare(before, after)
-    assert result["delta"]["score"] == {"mean": 0.75, "se": pytest.approx(0.25)}
-    assert result["win_rate"]["score"]["mean"] == 0.875
-    assert win_rate(before["score"], after["score"])["mean"] == pytest.approx(0.125)
-    assert "| score | 4.000 ± 1.958 | 4.750 ± 2.056 | +0.750 ± 0.250 | 0.875 ± 0.125 |" in comparison_table(result)
-
-
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -116,28 +104,23 @@ def test_images_of_one_prompt_are_one_observation():
 
 
 @pytest.mark.parametrize(
-    "probability, degrees, expected",  # two in closed form, the rest from printed tables
+    "confidence, degrees, expected",  # two in closed form, the rest from printed tables
     [
-        (0.975, 1, math.tan(math.pi * 0.475)),
-        (0.975, 2, 0.95 * math.sqrt(2 / (1 - 0.95**2))),
-        (0.975, 3, 3.182446),
-        (0.975, 4, 2.776445),
-        (0.95, 5, 2.015048),
-        (0.995, 10, 3.169273),
-        (0.025, 30, -2.042272),
-        (0.975, 499, 1.964729),
-        (0.5, 7, 0.0),
+        (0.95, 1, math.tan(math.pi * 0.475)),
+        (0.95, 2, 0.95 * math.sqrt(2 / (1 - 0.95**2))),
+        (0.95, 3, 3.182446),
+        (0.9, 5, 2.015048),
+        (0.99, 10, 3.169273),
+        (0.95, 499, 1.964729),
     ],
 )
-def test_student_t_quantile(probability, degrees, expected):
-    assert student_t_quantile(probability, degrees) == pytest.approx(expected, abs=1e-6)
-
-
-def test_student_t_quantile_refuses_what_has_none():
-    with pytest.raises(ValueError, match="degrees >= 1"):
-        student_t_quantile(0.975, 0)
-    with pytest.raises(ValueError, match="0 < probability < 1"):
-        student_t_quantile(1.0, 3)
+def test_mean_interval_has_students_quantiles(confidence, degrees, expected):
+    values = torch.linspace(-1, 3, degrees + 1, dtype=torch.float64)
+    low, high = mean_interval(values, confidence)
+    assert ((high + low) / 2, (high - low) / 2 / mean_and_se(values)["se"]) == pytest.approx((1, expected), abs=1e-6)
+    for impossible in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            mean_interval(values, impossible)
 
 
 def test_mean_interval_by_hand_and_by_counting():
@@ -162,8 +145,13 @@ def test_wilson_interval_by_hand():
     assert wilson_interval(1.0, 10) == pytest.approx((10 / (10 + z**2), 1.0))
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, z**2 / (10 + z**2)))
     assert wilson_interval(0.5, 100, confidence=0.5)[0] > wilson_interval(0.5, 100)[0]
+    for wins, count in ((0, 3), (5, 7), (40, 41)):
+        scipys = binomtest(wins, count).proportion_ci(0.9, method="wilson")
+        assert wilson_interval(wins / count, count, 0.9) == pytest.approx((scipys.low, scipys.high))
     with pytest.raises(ValueError, match="at least one prompt"):
         wilson_interval(0.5, 0)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        wilson_interval(0.5, 3, 0.0)
 
 
 def test_paired_statistics_by_hand():
@@ -179,11 +167,23 @@ def test_paired_statistics_by_hand():
     assert result["mean"] == pytest.approx((17 + 30 + 39) / 3)
     assert result["difference"] == pytest.approx(1 / 3)
     assert result["difference_se"] == pytest.approx(math.sqrt(7 / 9))
-    reach = student_t_quantile(0.975, 2) * math.sqrt(7 / 9)
+    reach = 0.95 * math.sqrt(2 / (1 - 0.95**2)) * math.sqrt(7 / 9)  # t with two degrees of freedom
     assert result["difference_high"] - result["difference_low"] == pytest.approx(2 * reach)
     assert result["win_rate"] == 0.5
     assert (result["win_rate_low"], result["win_rate_high"]) == pytest.approx(wilson_interval(0.5, 3))
     assert set(paired_statistics(scores, prompts)) == {"num_images", "num_prompts", "mean", "se"}
+
+
+def test_the_table_of_statistics():
+    """Differences 1, 1, 0, 1: mean 0.75, error 0.25; t with 3 degrees is 3.1824; three wins and a tie are 3.5 of 4."""
+    base, scores = torch.tensor([0.0, 5.0, 2.0, 9.0]), torch.tensor([1.0, 6.0, 2.0, 10.0])
+    prompts = list("abcd")
+    low, high = wilson_interval(3.5 / 4, 4)
+    row = "| score | 4.7500 ± 2.0565 | 4.0000 ± 1.9579 | +0.7500 (-0.0456 to +1.5456) |"
+    table = statistics_table({"score": paired_statistics(scores, prompts, base)}).splitlines()
+    assert table[0].count("|") == table[1].count("|") == table[2].count("|") == 6
+    assert table[2] == f"{row} 87.5% ({low:.1%} to {high:.1%}) |"
+    assert statistics_table({"score": paired_statistics(scores, prompts)}).splitlines()[2] == row[:27].rstrip()
 
 
 # --- the whole evaluation --------------------------------------------------------------------------------------------

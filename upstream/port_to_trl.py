@@ -62,7 +62,7 @@ PAGES = {  # page -> title in the table of contents, and the classes it document
     ),
 }
 # Dependencies of ours that TRL does not have already, for an extra of its own.
-EXTRA = ("diffusers", "matplotlib", "peft", "pillow")
+EXTRA = ("diffusers", "matplotlib", "peft", "pillow", "scipy")
 
 
 def check_checkout(checkout: Path) -> None:
@@ -232,7 +232,7 @@ def add_extra(text: str) -> str:
         )
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    requirements = config["options"]["install_requires"].split()
+    requirements = config["options"]["install_requires"].split() + config["options.extras_require"]["eval"].split()
     bounds = [line for line in requirements if re.split(r"[<>=!~]", line)[0] in EXTRA]
     extra = "diffusers = [\n" + "".join(f'    "{bound}",\n' for bound in bounds) + "]\n"
     return text.replace(heading, heading + extra, 1)

@@ -25,11 +25,11 @@ import math
 from typing import Any
 
 import torch
+from scipy.stats import t as student_t
 
 from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.preferences import _denoise, encode_prompts
-from trl_spo.evaluation.statistics import student_t_quantile
 from trl_spo.noised_pairs import noised_pair_images
 from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.sampling import score_images
@@ -264,7 +264,7 @@ def two_way(values: torch.Tensor) -> dict[str, float]:
         spread = sum(ms**2 / n for ms, n in terms)
         df = max(1, round(total**2 / spread)) if spread else captions - 1
     se = math.sqrt(variance)
-    reach = student_t_quantile(0.975, df) * se
+    reach = float(student_t.ppf(0.975, df)) * se
     return {
         "mean": mean,
         "se": se,

@@ -54,7 +54,7 @@ from examples.shapes.base_scores import load_pipeline
 from trl_spo import SPOConfig, SPOTrainer
 from trl_spo.evaluation.curves import plot_curves
 from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
-from trl_spo.evaluation.statistics import compare, comparison_table
+from trl_spo.evaluation.statistics import paired_statistics, statistics_table
 from trl_spo.export import export_kohya
 
 
@@ -172,7 +172,7 @@ print(f"{result.metrics['train_runtime']:.0f} seconds, {trainer.pair_loader.num_
         "markdown",
         """## After
 
-The same captions and seeds. What counts is the paired difference and its standard error. Twelve steps are few, and one
+The same captions and seeds. What counts is the paired difference and its interval. Twelve steps are few, and one
 run is one run: take the size of the effect from the demo, not from here.""",
     ),
     (
@@ -182,7 +182,8 @@ run is one run: take the size of the effect from the demo, not from here.""",
 
 images_after = trainer.generate(held_out)
 after = trainer.score(images_after, held_out)
-Markdown(comparison_table(compare(before, after)))""",
+statistics = {name: paired_statistics(after[name], held_out, before[name]) for name in after}
+Markdown(statistics_table(statistics))""",
     ),
     (
         "code",

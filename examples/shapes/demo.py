@@ -51,7 +51,7 @@ from trl_spo import (
 )
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
 from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
-from trl_spo.evaluation.statistics import compare, comparison_table
+from trl_spo.evaluation.statistics import paired_statistics, statistics_table
 
 
 METRICS = {
@@ -220,12 +220,15 @@ def main():
 def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_accuracy):
     (images_before, scores_before), (images_after, scores_after) = before, after
     names = ("aesthetics", "alignment", "reward")
-    comparison = compare({n: scores_before[n] for n in names}, {n: scores_after[n] for n in names})
-    table = comparison_table(comparison)
-    metrics = {"num_prompts": len(prompts), **comparison, "sampler": {**SAMPLER, "scheduler": "DDIM", "eta": 1.0}}
-    metrics["seconds"] = Stage.seconds
+    # Numbers: the samples of one caption are averaged before anything is compared.
+    statistics = {name: paired_statistics(scores_after[name], prompts, scores_before[name]) for name in names}
+    table = statistics_table(statistics)
+    sampler = {**SAMPLER, "scheduler": "DDIM", "eta": 1.0}
+    metrics = {"statistics": statistics, "sampler": sampler, "seconds": Stage.seconds}
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     (args.output_dir / "metrics.md").write_text(table + "\n")
+
+    # Pictures.
     shown = torch.linspace(0, len(prompts) // args.eval_repeats - 1, 24).long().tolist()
     before_after_sheet(
         images_before[shown],
@@ -257,7 +260,11 @@ def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_a
         {"CLIP, before training": clip_accuracy, "step-aware reward model": reward_accuracy},
         title="Agreement with noisy labels, fresh pairs",
     ).savefig(args.output_dir / "reward_accuracy.png", dpi=120)
-    print(f"\n{len(prompts)} held-out prompts, mean ± standard error\n\n{table}\n")
+    captions = len(set(prompts))
+    print(
+        f"\n{len(prompts)} images of {captions} held-out captions, base model and SPO, ± standard error over captions\n"
+    )
+    print(f"{table}\n")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in Stage.seconds.items()))
     print(f"Pictures, metrics and the LoRA are in {args.output_dir}/")
 

@@ -40,7 +40,7 @@ from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..rewards.base import is_reward_model
 from ..sampling import generate_images, score_images
-from .statistics import paired_statistics
+from .statistics import paired_statistics, statistics_table
 
 
 # --- a stated protocol -----------------------------------------------------------------------------------------------
@@ -178,18 +178,7 @@ class EvaluationResult:
 
     def table(self) -> str:
         """The statistics as a Markdown table."""
-        head = ["metric", "mean"]
-        if self.base_scores is not None:
-            head += ["base", "paired difference (95% CI)", "win rate (95% CI)"]
-        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for name, s in self.statistics.items():
-            cells = [name, f"{s['mean']:.4f} ± {s['se']:.4f}"]
-            if self.base_scores is not None:
-                cells.append(f"{s['base_mean']:.4f} ± {s['base_se']:.4f}")
-                cells.append(f"{s['difference']:+.4f} ({s['difference_low']:+.4f} to {s['difference_high']:+.4f})")
-                cells.append(f"{s['win_rate']:.1%} ({s['win_rate_low']:.1%} to {s['win_rate_high']:.1%})")
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+        return statistics_table(self.statistics)
 
     def report(self) -> str:
         """Protocol, table and what its columns mean, in Markdown."""
@@ -204,7 +193,7 @@ class EvaluationResult:
         if self.base_scores is not None:
             text[-1] += (
                 " The base model had the same prompts and seeds; the difference is paired, with Student's t interval "
-                "over prompts. Win rate: share of images above the base model's, draws one half, Wilson's interval."
+                "over prompts. Win rate: share of images above the base model's, ties one half, Wilson's interval."
             )
         text.append("\n".join(f"- `{name}`: {what}" for name, what in self.metric_descriptions.items()))
         text.append("Made with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".")
