@@ -30,7 +30,7 @@ from scipy.stats import binomtest
 from trl_spo import StepAwareRewardModel, wrap_pipeline
 from trl_spo.evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
 from trl_spo.evaluation.metrics import PickScore
-from trl_spo.evaluation.sheets import before_after_sheet
+from trl_spo.evaluation.sheets import before_after_sheet, image_grid
 from trl_spo.evaluation.statistics import (
     mean_and_se,
     mean_interval,
@@ -267,7 +267,6 @@ def test_what_is_written(tmp_path):
         base=base,
         output_dir=folder,
         num_sheet_images=3,
-        sheet=before_after_sheet,
     )
     written = json.loads((folder / "metrics.json").read_text())
     assert EvaluationProtocol(**written["protocol"]) == SHORT
@@ -294,15 +293,15 @@ def test_what_is_written(tmp_path):
     assert np.array_equal(np.asarray(Image.open(folder / "contact_sheet.png")), np.asarray(expected))
 
 
-def test_plain_sheet_has_the_base_above(tmp_path, pipeline):
-    base = torch.zeros(2, 3, 16, 16)
-    base[:, 2] = 1  # blue
-    result = evaluate_pipeline(pipeline, PROMPTS[:2], {"redness": redness}, SHORT, base=base, output_dir=tmp_path)
+def test_without_a_base_the_sheet_is_a_grid(tmp_path, pipeline):
+    result = evaluate_pipeline(pipeline, PROMPTS[:2], {"redness": redness}, SHORT, output_dir=tmp_path)
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png"))
-    assert sheet.shape == (2 * 20 + 4, 2 * 20 + 4, 3)
-    assert (sheet[4:20, 4:20] == (0, 0, 255)).all()
-    below = torch.from_numpy(sheet[24:40, 24:40].copy()).permute(2, 0, 1) / 255
-    torch.testing.assert_close(below, result.images[1])
+    assert sheet.shape == (20 + 4, 2 * 20 + 4, 3)
+    for i, left in enumerate((4, 24)):
+        image = torch.from_numpy(sheet[4:20, left : left + 16].copy()).permute(2, 0, 1) / 255
+        torch.testing.assert_close(image, result.images[i])
+    nine = image_grid(torch.zeros(9, 3, 16, 16))  # eight in a row, the ninth below
+    assert nine.size == (8 * 20 + 4, 2 * 20 + 4) and np.asarray(nine)[24:40, 4:20].max() == 0
 
 
 def test_one_prompt_has_no_standard_error_and_valid_json(tmp_path, pipeline):

@@ -544,7 +544,6 @@ class TestPrompts:
 
     def test_evaluation_and_samples(self, models, place):
         from trl_spo.evaluation.evaluate import EvaluationProtocol, evaluate_pipeline
-        from trl_spo.evaluation.sheets import before_after_sheet
         from trl_spo.scripts import sample
 
         nasty = [prompt for prompt in NASTY if "\0" not in prompt]
@@ -556,7 +555,6 @@ class TestPrompts:
                 EvaluationProtocol("../name", num_inference_steps=2),
                 base=tiny_sd_pipeline(models),
                 output_dir=place / "evaluation",
-                sheet=before_after_sheet,
             )
             arguments = ["--model_name_or_path", str(models / "sd"), "--output_dir", str(place / "samples")]
             arguments += ["--num_inference_steps", "2", "--prompt", *nasty]

@@ -17,6 +17,7 @@
 import io
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -27,11 +28,14 @@ from PIL import Image, ImageColor, ImageFont
 from trl_spo import SPOTrainer, stepwise_rollout, wrap_pipeline
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
 from trl_spo.evaluation.sheets import (
-    LOSE,
+    BETTER,
     NEXT,
-    WIN,
+    WORSE,
+    _can_draw,
     _fit_lines,
     _font,
+    _font_file,
+    _font_files,
     _printable,
     before_after_sheet,
     candidate_tree,
@@ -68,8 +72,8 @@ def test_sheet_has_before_left_of_after_and_marks_direction():
     reds, blues = has(sheet, "#ff0000"), has(sheet, "#0000ff")
     assert reds.sum() == blues.sum() == 2 * 128 * 128
     assert np.argwhere(reds)[:, 1].min() < np.argwhere(blues)[:, 1].min()
-    assert has(sheet, WIN).any() and has(sheet, LOSE).any()
-    assert not has(before_after_sheet(red, blue, PROMPTS[:2]), WIN).any()
+    assert has(sheet, BETTER).any() and has(sheet, WORSE).any()
+    assert not has(before_after_sheet(red, blue, PROMPTS[:2]), BETTER).any()
 
 
 PROMPTS_THAT_HURT = [
@@ -102,29 +106,51 @@ def test_lines_break_between_words_and_lose_nothing_that_fits():
     assert _fit_lines("a red cat on a blue dog", font, width, 1)[0].endswith("…")
 
 
-def test_a_font_is_found_for_what_dejavu_lacks_or_it_stays():
-    from matplotlib import font_manager
-
+def test_a_font_is_found_for_what_dejavu_lacks_or_it_stays(monkeypatch):
     assert _font(12, "naïve Ж").getname()[0] == "DejaVu Sans"
-    has_chinese = [
-        entry for entry in font_manager.fontManager.ttflist
-        if "Last Resort" not in entry.name and ord("猫") in font_manager.get_font(entry.fname).get_charmap()
-    ]  # fmt: skip
+    has_chinese = [file for file in _font_files() if _can_draw(file, "猫")]
     assert (_font(12, "猫").getname()[0] == "DejaVu Sans") == (not has_chinese)
     assert isinstance(_font(12, "\U000e0001"), ImageFont.FreeTypeFont)  # in no font
+    # Pillow's own font is left where there is no other; it has fewer characters, and texts are drawn all the same.
+    monkeypatch.setattr("trl_spo.evaluation.sheets._font_files", lambda: ())
+    _font_file.cache_clear()
+    assert isinstance(_font(12, "naïve 猫 again"), ImageFont.FreeTypeFont)
+    _font_file.cache_clear()
+
+
+def test_a_font_can_draw_what_its_table_of_characters_lists():
+    """Judged by the glyphs, so compared with what the font file itself says (fontTools comes with matplotlib)."""
+    from fontTools.ttLib import TTFont
+
+    file = _font_files()[0]
+    listed = TTFont(file).getBestCmap()
+    for character in "aßЖ…“猫あ\u0e01\U0001f408":
+        assert _can_draw(file, character) == (ord(character) in listed), character
+
+
+def test_sheets_need_no_matplotlib():
+    code = (
+        "import sys, torch; sys.modules['matplotlib'] = None\n"
+        "from trl_spo.evaluation.sheets import before_after_sheet\n"
+        "image = torch.zeros(1, 3, 8, 8)\n"
+        "print(before_after_sheet(image, image, ['a red cat'], title='title').size)\n"
+        "import trl_spo.evaluation.curves\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.startswith("(292,") and "pip install trl-spo[eval]" in result.stderr
 
 
 def test_sheets_with_scores_of_one_side_and_errors():
     red, blue = solid(1, 0, 0, count=2), solid(0, 0, 1, count=2)
     sheet = before_after_sheet(red, blue, PROMPTS[:2], after_scores={"a long name of a metric": torch.ones(2)})
-    assert not has(sheet, WIN).any() and sheet.width == 12 + 2 * (2 * 128 + 24)
+    assert not has(sheet, BETTER).any() and sheet.width == 12 + 2 * (2 * 128 + 24)
     with pytest.raises(ValueError, match="'after': 1"):
         before_after_sheet(red, blue[:1], PROMPTS[:2])
     with pytest.raises(ValueError, match="scores of 'reward'"):
         before_after_sheet(red, blue, PROMPTS[:2], {"reward": torch.ones(3)})
 
 
-def test_tree_frames_winner_loser_and_continuation(tmp_path):
+def test_tree_frames_chosen_rejected_and_continuation(tmp_path):
     pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
     settings = {"num_inference_steps": 4, "branch_start_step": 1, "guidance_scale": 1.0}
     pairs = stepwise_rollout(
@@ -132,8 +158,8 @@ def test_tree_frames_winner_loser_and_continuation(tmp_path):
     )
     tree = candidate_tree(pipeline, pairs, prompt_row=1)
     assert tree.width == 12 + 3 * (96 + 14 + 12)
-    green, red, blue = (has(tree, color)[: tree.height - 30] for color in (WIN, LOSE, NEXT))
-    for column in range(3):  # winner in the first row, loser in the last, as rows are sorted by score
+    green, red, blue = (has(tree, color)[: tree.height - 30] for color in (BETTER, WORSE, NEXT))
+    for column in range(3):  # chosen in the first row, rejected in the last, as rows are sorted by score
         left = slice(column * 122, column * 122 + 122)
         assert np.argwhere(green[:, left])[:, 0].max() < np.argwhere(red[:, left])[:, 0].min()
         rank = (

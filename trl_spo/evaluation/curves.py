@@ -12,15 +12,24 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Curves of a run, drawn with matplotlib."""
+"""
+Curves of a run, drawn with matplotlib: everything that was logged, and the accuracy of reward models over the timesteps.
+"""
 
 import io
 import numbers
 import re
 
-from matplotlib.figure import Figure
-
 from .sheets import MUTED, NEXT
+
+
+try:
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("Curves need matplotlib: `pip install trl-spo[eval]`.") from error
+
+
+NOT_CURVES = {"epoch", "step", "total_flos"}
 
 
 class NotebookFigure(Figure):
@@ -30,9 +39,6 @@ class NotebookFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
-
-
-NOT_CURVES = {"epoch", "step", "total_flos"}
 
 
 def plot_curves(
@@ -55,45 +61,59 @@ def plot_curves(
     Raises:
         ValueError: if none of the keys was logged.
     """
-    if keys is None:
-        logged = dict.fromkeys(key for log in log_history if x in log for key in log)
-        wanted = [k for k in logged if k not in NOT_CURVES and k != x and not k.startswith("train_")]
-    else:
-        wanted = list(keys)
-    series = {key: [(log[x], log[key]) for log in log_history if key in log and x in log] for key in wanted}
-    series = {k: p for k, p in series.items() if p and all(isinstance(y, numbers.Real) for _, y in p)}
+    # Which metrics have numbers, and which of them share a panel?
+    wanted = _logged_metrics(log_history, x) if keys is None else list(keys)
+    series = {key: points for key in wanted if (points := _points(log_history, x, key))}
     if not series:
         raise ValueError("There is no metric" if keys is None else f"None of {keys} is" + " in the log history.")
     panels: dict[str, list[str]] = {}
     for key in series:
         panels.setdefault(key if keys is not None else key.partition("/")[0], []).append(key)
+
+    # Draw them, three panels to a row.
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = NotebookFigure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
     for index, (name, members) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
-        for number, key in enumerate(members):
-            points = series[key]
-            axes.plot(
-                *zip(*points, strict=True),
-                color=NEXT if len(members) == 1 else f"C{number % 10}",
-                linestyle="-" if number < 10 else "--",
-                marker="." if len(points) < 40 else None,
-                label=key.partition("/")[2] or key,
-            )
+        _draw_panel(axes, {key: series[key] for key in members})
         axes.set_title(members[0] if len(members) == 1 else name, fontsize=10)
         axes.set_xlabel(x, fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if len(members) > 1:
-            axes.legend(fontsize=6)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
 
 
+def _logged_metrics(log_history: list[dict], x: str) -> list[str]:
+    """All metrics that were logged together with `x`, in the order of their first appearance."""
+    logged = dict.fromkeys(key for log in log_history if x in log for key in log)
+    return [key for key in logged if key not in NOT_CURVES and key != x and not key.startswith("train_")]
+
+
+def _points(log_history: list[dict], x: str, key: str) -> list[tuple[float, float]]:
+    """The curve of one metric; empty if it was never logged or is not a number."""
+    points = [(log[x], log[key]) for log in log_history if key in log and x in log]
+    return points if all(isinstance(y, numbers.Real) for _, y in points) else []
+
+
+def _draw_panel(axes, series: dict[str, list[tuple[float, float]]]) -> None:
+    """The curves of one panel; more than one get colours of their own and a legend."""
+    for number, (key, points) in enumerate(series.items()):
+        axes.plot(
+            *zip(*points, strict=True),
+            color=NEXT if len(series) == 1 else f"C{number % 10}",
+            linestyle="-" if number < 10 else "--",
+            marker="." if len(points) < 40 else None,
+            label=key.partition("/")[2] or key,
+        )
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend(fontsize=6)
+
+
 def _by_timestep(values: dict) -> dict[int, float]:
-    """`{timestep: accuracy}` as it is, or picked from metrics such as `eval_accuracy/t_501`."""
+    """`{timestep: accuracy}`, given as it is or picked from metrics such as `eval_accuracy/t_501`."""
     picked = {}
     for key, value in values.items():
         match = re.fullmatch(r"(?:.*accuracy/t_)?(\d+)", str(key))

@@ -15,9 +15,9 @@
 """
 Evaluation with a stated protocol: one fixed seed per prompt, one sampler, and statistics that say how sure they are.
 
-[`evaluate_pipeline`] does it all: samples under an [`EvaluationProtocol`], scores with any metrics, compares with a
-base model on the same prompts and seeds, and writes numbers, table and pictures. The unit of every statistic is the
-*prompt*: several images of one prompt are averaged first, since they are no independent evidence about other prompts.
+[`evaluate_pipeline`] samples under an [`EvaluationProtocol`], scores with any metrics, compares with a base model on the
+same prompts and seeds, and writes numbers, a table and pictures. The unit of every statistic is the *prompt*, see
+`trl_spo.evaluation.statistics`.
 """
 
 import dataclasses
@@ -32,14 +32,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from PIL import Image
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..images import eight_bits, to_pil
+from ..images import eight_bits
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..rewards.base import is_reward_model
 from ..sampling import generate_images, score_images
+from .sheets import before_after_sheet, image_grid
 from .statistics import paired_statistics, statistics_table
 
 
@@ -49,16 +50,16 @@ from .statistics import paired_statistics, statistics_table
 @dataclasses.dataclass(frozen=True)
 class EvaluationProtocol:
     """
-    Everything a number depends on beside model, prompts and metric.
+    Everything a number depends on besides the model, the prompts and the metric.
 
     Attributes:
         name (`str`): what to call it in reports.
         scheduler (`str`, *optional*, defaults to `"DDIM"`): name of the sampler; must be the `sampler_name` of the
             pipeline's step rule.
         num_inference_steps (`int`, *optional*, defaults to `20`): sampling steps, at least 1.
-        guidance_scale (`float`, *optional*, defaults to `5.0`): classifier-free guidance; up to 1 is none.
+        guidance_scale (`float`, *optional*, defaults to `5.0`): classifier-free guidance; values up to 1 disable it.
         eta (`float`, *optional*, defaults to `0.0`): noise of each step; 0 is deterministic.
-        negative_prompt (`str`, *optional*, defaults to `""`): of every prompt.
+        negative_prompt (`str`, *optional*, defaults to `""`): the same for every prompt.
         height, width (`int`, *optional*): pixels; the model's own size by default.
         seed (`int`, *optional*, defaults to `0`): image number i is drawn from seed `seed + i`.
     """
@@ -108,6 +109,7 @@ def _flow_protocol(name: str, num_inference_steps: int, guidance_scale: float) -
     )
 
 
+# Protocols by name. For another, make an [`EvaluationProtocol`] and give it a name of its own.
 PROTOCOLS = {
     # Steps and guidance of the paper's tables. It does not state eta, and no evaluation code is public; wherever the
     # public code makes finished images (its validation, its inference scripts) it leaves diffusers' default of 0.
@@ -124,9 +126,6 @@ PROTOCOLS = {
 }
 
 
-"""Protocols by name. For another, make an [`EvaluationProtocol`] and give it a name of its own."""
-
-
 # --- the whole evaluation --------------------------------------------------------------------------------------------
 
 
@@ -137,12 +136,12 @@ class EvaluationResult:
 
     Attributes:
         protocol ([`EvaluationProtocol`]): how the images were sampled.
-        prompts (`list[str]`), seeds (`list[int]`): of the N images.
+        prompts (`list[str]`), seeds (`list[int]`): what each of the N images was made from.
         scores (`dict[str, torch.Tensor]`): per metric, `(N,)` scores.
-        base_scores (`dict[str, torch.Tensor]`, *optional*): of the base model's images.
+        base_scores (`dict[str, torch.Tensor]`, *optional*): the same for the base model's images.
         statistics (`dict[str, dict[str, float]]`): per metric, what [`paired_statistics`] returns.
         metric_descriptions (`dict[str, str]`): per metric, what it is.
-        versions (`dict[str, str]`): of the packages that made the numbers.
+        versions (`dict[str, str]`): versions of the packages that made the numbers.
         images, base_images (`torch.Tensor` of shape `(K, 3, H, W)`, *optional*): the first K images, for pictures.
     """
 
@@ -168,10 +167,7 @@ class EvaluationResult:
         return {
             "protocol": dataclasses.asdict(self.protocol),
             "metrics": self.metric_descriptions,
-            "statistics": {
-                name: {key: None if math.isnan(value) else value for key, value in values.items()}
-                for name, values in self.statistics.items()
-            },
+            "statistics": {name: _without_nan(values) for name, values in self.statistics.items()},
             "versions": self.versions,
             "images": rows,
         }
@@ -199,48 +195,41 @@ class EvaluationResult:
         text.append("Made with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".")
         return "\n\n".join(text) + "\n"
 
-    def save(self, output_dir: str | Path, sheet: Callable | None = None) -> None:
+    def save(self, output_dir: str | Path) -> None:
         """
         Write `metrics.json`, `metrics.md` and `contact_sheet.png`.
 
+        With a base model the sheet shows its images beside the model's, with prompts and scores; without one it is a
+        plain grid.
+
         Args:
             output_dir (`str` or `Path`): made if it does not exist.
-            sheet (callable, *optional*): draws the contact sheet where there is a base model, with the arguments of
-                `visualization.before_after_sheet`. Without it, or without a base: a plain grid, base model above.
         """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
         (folder / "metrics.md").write_text(self.report())
+        if len(self.images):
+            self.contact_sheet().save(folder / "contact_sheet.png")
+
+    def contact_sheet(self):
+        """The images that were kept for it, as a `PIL.Image.Image`."""
+        if self.base_images is None:
+            return image_grid(self.images)
         shown = len(self.images)
-        if shown and sheet is not None and self.base_images is not None:
-            scores = {name: values[:shown] for name, values in self.scores.items()}
-            base_scores = {name: values[:shown] for name, values in self.base_scores.items()}
-            arguments = (self.base_images, self.images, self.prompts[:shown], base_scores, scores)
-            p = self.protocol  # a heading has no room for `in_words`
-            title = (
-                f"{p.name}: {p.scheduler}, {p.num_inference_steps} steps, guidance {p.guidance_scale:g}, eta {p.eta:g}"
-            )
-            sheet(*arguments, title=title).save(folder / "contact_sheet.png")
-        elif shown:
-            _plain_sheet(self.images, self.base_images).save(folder / "contact_sheet.png")
+        p = self.protocol  # a heading has no room for `in_words`
+        return before_after_sheet(
+            self.base_images,
+            self.images,
+            self.prompts[:shown],
+            {name: values[:shown] for name, values in self.base_scores.items()},
+            {name: values[:shown] for name, values in self.scores.items()},
+            title=f"{p.name}: {p.scheduler}, {p.num_inference_steps} steps, guidance {p.guidance_scale:g}, eta {p.eta:g}",
+        )
 
 
-def _plain_sheet(
-    images: torch.Tensor, base_images: torch.Tensor | None, columns: int = 8, gap: int = 4
-) -> Image.Image:
-    """A grid of images in reading order; with a base model, its row is above each row."""
-    rows = []
-    for start in range(0, len(images), columns):
-        rows += [] if base_images is None else [base_images[start : start + columns]]
-        rows.append(images[start : start + columns])
-    height = max(row.shape[-2] for row in rows) + gap
-    width = max(row.shape[-1] for row in rows) + gap
-    sheet = Image.new("RGB", (min(columns, len(images)) * width + gap, len(rows) * height + gap), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(to_pil(image), (gap + x * width, gap + y * height))
-    return sheet
+def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    return {key: None if math.isnan(value) else value for key, value in values.items()}
 
 
 def _versions() -> dict[str, str]:
@@ -298,7 +287,6 @@ def evaluate_pipeline(
     *,
     seeds: Iterable[int] | None = None,
     num_sheet_images: int = 16,
-    sheet: Callable | None = None,
     progress: str | None = None,
 ) -> EvaluationResult:
     r"""
@@ -313,8 +301,8 @@ def evaluate_pipeline(
         prompts (`list[str]`): one per image; repeat a prompt for several images of it. Statistics are over distinct
             prompts.
         metrics (`dict[str, Callable]` or `list[str]`): by name, callables `(images (n, 3, H, W) in [0, 1], prompts) ->
-            (n,)` such as those of `trl_spo.evaluation.metrics`, or step-aware reward models, which judge at timestep 0. A list of
-            names loads them with `metrics.load_metric`.
+            (n,)` such as those of `trl_spo.evaluation.metrics`, or step-aware reward models, which judge at timestep 0.
+            A list of names loads them with `metrics.load_metric`.
         protocol ([`EvaluationProtocol`] or `str`, *optional*, defaults to `"spo-paper"`): or the name of one in
             `PROTOCOLS`.
         base (*optional*): what to compare with on the same prompts and seeds: another pipeline, or its images, a
@@ -323,7 +311,6 @@ def evaluate_pipeline(
         batch_size (`int`, *optional*, defaults to `8`): images sampled together.
         seeds (iterable of `int`, *optional*): N seeds; `protocol.seed + i` by default.
         num_sheet_images (`int`, *optional*, defaults to `16`): the first images are kept for the contact sheet.
-        sheet (callable, *optional*): draws it, see [`EvaluationResult.save`].
         progress (`str`, *optional*): show a progress bar with this title on the main process.
 
     Returns:
@@ -337,38 +324,17 @@ def evaluate_pipeline(
 
     ```python
     >>> from trl_spo.evaluation.evaluate import evaluate_pipeline
-    >>> from trl_spo.evaluation.sheets import before_after_sheet
 
     >>> tuned, base = load("my-model"), load("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    >>> result = evaluate_pipeline(
-    ...     tuned, prompts, ["pickscore", "hps_v2.1"], base=base, output_dir="evaluation", sheet=before_after_sheet
-    ... )
+    >>> result = evaluate_pipeline(tuned, prompts, ["pickscore", "hps_v2.1"], base=base, output_dir="evaluation")
     >>> print(result.table())
     ```
     """
+    # Check everything before the first image is sampled.
     if isinstance(protocol, str):
-        if protocol not in PROTOCOLS:
-            raise ValueError(
-                f"There is no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}, or make an `EvaluationProtocol`."
-            )
-        protocol = PROTOCOLS[protocol]
-    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("`prompts` must be a list of at least one string.")
-    prompts = list(prompts)
-    seeds = [protocol.seed + i for i in range(len(prompts))] if seeds is None else [int(seed) for seed in seeds]
-    if len(seeds) != len(prompts):
-        raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if isinstance(metrics, str) or not len(metrics):
-        raise ValueError(
-            "`metrics` must be a dictionary from names to callables, or a list of names; it may not be empty."
-        )
-    if torch.is_tensor(base) and (base.ndim != 4 or base.shape[:2] != (len(prompts), 3)):
-        raise ValueError(
-            f"Images of the base model must have shape ({len(prompts)}, 3, height, width), one per prompt, got "
-            f"{tuple(base.shape)}."
-        )
+        protocol = _find_protocol(protocol)
+    prompts, seeds = _check_prompts(prompts, seeds, protocol)
+    _check_the_rest(metrics, base, batch_size, len(prompts))
     pipeline = wrap_pipeline(pipeline)
     _check_sampler(pipeline, protocol)
     if base is not None and not torch.is_tensor(base):
@@ -379,90 +345,145 @@ def evaluate_pipeline(
 
         metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
 
+    # Each process evaluates its share of the images.
+    task = _Task(pipeline, base, prompts, seeds, metrics, protocol, num_sheet_images)
     rank, num_ranks = _rank_and_world_size(pipeline.device)
     own = list(range(rank, len(prompts), num_ranks))
-    records, failure = [], None
+    records: list[dict] = []
+    failure = None
     bar = tqdm(total=len(own), desc=progress, unit="image", disable=progress is None or rank != 0)
     try:
         for start in range(0, len(own), batch_size):
             rows = own[start : start + batch_size]
-            records += _evaluate_batch(pipeline, base, prompts, seeds, rows, metrics, protocol, num_sheet_images)
+            records += _evaluate_batch(task, rows)
             bar.update(len(rows))
-    except Exception as error:  # reported below, so that the other ranks do not wait for this one
+    except Exception as error:  # raised below, so that the other processes do not wait for this one
         failure = error
     bar.close()
+
+    # Put the shares together; an error in one process is an error in all.
     if num_ranks > 1:
-        failures = _gather([f"rank {rank}: {failure}"] if failure is not None else [], num_ranks)
+        failures = gather_object([f"rank {rank}: {failure}"] if failure is not None else [])
         if failure is None and failures:
             raise RuntimeError("The evaluation failed elsewhere: " + "; ".join(failures))
         if failure is None:
-            records = _gather(records, num_ranks)
+            records = gather_object(records)
     if failure is not None:
         raise failure
-
     records.sort(key=lambda record: record["row"])
-    result = _result(records, prompts, seeds, metrics, protocol, base is not None)
+    result = _result(task, records)
     if output_dir is not None and rank == 0:
-        result.save(output_dir, sheet)
+        result.save(output_dir)
     return result
 
 
+def _find_protocol(name: str) -> EvaluationProtocol:
+    if name not in PROTOCOLS:
+        raise ValueError(
+            f"There is no protocol {name!r}; there are {', '.join(PROTOCOLS)}, or make an `EvaluationProtocol`."
+        )
+    return PROTOCOLS[name]
+
+
+def _check_prompts(prompts, seeds, protocol: EvaluationProtocol) -> tuple[list[str], list[int]]:
+    """Prompts and seeds as lists of one length; image i has the protocol's seed + i if no seeds are given."""
+    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("`prompts` must be a list of at least one string.")
+    prompts = list(prompts)
+    seeds = range(protocol.seed, protocol.seed + len(prompts)) if seeds is None else seeds
+    seeds = [int(seed) for seed in seeds]
+    if len(seeds) != len(prompts):
+        raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
+    return prompts, seeds
+
+
+def _check_the_rest(metrics, base, batch_size: int, num_prompts: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if isinstance(metrics, str) or not len(metrics):
+        raise ValueError(
+            "`metrics` must be a dictionary from names to callables, or a list of names; it may not be empty."
+        )
+    if torch.is_tensor(base) and (base.ndim != 4 or base.shape[:2] != (num_prompts, 3)):
+        raise ValueError(
+            f"Images of the base model must have shape ({num_prompts}, 3, height, width), one per prompt, got "
+            f"{tuple(base.shape)}."
+        )
+
+
 def _rank_and_world_size(device: torch.device) -> tuple[int, int]:
-    """Of this process. Joins the process group that a launcher asked for, if nothing else has yet."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Not left to accelerate's own judgement: on a machine without accelerator it takes each rank for a lone process.
-        PartialState(cpu=device.type == "cpu")
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    """Rank of this process and number of processes; joins the process group that a launcher asked for."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1  # nothing is initialised, since it would decide the device of a later training
+    # `cpu` is said, because accelerate takes each rank for a lone process on a machine without an accelerator.
+    state = PartialState(cpu=device.type == "cpu")
+    return state.process_index, state.num_processes
 
 
-def _gather(items: list, num_ranks: int) -> list:
-    """The items of all ranks, on every rank."""
-    parts = [None] * num_ranks
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is evaluated: the checked arguments of [`evaluate_pipeline`]."""
+
+    pipeline: SPOPipeline
+    base: SPOPipeline | torch.Tensor | None
+    prompts: list[str]
+    seeds: list[int]
+    metrics: dict[str, Callable]
+    protocol: EvaluationProtocol
+    num_sheet_images: int
 
 
-def _evaluate_batch(pipeline, base, prompts, seeds, rows, metrics, protocol, num_sheet_images) -> list[dict]:
+def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
     """One record per row: its scores, and its images if they belong on the sheet. Small enough to be gathered."""
-    texts, batch_seeds = [prompts[row] for row in rows], [seeds[row] for row in rows]
+    prompts = [task.prompts[row] for row in rows]
+    seeds = [task.seeds[row] for row in rows]
 
+    # The images of both sides.
     def sample(model):
-        return generate_images(model, texts, seeds=batch_seeds, batch_size=len(texts), **protocol.sampler())
+        return generate_images(model, prompts, seeds=seeds, batch_size=len(prompts), **task.protocol.sampler())
 
-    sides = {"model": sample(pipeline)}
-    if base is not None:
-        sides["base model"] = base[rows].float().cpu() if torch.is_tensor(base) else sample(base)
+    sides = {"model": sample(task.pipeline)}
+    if torch.is_tensor(task.base):
+        sides["base model"] = task.base[rows].float().cpu()
+    elif task.base is not None:
+        sides["base model"] = sample(task.base)
+
+    # Their scores, row by row.
     records = [{"row": row, "scores": {}, "images": {}} for row in rows]
     for side, images in sides.items():
-        scores = {name: _apply_metric(name, metric, images, texts, side) for name, metric in metrics.items()}
+        scores = {name: _apply_metric(name, metric, images, prompts, side) for name, metric in task.metrics.items()}
         for i, record in enumerate(records):
             record["scores"][side] = {name: values[i].item() for name, values in scores.items()}
-            if record["row"] < num_sheet_images:
+            if record["row"] < task.num_sheet_images:
                 record["images"][side] = eight_bits(images[i])
     return records
 
 
-def _result(records, prompts, seeds, metrics, protocol, has_base: bool) -> EvaluationResult:
+def _result(task: _Task, records: list[dict]) -> EvaluationResult:
+    """The records of all rows, in order, with their statistics."""
+
     def scores_of(side: str) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor([record["scores"][side][name] for record in records]) for name in metrics}
+        of_side = [record["scores"][side] for record in records]
+        return {name: torch.tensor([scores[name] for scores in of_side]) for name in task.metrics}
 
     def images_of(side: str) -> torch.Tensor:
         images = [record["images"][side] for record in records if side in record["images"]]
         return torch.stack(images).float() / 255 if images else torch.empty(0, 3, 0, 0)
 
-    scores, base_scores = scores_of("model"), scores_of("base model") if has_base else None
+    has_base = task.base is not None
+    scores = scores_of("model")
+    base_scores = scores_of("base model") if has_base else None
+    statistics = {}
+    for name, values in scores.items():
+        statistics[name] = paired_statistics(values, task.prompts, base_scores[name] if has_base else None)
     return EvaluationResult(
-        protocol=protocol,
-        prompts=prompts,
-        seeds=seeds,
+        protocol=task.protocol,
+        prompts=task.prompts,
+        seeds=task.seeds,
         scores=scores,
         base_scores=base_scores,
-        statistics={
-            name: paired_statistics(scores[name], prompts, base_scores[name] if has_base else None) for name in metrics
-        },
-        metric_descriptions={name: _describe_metric(metric) for name, metric in metrics.items()},
+        statistics=statistics,
+        metric_descriptions={name: _describe_metric(metric) for name, metric in task.metrics.items()},
         versions=_versions(),
         images=images_of("model"),
         base_images=images_of("base model") if has_base else None,

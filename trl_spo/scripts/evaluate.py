@@ -123,7 +123,6 @@ def main(
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
     from ..evaluation.evaluate import evaluate_pipeline
-    from ..evaluation.sheets import before_after_sheet
     from ..pipelines.auto import wrap_pipeline
     from ..sampling import generate_images
 
@@ -155,7 +154,6 @@ def main(
         output_dir=sampler_args.output_dir,
         batch_size=sampler_args.batch_size,
         num_sheet_images=evaluate_args.num_sheet_images,
-        sheet=before_after_sheet,
         progress="evaluation",
     )
     print(result.table())
