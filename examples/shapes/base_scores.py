@@ -36,7 +36,7 @@ def load_flow_pipeline(path=FLOW_PIPELINE) -> SPOStableDiffusion3Pipeline:
     The flow-matching model of the shapes world in float32, wrapped for training. In plain diffusers call it with
     `max_sequence_length=1`: its text has one token of T5, which is zero, where published models have 256.
     """
-    pipeline = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(str(path), text_encoder_3=None, tokenizer_3=None)
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
         encoder.float()  # transformers 5 keeps the half precision of the file, diffusers does not
     pipeline.set_progress_bar_config(disable=True)

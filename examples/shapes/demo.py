@@ -39,9 +39,17 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from anywhere
 
 from examples.shapes import world
-from examples.shapes.base_scores import evaluation_set, load_pipeline
+from examples.shapes.base_scores import evaluation_set, load_flow_pipeline, load_pipeline
 from examples.shapes.preferences import make_preferences
-from examples.shapes.settings import CLIP, REWARD_SETTINGS, SAMPLER, SPO_SETTINGS, lora_config
+from examples.shapes.settings import (
+    CLIP,
+    FLOW_REWARD_SETTINGS,
+    FLOW_SPO_SETTINGS,
+    REWARD_SETTINGS,
+    SAMPLER,
+    SPO_SETTINGS,
+    lora_config,
+)
 from trl_spo import (
     SPOConfig,
     SPOTrainer,
@@ -62,15 +70,21 @@ METRICS = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
+    parser.add_argument(
+        "--model", choices=["unet", "flow"], default="unet", help="A UNet with DDIM, or an SD3 of the world."
+    )
+    parser.add_argument("--output_dir", type=Path, help="demo_output, or demo_output_flow")
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, default=150)
     parser.add_argument("--spo_steps", type=int, default=28)
-    parser.add_argument("--spo_lr", type=float, default=SPO_SETTINGS["learning_rate"])
-    parser.add_argument("--kl_coef", type=float, default=SPO_SETTINGS["kl_coef"])
+    parser.add_argument("--spo_lr", type=float, help="Learning rate of SPO.")
+    parser.add_argument("--kl_coef", type=float, help="Weight of the KL divergence.")
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output_dir is None:
+        args.output_dir = Path("demo_output" if args.model == "unet" else f"demo_output_{args.model}")
+    return args
 
 
 class Stage:
@@ -133,13 +147,14 @@ def quiet(trainer, keys: list[str]):
 
 def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
     """Returns the reward model, and its accuracy by timestep before and after training."""
+    reward_settings = FLOW_REWARD_SETTINGS if args.model == "flow" else REWARD_SETTINGS
     preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed, progress="train pairs")
     evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1, progress="fresh pairs")
     reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
     config = StepRewardConfig(
         output_dir=str(args.output_dir / "reward_model"),
-        **REWARD_SETTINGS,
-        eval_timesteps=[0, 101, 301, 501, 701],
+        **reward_settings,
+        eval_timesteps=[reward_settings["timesteps"][i] for i in (0, 2, 4, 6, 8)],
         max_steps=args.reward_steps,
         per_device_eval_batch_size=128,
         logging_steps=25,
@@ -159,9 +174,13 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
 
 
 def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoint]:
+    settings = dict(FLOW_SPO_SETTINGS if args.model == "flow" else SPO_SETTINGS)
+    settings |= {"learning_rate": args.spo_lr} if args.spo_lr is not None else {}
+    settings |= {"kl_coef": args.kl_coef} if args.kl_coef is not None else {}
     config = SPOConfig(
         output_dir=str(args.output_dir),
-        **{**SAMPLER, **SPO_SETTINGS, "learning_rate": args.spo_lr, "kl_coef": args.kl_coef},
+        **SAMPLER,
+        **settings,
         per_device_eval_batch_size=106,
         max_steps=args.spo_steps,
         logging_steps=2,
@@ -194,7 +213,7 @@ def main():
     args = parse_args()
     logging.set_verbosity_error()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline()
+    pipe = load_flow_pipeline() if args.model == "flow" else load_pipeline()
     pipe.vae.to(memory_format=torch.channels_last)
     prompts, seeds = evaluation_set("heldout", repeats=args.eval_repeats)
 
@@ -223,8 +242,9 @@ def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_a
     # Numbers: the samples of one caption are averaged before anything is compared.
     statistics = {name: paired_statistics(scores_after[name], prompts, scores_before[name]) for name in names}
     table = statistics_table(statistics)
-    sampler = {**SAMPLER, "scheduler": "DDIM", "eta": 1.0}
-    metrics = {"statistics": statistics, "sampler": sampler, "seconds": Stage.seconds}
+    sampler = trainer.pipeline.step_rule.description(trainer.args.eta)
+    settings = {**SAMPLER, "scheduler": sampler}
+    metrics = {"statistics": statistics, "sampler": settings, "seconds": Stage.seconds}
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     (args.output_dir / "metrics.md").write_text(table + "\n")
 
@@ -236,7 +256,7 @@ def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_a
         [prompts[i] for i in shown],
         {n: scores_before[n][shown] for n in names},
         {n: scores_after[n][shown] for n in names},
-        title="Held-out prompts before and after SPO, same seeds (DDIM, 10 steps, eta 1, guidance 1)",
+        title=f"Held-out prompts before and after SPO, same seeds ({sampler}, 10 steps, guidance 1)",
     ).save(args.output_dir / "before_after.png")
     pairs = trainer.rollout(prompts[:16], seed=12345, return_trajectory=True)
     row = int(torch.bincount(pairs.prompt_index, minlength=16).argmax())  # the prompt with most pairs

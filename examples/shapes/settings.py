@@ -54,6 +54,16 @@ SPO_SETTINGS = {
 }
 
 
+# What differs for the flow-matching model.
+FLOW_REWARD_SETTINGS = {**REWARD_SETTINGS, "timesteps": [0, 1, 112, 223, 334, 445, 556, 667, 778]}
+FLOW_SPO_SETTINGS = {
+    **SPO_SETTINGS,
+    "branch_start_step": 2,
+    "branch_end_step": 8,
+    "timestep_weighting": "even",  # sensitivities of the steps differ much more than those of DDIM
+}
+
+
 def lora_config() -> LoraConfig:
     """The adapter: rank 8 on every attention projection."""
     return LoraConfig(
