@@ -89,5 +89,5 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo_output compare_quick reliability_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf demo_output demo_output_flow compare_quick reliability_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path "./.venv*/*" -exec rm -rf {} +

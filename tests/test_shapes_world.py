@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from examples.shapes import preferences, world
-from examples.shapes.base_scores import evaluate, evaluation_set
+from examples.shapes.base_scores import evaluate, evaluation_set, load_flow_pipeline
 from examples.shapes.train_base import make_tokenizer
 
 
@@ -279,6 +279,32 @@ class TestWeights:
             pipeline, prompts, seeds, num_inference_steps=5, guidance_scale=guidance_scale, eta=0.0, dtype=None
         )
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+
+    def test_the_flow_model_samples_as_diffusers_does(self):
+        """Without noise the steps are those of diffusers' own pipeline; with one token of T5, as it was trained."""
+        flow = load_flow_pipeline()
+        prompts, seeds = list(world.captions("heldout")[:4]), [3, 1, 4, 1]
+        expected = flow.sd_pipeline(
+            prompts,
+            latents=preferences.draw_noise(seeds, 5, (4, 8, 8))[0],
+            num_inference_steps=5,
+            guidance_scale=2.0,
+            max_sequence_length=1,
+            height=32,
+            width=32,
+            output_type="pt",
+        ).images
+        ours = preferences.sample_images(
+            flow, prompts, seeds, num_inference_steps=5, guidance_scale=2.0, eta=0.0, dtype=None
+        )
+        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
+
+    def test_the_flow_model_knows_its_captions(self):
+        prompts, seeds = evaluation_set("validation", repeats=1)
+        scores = evaluate(load_flow_pipeline(), prompts, seeds, guidance_scale=1.0)
+        low, high = scores["aesthetics"].quantile(torch.tensor([0.1, 0.9])).tolist()
+        assert scores["alignment"].mean() > 0.66
+        assert low < 0.45 and high > 0.75  # a dull and a vivid mode
 
     def test_vae_keeps_clean_images_sharp(self, pipeline):
         images, prompts = draw(200)

@@ -61,9 +61,9 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num_renders", type=int, default=30_000)
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument(
         "--continue_training", action="store_true", help="Start from the weights in the output folder."
     )
