@@ -60,8 +60,8 @@ class SPOLossOutput(NamedTuple):
 
     Attributes:
         losses (`torch.Tensor` of shape `(batch_size,)`): not reduced.
-        chosen_ratio (`torch.Tensor` of shape `(batch_size,)`): p_theta / p_ref of the winner, clipped.
-        rejected_ratio (`torch.Tensor` of shape `(batch_size,)`): the same of the loser.
+        chosen_ratio (`torch.Tensor` of shape `(batch_size,)`): p_theta / p_ref of the chosen sample, clipped.
+        rejected_ratio (`torch.Tensor` of shape `(batch_size,)`): the same of the rejected one.
     """
 
     losses: torch.Tensor
@@ -88,7 +88,7 @@ def spo_loss(
     within [0.126, 2.133]. As published, a clipped side gets no gradient in either direction.
 
     Args:
-        chosen_logps, rejected_logps (`torch.Tensor` of shape `(batch_size,)`): log-probabilities of winner and loser
+        chosen_logps, rejected_logps (`torch.Tensor` of shape `(batch_size,)`): log-probabilities of chosen and rejected
             under the policy, averaged over latent dimensions ([`gaussian_log_prob`]).
         ref_chosen_logps, ref_rejected_logps (`torch.Tensor` of shape `(batch_size,)`): under the frozen reference.
         beta (`float`, *optional*, defaults to `10.0`): strength of the preference, per mean log-probability.

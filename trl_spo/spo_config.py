@@ -45,7 +45,7 @@ class SPOConfig(StepTrainingArguments):
         num_inference_steps (`int`, *optional*, defaults to `20`):
             Number of denoising steps S.
         guidance_scale (`float`, *optional*, defaults to `5.0`):
-            Classifier-free guidance in rollouts, scoring and evaluation; 1 or less is no guidance. Sample with the
+            Classifier-free guidance in rollouts, scoring and evaluation; values of 1 and less disable it. Sample with the
             same value later: guidance changes what preference training still has to find.
         eta (`float`, *optional*, defaults to `1.0`):
             Noise of the steps, above 0, where all candidates would be equal; 1 is the variance of DDPM. The pipeline's
@@ -128,7 +128,7 @@ class SPOConfig(StepTrainingArguments):
         epsilon (`float`, *optional*, defaults to `0.1`):
             Clipping range of the probability ratios.
         kl_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of the exact per-step KL divergence to the reference, added to the loss. Winner and loser share x_t,
+            Weight of the exact per-step KL divergence to the reference, added to the loss. Chosen and rejected share x_t,
             so nothing else limits how far the step mean drifts. `0.0` is the paper's loss.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             `"none"` is the paper's loss, in which the step before the last weighs many times as much as any other: a

@@ -689,7 +689,7 @@ class StepAwareRewardModel(PreTrainedModel):
             model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"The weights in {path!r} were refused: they cannot be read, or are no plain tensors: {error}"
+                f"The weights in {path!r} were refused: they cannot be read, or are not plain tensors: {error}"
             ) from error
         except RuntimeError as error:
             raise ValueError(
