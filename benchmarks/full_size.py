@@ -14,18 +14,17 @@
 
 """
 What the paper's runs would cost: the arithmetic of each network at its real size, counted, times the evaluations of each
-stage, over a rate.
+stage, over the rates that were measured on a GPU.
 
 ```
 python benchmarks/full_size.py --json benchmarks/results/full_size.json
-python benchmarks/full_size.py --tflops 210    # with a rate that you measured
+python benchmarks/full_size.py --tflops 210    # one rate for everything, such as one that you measured
 ```
 
 Networks are built on the meta device, and PyTorch's own counter reads their matrix products and convolutions; nothing is
-computed. Without `--tflops` the rate is the one at which the *released* code, with its duplicated evaluations, takes the
-GPU hours that the paper reports for the same stage: so an hour here means an hour of their A100s, as well used as theirs
-were. Samples that a rollout needs do not depend on the results; pairs do, and hours are given for several shares of valid
-pairs.
+computed. The rates are those of each phase on one H100 (`MEASURED`, from a profiled run of `throughput.py --preset sd15`). SDXL
+was measured as a whole, so all its rates are SD1.5's times one factor. Samples that a rollout needs do not depend on the
+results; pairs do, and hours are given for several shares of valid pairs.
 """
 
 import argparse
@@ -47,7 +46,20 @@ from benchmarks.memory import GUIDANCE_SCALE, Models
 PAPER_HOURS = {"sd15": {"reward": 32, "spo": 48, "dpo": 384}, "sdxl": {"reward": 116, "spo": 118, "dpo": 4800}}
 """A100 hours: https://huggingface.co/papers/2406.04314, the table of training cost."""
 
-A100_PEAK = 312.0  # TFLOP/s, dense half precision, NVIDIA's data sheet
+MEASURED = {
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "date": "2026-11-28",
+    "matrix_tflops": 790.0,  # of a large product in bfloat16
+    "tflops": {"unet": 171.0, "decode": 146.0, "reward_image": 268.0, "reward_text": 47.0, "training": 144.0},
+    "other_seconds_per_prompt": 0.2,
+    "sdxl_pairs_per_second": 1.16,
+}
+"""
+SD1.5, bfloat16, exact loop, 160 pairs of 10 prompts in 25.5 s, before blocks were compiled: TFLOP as counted here over
+seconds by phase (rollout UNet 6.1, decode 11.0, reward images 0.8 and text 0.01, policy forward and backward and reference
+5.6, the rest 2.0). The SDXL preset made 1.16 pairs per second.
+"""
+SAME_RATE = {"encode": "decode", "reward_training": "training"}  # not measured: the nearest that was
 STEPS, START, PROMPTS, EPOCHS = 20, 4, 4000, 10
 REWARD_PAIRS = {"sd15": 8000 * 64, "sdxl": 7000 * 64}
 EVALUATION_PROMPTS = 500
@@ -122,9 +134,9 @@ def rollout_samples(num_candidates: int, num_inner_steps: int) -> dict[str, int]
     return {"predictions": predictions, "decodes": branches * num_candidates, "branches": branches}
 
 
-def stages(name: str, costs: dict[str, float]) -> dict[str, dict]:
+def samples_of_stages(name: str) -> dict[str, dict[str, dict[str, int]]]:
     """
-    Exaflop of each stage of the paper's runs, by our loop and by the released code's.
+    Samples through each network in each stage of the paper's runs, by our loop and by the released code's.
 
     The released code runs two policy and two reference forward passes of a pair that shares x_t, and reads the prompt once
     for each image it scores; otherwise its samples are the same.
@@ -132,86 +144,106 @@ def stages(name: str, costs: dict[str, float]) -> dict[str, dict]:
     candidates, inner = (4, 1) if name == "sd15" else (2, 4)
     samples = rollout_samples(candidates, inner)
     prompts = PROMPTS * EPOCHS
-    scored = samples["decodes"]
-    rollout = 2 * samples["predictions"] * costs["unet"] + scored * (costs["decode"] + costs["reward_image"])
+    scored = prompts * samples["decodes"]
+    rollout = {"unet": 2 * prompts * samples["predictions"], "decode": scored, "reward_image": scored}
     # Both sides of a pair share x_t in the first of j steps only.
     transitions = STEPS - START
     passes = transitions if inner == 1 else 2 * transitions - samples["branches"]
-    training = passes * costs["training"]
-    theirs = 2 * transitions * costs["training"]
-    pair = 2 * (costs["encode"] + 2 * costs["unet"] + costs["decode"] + costs["reward_training"])
-    pair += 3 * costs["reward_text"]
-    reward = REWARD_PAIRS[name] * pair
-    evaluation = EVALUATION_PROMPTS * (2 * STEPS * costs["unet"] + costs["decode"])
-    exa = 1e-6
+    sides = 2 * REWARD_PAIRS[name]
+    reward = {"encode": sides, "unet": 2 * sides, "decode": sides, "reward_training": sides}
+    reward["reward_text"] = 3 * REWARD_PAIRS[name]
+    evaluation = {"unet": EVALUATION_PROMPTS * 2 * STEPS, "decode": EVALUATION_PROMPTS}
     return {
-        "rollout": {
-            "ours": prompts * (rollout + costs["reward_text"]) * exa,
-            "public": prompts * (rollout + scored * costs["reward_text"]) * exa,
+        "rollout": {"ours": {**rollout, "reward_text": prompts}, "public": {**rollout, "reward_text": scored}},
+        "training of all pairs": {
+            "ours": {"training": prompts * passes},
+            "public": {"training": prompts * 2 * transitions},
         },
-        "training of all pairs": {"ours": prompts * training * exa, "public": prompts * theirs * exa},
-        "reward model": {"ours": reward * exa, "public": reward * exa},
-        "evaluation of one model": {"ours": evaluation * exa, "public": evaluation * exa},
+        "reward model": {"ours": reward, "public": reward},
+        "evaluation of one model": {"ours": evaluation, "public": evaluation},
     }
 
 
-def hours(exaflop: float, tflops: float) -> float:
-    return exaflop * 1e6 / tflops / 3600
+def total_exaflop(samples: dict[str, int], costs: dict[str, float]) -> float:
+    return sum(number * costs[network] for network, number in samples.items()) * 1e-6
+
+
+def stages(name: str, costs: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Exaflop of each stage, by our loop and by the released code's."""
+    return {
+        stage: {whose: total_exaflop(samples, costs) for whose, samples in both.items()}
+        for stage, both in samples_of_stages(name).items()
+    }
+
+
+def rates_of(name: str, costs: dict[str, float], tflops: float | None = None) -> dict[str, float]:
+    """TFLOP/s of every network: as measured, or `tflops` for all."""
+    if tflops is not None:
+        return dict.fromkeys(costs, tflops)
+    rates = {network: MEASURED["tflops"][SAME_RATE.get(network, network)] for network in costs}
+    if name != "sdxl":
+        return rates
+    found = samples_of_stages(name)
+    predicted = seconds(found["rollout"]["ours"], costs, rates)
+    predicted += seconds(found["training of all pairs"]["ours"], costs, rates)
+    measured = PROMPTS * EPOCHS * (STEPS - START) / MEASURED["sdxl_pairs_per_second"]
+    return {network: rate * predicted / measured for network, rate in rates.items()}
+
+
+def seconds(samples: dict[str, int], costs: dict[str, float], rates: dict[str, float]) -> float:
+    return sum(number * costs[network] / rates[network] for network, number in samples.items())
+
+
+def stage(exaflop: float, public: float, total_seconds: float) -> dict[str, float]:
+    """A row of the table; `tflops` is the rate that follows."""
+    tflops = exaflop * 1e6 / total_seconds
+    return {"exaflop": exaflop, "public_exaflop": public, "tflops": tflops, "hours": total_seconds / 3600}
 
 
 def plan(name: str, tflops: float | None = None) -> dict:
-    """Costs, rates and hours of a preset; `tflops` replaces the calibrated rates."""
+    """Costs, rates and hours of a preset; `tflops` replaces the measured rates."""
     costs = network_costs(name)
-    work, paper = stages(name, costs), PAPER_HOURS[name]
-    public = {share: work["rollout"]["public"] + share * work["training of all pairs"]["public"] for share in SHARES}
-    rates = {share: tflops or exaflop * 1e6 / (paper["spo"] * 3600) for share, exaflop in public.items()}
-    reward_rate = tflops or work["reward model"]["public"] * 1e6 / (paper["reward"] * 3600)
-    found = {}
-    for share in SHARES:
-        exaflop = work["rollout"]["ours"] + share * work["training of all pairs"]["ours"]
-        found[share] = {"exaflop": exaflop, "public_exaflop": public[share], "tflops": rates[share]}
-        found[share]["hours"] = hours(exaflop, rates[share])
-    reward_hours = hours(work["reward model"]["ours"], reward_rate)
-    evaluation = hours(work["evaluation of one model"]["ours"], rates[0.5])
+    rates, work, samples = rates_of(name, costs, tflops), stages(name, costs), samples_of_stages(name)
+    # Optimizer, text encoder and host; of SDXL it is part of what was measured as a whole.
+    other = MEASURED["other_seconds_per_prompt"] * PROMPTS * EPOCHS if name == "sd15" and tflops is None else 0.0
+    duration = {key: seconds(both["ours"], costs, rates) for key, both in samples.items()}
+
+    def row(*parts: tuple[str, float], extra: float = 0.0) -> dict[str, float]:
+        ours, public = (sum(share * work[key][whose] for key, share in parts) for whose in ("ours", "public"))
+        return stage(ours, public, sum(share * duration[key] for key, share in parts) + extra)
+
     return {
         "network_tflop": costs,
         "stages_exaflop": work,
-        "spo": found,
-        "reward": {"tflops": reward_rate, "hours": reward_hours},
-        "evaluation": {"tflops": rates[0.5], "hours": evaluation},
-        "paper_hours": paper,
+        "network_tflops": rates,
+        "spo": {share: row(("rollout", 1.0), ("training of all pairs", share), extra=other) for share in SHARES},
+        "reward": row(("reward model", 1.0)),
+        "evaluation": row(("evaluation of one model", 1.0)),
+        "paper_hours": PAPER_HOURS[name],
     }
 
 
 def describe(name: str, result: dict) -> str:
-    lines = [f"## {name}", "", "| TFLOP of one sample | " + " | ".join(result["network_tflop"]) + " |"]
+    lines = [f"## {name}", "", "| | " + " | ".join(result["network_tflop"]) + " |"]
     lines.append("|---|" + "---|" * len(result["network_tflop"]))
-    lines.append("| | " + " | ".join(f"{value:.3f}" for value in result["network_tflop"].values()) + " |")
-    lines += ["", "| stage | exaflop | released code | rate, TFLOP/s (of the A100's peak) | GPU hours | on 4 | on 8 |"]
+    lines.append("| TFLOP of one sample | " + " | ".join(f"{v:.3f}" for v in result["network_tflop"].values()) + " |")
+    lines.append("| TFLOP/s | " + " | ".join(f"{v:.0f}" for v in result["network_tflops"].values()) + " |")
+    lines += ["", "| stage | exaflop | released code | TFLOP/s of the whole | GPU hours | on 4 | on 8 |"]
     lines.append("|---|---|---|---|---|---|---|")
-
-    def row(title, ours, public, rate, total):
-        each = " | ".join(f"{total / devices:.1f}" for devices in DEVICES)
-        lines.append(f"| {title} | {ours:.2f} | {public:.2f} | {rate:.0f} ({rate / A100_PEAK:.0%}) | {each} |")
-
-    work = result["stages_exaflop"]
-    row("reward model", *work["reward model"].values(), result["reward"]["tflops"], result["reward"]["hours"])
-    for share, value in result["spo"].items():
-        title = f"SPO, {float(share):.0%} of the pairs valid"
-        row(title, value["exaflop"], value["public_exaflop"], value["tflops"], value["hours"])
-    row(
-        "evaluation of one model",
-        *work["evaluation of one model"].values(),
-        result["evaluation"]["tflops"],
-        result["evaluation"]["hours"],
-    )
+    rows = {"reward model": result["reward"]}
+    rows |= {f"SPO, {float(share):.0%} of the pairs valid": value for share, value in result["spo"].items()}
+    rows["evaluation of one model"] = result["evaluation"]
+    for title, value in rows.items():
+        each = " | ".join(f"{value['hours'] / devices:.1f}" for devices in DEVICES)
+        numbers = f"{value['exaflop']:.2f} | {value['public_exaflop']:.2f} | {value['tflops']:.0f}"
+        lines.append(f"| {title} | {numbers} | {each} |")
     return "\n".join(lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--presets", nargs="+", choices=list(PAPER_HOURS), default=list(PAPER_HOURS))
-    parser.add_argument("--tflops", type=float, help="Sustained TFLOP/s of one device, instead of the paper's.")
+    parser.add_argument("--tflops", type=float, help="Sustained TFLOP/s of one device, instead of those measured.")
     parser.add_argument("--json", type=Path, help="Where all numbers go.")
     args = parser.parse_args(argv)
     if args.tflops is not None and args.tflops <= 0:

@@ -30,11 +30,15 @@ python benchmarks/throughput.py --preset mid --threads 2 --json both.json --agai
     "public code: public_env/bin/python benchmarks/public_code.py --checkout public_spo --preset mid --threads 2"
 ```
 
+On a GPU (`--device cuda`) the script runs as it was released, with fp16, and its networks are drawn on the card. `wandb` may
+be missing there, since nothing is logged to it. Where an environment cannot be made, a folder of unpacked wheels on
+`PYTHONPATH` will do.
+
 The versions of transformers, diffusers, accelerate and peft are those of the public code's own environment; PyTorch is
 the one that `trl_spo` is measured with, so that both sides use the same kernels.
 
 What runs is `main` of `train_scripts/train_spo.py`, unchanged, with its configuration for Stable Diffusion 1.5 (K = 4,
-20 steps, branches from step 4, guidance 5, LoRA of rank 4), on the CPU in float32, and the preset's numbers of prompts
+20 steps, branches from step 4, guidance 5, LoRA of rank 4), on the CPU in float32 or on a GPU in fp16, and the preset's numbers of prompts
 in a rollout and of pairs in a batch. It loads its models from folders that this script writes: a pipeline, and a
 step-aware preference model with a processor. One epoch has two rollouts. The first warms up: it has just as many steps
 as give the pairs of one optimizer step. The second is measured, from the encoding of its prompts to the end of its last
@@ -45,7 +49,8 @@ Differences from a training run of the public code:
 
 - networks are small and have random weights; the conditioning of the preference model, which without a checkpoint has no
   defined values, gets small random weights, and gates of one;
-- the threshold is 0, so that every pair is valid and both sides train on the same number;
+- the threshold is 0, so that every pair is valid and both sides train on the same number; on a GPU scores get noise, since
+  in half precision random weights often make two of them equal;
 - no logging to W&B, no checkpoint, no validation images, no worker processes for the prompts;
 - where torchvision's compiled operators do not fit the PyTorch build (a CPU wheel beside torchvision from PyPI), the
   two names its Python part needs to be imported are declared; only `Normalize` and, were images not square,
@@ -54,7 +59,9 @@ Differences from a training run of the public code:
 A UNet call belongs to the rollout while the pipeline function runs, else to the policy or the reference by which network
 it is. Evaluations are counted in samples: a prompt that is guided counts twice, a batch of 8 eight times. Phases exclude
 each other (`reward` leaves out `reward_text`); `other` is what is left of `total`, the optimizer and the prompts' text
-encoder among it. Memory is the largest resident set since the models were built, in MiB; the public code's second
+encoder among it. On a GPU phases would have to wait for its end, which slows the loop down: speed and memory come from one
+process, phases (`--phases`) from another, and without the second all time is `other`. Memory is the largest resident set
+since the models were built (CPU), or the largest amount that PyTorch had allocated (GPU), in MiB; the public code's second
 UNet, the reference, is one of the models, so it counts in `peak_memory_mib` and not in `peak_memory_above_models_mib`.
 """
 
@@ -62,6 +69,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
@@ -75,6 +83,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -124,7 +133,8 @@ def find_versions(checkout: Path) -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
+            importable = importlib.util.find_spec(name.removesuffix("-py")) is not None
+            found[name] = "unknown" if importable or name == "wandb" else "none"
         if found[name] == "none" or found[name] != NEEDED.get(name, found[name]):
             wrong.append(f"{name}=={NEEDED[name]}" if name in NEEDED else name)
     if wrong:
@@ -141,6 +151,19 @@ def find_versions(checkout: Path) -> dict[str, str]:
     return found
 
 
+class NothingIsLogged(types.ModuleType):
+    """Stands in for `wandb`, which the script imports and, as it is configured here, does not call."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
 def load_script(project: Path):
     """
     `train_scripts/train_spo.py` as a module; it puts its own project into the import path.
@@ -150,6 +173,8 @@ def load_script(project: Path):
     """
     import torch
 
+    if importlib.util.find_spec("wandb") is None:
+        sys.modules["wandb"] = NothingIsLogged("wandb")
     spec = importlib.util.spec_from_file_location("train_spo", project / "train_scripts" / "train_spo.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
@@ -179,13 +204,17 @@ def forget(names: set[str], project: Path):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def write_models(project: Path, preset: str, folder: Path):
-    """Write the pipeline, the preference model, its processor and prompts for two rollouts to `folder`."""
+def write_models(project: Path, preset: str, folder: Path, device: str = "cpu"):
+    """
+    Write the pipeline, the preference model, its processor and prompts for two rollouts to `folder`. Random numbers are
+    drawn on `device`: those of a GPU take seconds, those of a CPU a minute.
+    """
     import torch
     from models import PRESETS, build_pipeline, clip_config
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizerFast
 
     load_script(project)
+    torch.set_default_device(device)
     from spo.preference_models.models.time_conditioned_clip import HFTimeConditionedCLIPModel
 
     build_pipeline(preset, folder / "scratch", seed=SEED).save_pretrained(folder / "pipeline")
@@ -221,9 +250,17 @@ def resident(name: str) -> float:
 
 
 class Meter:
-    """Seconds and samples by phase, of the second rollout and of the training on its pairs."""
+    """
+    Seconds and samples by phase, of the second rollout and of the training on its pairs.
 
-    def __init__(self):
+    Args:
+        device (`str`, *optional*, defaults to `"cpu"`): where the networks run.
+        phases (`bool`, *optional*, defaults to `True`): whether to time phases, which on a GPU waits at each end of one.
+    """
+
+    def __init__(self, device: str = "cpu", phases: bool = True):
+        self.cuda = device == "cuda"
+        self.phases = phases
         self.seconds = defaultdict(float)
         self.samples = Counter()
         self.num_pairs = 0
@@ -239,13 +276,37 @@ class Meter:
     def total(self) -> float:
         return self._end - self._start
 
+    def now(self) -> float:
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def phase_now(self) -> float:
+        """The time at an end of a phase."""
+        return self.now() if self.phases else 0.0
+
+    def memory(self, name: str) -> float:
+        """MiB that are taken now (`VmRSS`), or were at the peak."""
+        if not self.cuda:
+            return resident(name)
+        import torch
+
+        taken = torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()
+        return taken / 2**20
+
     def start(self):
-        self._start = time.perf_counter()
+        if self.cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        self._start = self.now()
 
     def step(self, loss: float):
         """An optimizer step is over; the last one ends the measurement."""
         if self._start is not None:
-            self._end, self.peak_mib = time.perf_counter(), resident("peak")
+            self._end, self.peak_mib = self.now(), self.memory("peak")
             self.losses.append(loss)
 
     def add(self, phase: str, seconds: float):
@@ -261,11 +322,11 @@ class Meter:
 
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
-            start = time.perf_counter()
+            start = self.phase_now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.add(phase, time.perf_counter() - start)
+                self.add(phase, self.phase_now() - start)
 
         return wrapper
 
@@ -282,10 +343,10 @@ class Meter:
         starts = []
 
         def before(module, args):
-            starts.append(time.perf_counter())
+            starts.append(self.phase_now())
 
         def after(module, args, output):
-            seconds = time.perf_counter() - starts.pop()
+            seconds = self.phase_now() - starts.pop()
             name = phase() if callable(phase) else phase
             if name is not None:
                 self.add(name, seconds)
@@ -339,7 +400,7 @@ def instrument(script, meter: Meter, warm_up_steps: int):
             gc.collect()
             with contextlib.suppress(OSError):  # where Linux allows it, forget the peak of loading the models
                 Path("/proc/self/clear_refs").write_text("5")
-            meter.models_mib = resident("VmRSS")
+            meter.models_mib = meter.memory("VmRSS")
             policy = {True: "unet_rollout", False: "policy_forward"}
             meter.watch(pipeline.unet, lambda: policy[meter.in_rollout], backward="policy_backward")
             meter.watch(meter.reference, "reference_forward")
@@ -358,7 +419,20 @@ def instrument(script, meter: Meter, warm_up_steps: int):
     script.Accelerator = WatchedAccelerator
     script.copy = _CopyModule(meter)
     script.multi_sample_pipeline = watched_rollout
-    script.get_preference_model_func = lambda *args: meter.timed("reward", build_preference(*args))
+    script.get_preference_model_func = lambda *args: meter.timed(
+        "reward", decisive(build_preference(*args), meter.cuda)
+    )
+
+
+def decisive(score, noisy: bool):
+    """The preference function, with noise where half precision would make two scores equal."""
+    import torch
+
+    def scored(*args, **kwargs):
+        scores = score(*args, **kwargs)
+        return scores + torch.randn_like(scores)
+
+    return scored if noisy else score
 
 
 def configure(script, project: Path, preset: str, folder: Path):
@@ -391,7 +465,9 @@ def configure(script, project: Path, preset: str, folder: Path):
     return config
 
 
-def measure(project: Path, preset: str, threads: int | None, folder: Path) -> dict:
+def measure(
+    project: Path, preset: str, threads: int | None, folder: Path, device: str = "cpu", phases: bool = True
+) -> dict:
     """
     One repeat, in this process.
 
@@ -405,7 +481,7 @@ def measure(project: Path, preset: str, threads: int | None, folder: Path) -> di
     logging.getLogger("transformers").setLevel(logging.ERROR)
     script = load_script(project)
     config = configure(script, project, preset, folder)
-    meter = Meter()
+    meter = Meter(device, phases)
     prompts, batch = config.sample.sample_batch_size, config.train.train_batch_size
     instrument(script, meter, warm_up_steps=max(-(-batch // prompts), 2))
     script.main([])
@@ -456,7 +532,10 @@ def run_child(arguments: argparse.Namespace, task: str, folder: Path):
     command = [sys.executable, str(Path(__file__).resolve()), "--task", task, "--folder", str(folder)]
     command += ["--checkout", str(arguments.checkout), "--preset", arguments.preset]
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    command += ["--device", arguments.device] + ["--phases"] * arguments.phases
+    on_cpu = arguments.device == "cpu"
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no" if on_cpu else "fp16"}
+    environment |= {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
     environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
     if arguments.threads:
         environment |= {name: str(arguments.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -472,6 +551,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkout", type=Path, required=True, help="a clone of https://github.com/RockeyCoss/SPO")
     parser.add_argument("--preset", choices=["tiny", "mid", "sd15"], default="tiny", help="sizes, see models.py")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="float32 on a CPU, fp16 on a GPU")
+    parser.add_argument("--phases", action="store_true", help="time phases on a GPU, too, which slows it down")
     parser.add_argument("--repeats", type=int, default=1, help="measured runs, each in a process of its own")
     parser.add_argument("--threads", type=int, help="CPU threads; as many as PyTorch takes by default")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -487,10 +568,11 @@ def main():
     arguments = parse_arguments()
     project = check_checkout(arguments.checkout)
     if arguments.task == "models":
-        write_models(project, arguments.preset, arguments.folder)
+        write_models(project, arguments.preset, arguments.folder, arguments.device)
         return
     if arguments.task == "measure":
-        result = measure(project, arguments.preset, arguments.threads, arguments.folder)
+        phases = arguments.phases or arguments.device == "cpu"
+        result = measure(project, arguments.preset, arguments.threads, arguments.folder, arguments.device, phases)
         (arguments.folder / "result.json").write_text(json.dumps(result))
         return
     versions = find_versions(arguments.checkout)
@@ -504,7 +586,8 @@ def main():
             speed, memory = repeats[-1]["pairs_per_second"], repeats[-1]["peak_memory_mib"]
             print(f"{repeat + 1} of {arguments.repeats}: {speed:.3g} pairs/s, {memory:.0f} MiB", flush=True)
     threads = [repeat.pop("threads") for repeat in repeats]
-    head = {"preset": arguments.preset, "device": "cpu", "dtype": "float32", "threads": threads[0]}
+    dtype = "float32" if arguments.device == "cpu" else "float16"
+    head = {"preset": arguments.preset, "device": arguments.device, "dtype": dtype, "threads": threads[0]}
     report = {**head, **median(repeats), "versions": versions, "repeats": repeats}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

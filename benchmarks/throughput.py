@@ -26,8 +26,8 @@ python benchmarks/plot_throughput.py accumulation.json --output docs/images/thro
 
 What is timed is `SPOTrainer.train()`: one rollout of the preset's prompts, then optimizer steps on all its pairs. Every
 pair is valid: `preference_threshold` is 0, and scores that are equal are set apart. Networks are those of `models.py`, with random weights: time and memory do not
-depend on their values. Building them is not timed, and a run before the timed one is not counted: on a GPU a whole
-one, on a CPU as much of one as fills the first optimizer step.
+depend on their values. They are drawn on the device, and building them is not timed. Neither is a run before the timed one, of as many branches as
+fill the first optimizer step; where blocks are compiled, that is when.
 
 Every repeat is a process of its own, so that a peak of memory belongs to one configuration, and the processes of
 several configurations take turns (A B A B ...), so that a machine that slows down slows all of them. Ratios are taken
@@ -35,11 +35,14 @@ between neighbours, and their median is reported with minimum and maximum. A com
 should be told to make one.
 
 Phases exclude each other. A UNet call belongs to the policy if it records gradients, to the reference inside
-`SPOPipeline.reference()`, to the rollout otherwise; `other` is the rest of the loop, the optimizer and the prompts' text
+reference of the loss, to the rollout otherwise; `other` is the rest of the loop, the optimizer and the prompts' text
 encoder among it. Evaluations are counted in samples: a prompt that is guided counts twice, a batch of 8 eight times.
 Hooks on networks and wrapped public methods measure both, so nothing here knows how the trainer works. On a GPU, where
 waiting for the end of each phase would slow the loop down, `pairs_per_second` and memory come from a run without
 hooks, `seconds` and the counts from a second one.
+
+`hardware` names the device and the rate of a large matrix product on it (bfloat16 on a GPU, float32 on a CPU), against which
+the rate of a loop can be judged.
 
 Memory is the largest resident set of the process since the models were built (CPU, Linux), or the largest amount that
 PyTorch had allocated (GPU), in MiB.
@@ -62,7 +65,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -92,7 +95,7 @@ PER_PROMPT = {
 }
 PER_PAIR = ("policy_forward", "policy_backward", "reference_forward")
 MEASURES = ("pairs_per_second", "peak_memory_mib", "peak_memory_above_models_mib")
-DESCRIPTION = ("preset", "device", "dtype", "threads", "versions", "options")
+DESCRIPTION = ("preset", "device", "dtype", "threads", "hardware", "versions", "options")
 NUM_PROMPTS = 4096  # of the whole data set; a run sees a few of them, another run others
 FIELDS = {  # parsers simplify the types of fields, whoever uses one first, and leave the annotations alone
     f.name: next(
@@ -203,14 +206,14 @@ class Profiler:
         self._denoisers = set()
         pipeline, reward = trainer.pipeline, trainer.reward_model
         self._watch_denoiser(pipeline.denoiser)
-        self._watch_reference(pipeline)
-        self._time(pipeline.vae, "decode", "vae_decode")
+        self._watch_reference(trainer)
+        # Around the decoder, which may be compiled: a hook inside would be compiled with it.
+        self._time(pipeline.running_networks()[-1], "decode", "vae_decode", counted=True)
         for method in ("score", "forward", "get_image_features"):
             self._time(reward, method, "reward")
         for method in ("encode_prompts", "get_text_features"):
             self._time(reward, method, "reward_text")
         self._time(trainer.accelerator, "backward", "policy_backward")
-        self._count(pipeline.vae.decoder, "vae_decode")
         self._count(reward.model.vision_model.embeddings, "reward")
         self._count(reward.model.text_model.embeddings, "reward_text")
 
@@ -255,11 +258,12 @@ class Profiler:
         setattr(owner, name, function)
         self._undo.append(lambda: delattr(owner, name) if hidden is None else setattr(owner, name, hidden))
 
-    def _time(self, owner, name: str, phase: str):
+    def _time(self, owner, name: str, phase: str, counted: bool = False):
         method = getattr(owner, name)
 
         def timed(*args, **kwargs):
             self._enter(phase)
+            self.samples[phase] += len(args[0]) if counted else 0
             try:
                 return method(*args, **kwargs)
             finally:
@@ -280,24 +284,24 @@ class Profiler:
 
         def before(module, args, kwargs):
             phase = "unet_rollout"
-            if torch.is_grad_enabled():
-                phase = "policy_forward"
-            elif self._in_reference:
+            if self._in_reference:  # it may record gradients, too, where it runs on the code of the policy
                 phase = "reference_forward"
+            elif torch.is_grad_enabled():
+                phase = "policy_forward"
             self.samples[phase] += len(args[0] if args else kwargs["sample"])
             self._enter(phase)
 
         def after(module, args, output):
             self._leave()
             output = output[0] if isinstance(output, tuple) else output.sample
-            if output.requires_grad:
+            if output.requires_grad and not self._in_reference:
                 output.register_hook(lambda gradient: self.samples.update(policy_backward=len(gradient)))
 
         self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._undo.append(module.register_forward_hook(after, always_call=True).remove)
 
-    def _watch_reference(self, pipeline):
-        method = pipeline.reference
+    def _watch_reference(self, trainer):
+        method = trainer._reference
 
         @contextlib.contextmanager
         def reference(*args, **kwargs):
@@ -309,7 +313,7 @@ class Profiler:
                 finally:
                     self._in_reference = outer
 
-        self._replace(pipeline, "reference", reference)
+        self._replace(trainer, "_reference", reference)
 
 
 class Memory:
@@ -380,10 +384,11 @@ def build_trainer(preset: str, device: str, dtype: str, options: dict, folder: s
     """The trainer of a preset, and its memory from the moment when all networks were built and nothing else was."""
     sizes = PRESETS[preset]
     config = build_config(preset, device, options, folder)
-    pipeline = build_pipeline(preset, folder).to(device, DTYPES[dtype])
     clip, tokenizer = clip_config(preset, Path(folder) / "reward_tokenizer")
-    reward_model = DecisiveRewardModel(StepAwareRewardModelConfig(clip_config=clip.to_dict()), tokenizer=tokenizer)
-    reward_model = reward_model.eval().to(device, DTYPES[dtype])
+    with torch.device(device):  # random numbers of a GPU take a second, those of a CPU a minute
+        pipeline = build_pipeline(preset, folder).to(DTYPES[dtype])
+        reward_model = DecisiveRewardModel(StepAwareRewardModelConfig(clip_config=clip.to_dict()), tokenizer=tokenizer)
+        reward_model = reward_model.eval().to(DTYPES[dtype])
     memory = Memory(device)
     lora = default_lora_config()
     lora.r = lora.lora_alpha = sizes.lora_rank
@@ -399,52 +404,82 @@ def run(trainer: SPOTrainer, seed: int):
     trainer.train()
 
 
-def warm_up(trainer: SPOTrainer, device: str):
-    """A run that is not counted, on other prompts. A CPU has little to warm up: enough branches for one full step."""
+def warm_up(trainer: SPOTrainer):
+    """A run that is not counted, on other prompts, with enough branches for one full step."""
     args = trainer.args
     end = args.branch_end_step
-    if device == "cpu":
-        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        branches = max(-(-pairs // args.per_device_rollout_batch_size), args.num_inner_steps)
-        last = args.num_inference_steps if end is None else end
-        args.branch_end_step = min(args.branch_start_step + branches, last)
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    branches = max(-(-pairs // args.per_device_rollout_batch_size), args.num_inner_steps)
+    last = args.num_inference_steps if end is None else end
+    args.branch_end_step = min(args.branch_start_step + branches, last)
     run(trainer, seed=1)
     args.branch_end_step = end
 
 
-def measure(preset: str, device: str, dtype: str, options: dict) -> dict:
-    """One repeat, in this process."""
+def measure(preset: str, device: str, dtype: str, options: dict, phases: bool = True) -> dict:
+    """One repeat, in this process; without `phases` only speed and memory."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, memory = build_trainer(preset, device, dtype, options, folder)
         window = _Window()
         trainer.add_callback(window)
-        warm_up(trainer, device)
-        cuda = device == "cuda"
-        if cuda:
+        start = time.perf_counter()
+        warm_up(trainer)
+        warm_up_seconds = time.perf_counter() - start
+        cuda, loader = device == "cuda", trainer.pair_loader
+        if cuda or not phases:
             run(trainer, seed=2)
-            total, num_pairs, peak = window.total, trainer.pair_loader.num_pairs_seen, memory.peak
-        window.profiler = profiler = Profiler(trainer, synchronize=cuda)
-        run(trainer, seed=3)
-        profiler.remove()
-        profiled_pairs, num_prompts = trainer.pair_loader.num_pairs_seen, trainer.pair_loader.num_prompts_seen
-        if not cuda:
-            total, num_pairs, peak = window.total, profiled_pairs, memory.peak
-    return {
-        "num_prompts": num_prompts,
+            loader = trainer.pair_loader
+            total, num_pairs, peak = window.total, loader.num_pairs_seen, memory.peak
+        if phases:
+            window.profiler = profiler = Profiler(trainer, synchronize=cuda)
+            run(trainer, seed=3)
+            profiler.remove()
+            loader = trainer.pair_loader
+        if not cuda and phases:
+            total, num_pairs, peak = window.total, loader.num_pairs_seen, memory.peak
+    result = {
+        "num_prompts": loader.num_prompts_seen,
         "num_pairs": num_pairs,
         "pairs_per_second": num_pairs / total,
-        "seconds": window.seconds,
+        "seconds": window.seconds if phases else {"total": total},
+        "warm_up_seconds": warm_up_seconds,
         "peak_memory_mib": peak,
         "peak_memory_above_models_mib": peak - memory.models,
-        "evals_per_prompt": {name: profiler.samples[phase] / num_prompts for name, phase in PER_PROMPT.items()},
-        "evals_per_pair": {name: profiler.samples[name] / profiled_pairs for name in PER_PAIR},
     }
+    if phases:
+        prompts, pairs = loader.num_prompts_seen, loader.num_pairs_seen
+        result["evals_per_prompt"] = {name: profiler.samples[phase] / prompts for name, phase in PER_PROMPT.items()}
+        result["evals_per_pair"] = {name: profiler.samples[name] / pairs for name in PER_PAIR}
+    return result
 
 
-def versions(device: str) -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "trl-spo")
-    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {**found, "gpu": torch.cuda.get_device_name()} if device == "cuda" else found
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a copy of the sources on the import path
+            found[name] = "not installed"
+    return found
+
+
+def hardware(device: str) -> dict:
+    """Name of the device, and TFLOP/s of a large matrix product: the best of five."""
+    cuda = device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):  # the first chooses a kernel
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"name": name, "matrix_tflops": 2 * size**3 / min(seconds[1:]) / 1e12}
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -567,6 +602,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--label", default="base", help="name of the first arm")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--no_phases", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -611,9 +647,9 @@ def work(arguments: argparse.Namespace) -> dict:
         torch.set_num_threads(arguments.threads)
     options = parse_options(arguments.set)
     head = {"preset": arguments.preset, "device": arguments.device, "dtype": arguments.dtype}
-    head["threads"] = torch.get_num_threads()
-    result = measure(arguments.preset, arguments.device, arguments.dtype, options)
-    return {**head, **result, "versions": versions(arguments.device), "options": options}
+    head |= {"threads": torch.get_num_threads(), "hardware": hardware(arguments.device)}
+    result = measure(arguments.preset, arguments.device, arguments.dtype, options, not arguments.no_phases)
+    return {**head, **result, "versions": versions(), "options": options}
 
 
 def main():

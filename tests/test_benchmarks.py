@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -51,6 +52,8 @@ KEYS = {
     "peak_memory_above_models_mib",
     "evals_per_prompt",
     "evals_per_pair",
+    "warm_up_seconds",
+    "hardware",
     "versions",
     "options",
     "repeats",
@@ -120,7 +123,7 @@ def test_time_and_memory_add_up(result):
         assert arm["pairs_per_second"] == pytest.approx(arm["num_pairs"] / seconds["total"], rel=0.01)
         assert 0 < arm["peak_memory_above_models_mib"] < arm["peak_memory_mib"]
         assert [set(repeat) for repeat in arm["repeats"]] == [
-            KEYS - {"preset", "device", "dtype", "threads", "versions", "options", "repeats"}
+            KEYS - {"preset", "device", "dtype", "threads", "hardware", "versions", "options", "repeats"}
         ]
 
 
@@ -212,3 +215,66 @@ def test_options_are_read_in_the_types_of_the_config(throughput):
     assert options == {"eta": 0.5, "train_cfg": False, "rollout_micro_batch_size": None, "resample": "chosen"}
     config = throughput.build_config("tiny", "cpu", {"gradient_accumulation_steps": 4}, "unused")
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 4)
+
+
+@pytest.fixture(scope="module")
+def gpu_report(tmp_path_factory):
+    """Two arms of the benchmark for GPUs, on the CPU: one that is profiled, and the approximate one."""
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    arguments = ("--device", "cpu", "--preset", "tiny", "--arms", "exact, eager; 224 px, K = 2", "--json", path)
+    process = run("gpu.py", *arguments)
+    assert process.returncode == 0, process.stderr
+    return json.loads(path.read_text()), process.stdout
+
+
+def test_the_gpu_benchmark_runs(gpu_report):
+    report, output = gpu_report
+    eager, small = report["arms"].values()
+    assert (eager["num_pairs"], small["num_pairs"]) == (2 * 16, 2 * 16)
+    assert eager["evals_per_prompt"]["vae_decode"] == 64 and eager["options"] == {"compile_regions": False}
+    assert small["options"]["num_candidates"] == 2 and set(small["seconds"]) == {"total"}
+    assert small["options"]["torch_compile_backend"] == "eager"  # the compiled path, without its compiler
+    assert eager["hardware"]["matrix_tflops"] > 0 and eager["warm_up_seconds"] > 0
+    assert f"| exact, eager | {eager['pairs_per_second']:.2f} | - |" in output and "| unet_rollout |" in output
+    assert f"| 224 px scoring, K = 2, pairs/s | >= 30 | {small['pairs_per_second']:.2f} |" in output
+    assert "| SDXL preset, pairs/s | >= 2.3 | - |" in output  # an arm that did not run has no number
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import gpu
+
+        return gpu
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def test_arithmetic_per_pair(gpu):
+    """Of SD1.5: per prompt 130 UNet samples, 64 decodes and scores, one text, and the training of 16 pairs."""
+    counted = json.loads((BENCHMARKS / "results" / "full_size.json").read_text())["sd15"]["network_tflop"]
+    rollout = 130 * counted["unet"] + 64 * (counted["decode"] + counted["reward_image"]) + counted["reward_text"]
+    assert gpu.tflop_per_pair("sd15", {}) == pytest.approx(rollout / 16 + counted["training"])
+    assert gpu.tflop_per_pair("sd15", {"num_candidates": 2}) is None and gpu.tflop_per_pair("tiny", {}) is None
+
+
+def test_arms_without_time_or_with_an_error_are_named(gpu, tmp_path, monkeypatch):
+    arguments = gpu.parse_arguments(["--device", "cpu", "--preset", "tiny", "--minutes", "0.001"])
+    results = gpu.measure(arguments)
+    assert all(result["error"].startswith("skipped") for result in results.values())
+    assert "| exact | skipped: " in gpu.table(results)
+    failed = gpu.run_process([sys.executable, "-c", "raise SystemExit('out of paint')"], None, 60, tmp_path / "x.json")
+    assert failed["error"].startswith("status 1") and failed["error"].endswith("out of paint")
+    hanging = gpu.run_process([sys.executable, "-c", "import time; time.sleep(60)"], None, 1, tmp_path / "x.json")
+    assert hanging == {"error": "not finished after 1 s"}
+
+
+@pytest.mark.parametrize("arguments", [["--arms", "fast"], ["--minutes", "0"], ["--device", "cuda"]])
+def test_the_gpu_benchmark_refuses(gpu, arguments, capsys):
+    if arguments[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("There is a GPU.")
+    with pytest.raises(SystemExit):
+        gpu.parse_arguments(["--device", "cpu", *arguments])
+    message = capsys.readouterr().err
+    assert any(words in message for words in ("must be of exact", "must be positive", "there is no GPU"))

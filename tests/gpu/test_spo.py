@@ -61,7 +61,8 @@ def make_trainer(
     if reward is None:
         clip = tiny_clip(folder)
         reward = StepAwareRewardModel.from_clip(clip, processor=clip)
-    defaults = {"num_inference_steps": 4, "max_steps": 3, "torch_compile": False, **device_settings(device)}
+    compiles = None if settings.get("torch_compile") else False
+    defaults = {"num_inference_steps": 4, "max_steps": 3, "compile_regions": compiles, **device_settings(device)}
     config = tiny_spo_config(folder / output, **{**defaults, **autocast, **settings})
     pipeline = make_pipeline(folder).to(dtype=dtype)
     return SPOTrainer(config, pipeline, reward, train_dataset=PROMPTS, eval_dataset=PROMPTS[:3])
@@ -264,7 +265,7 @@ def test_compiled_networks_make_the_same_pairs(device, tmp_path):
     import torch._dynamo
 
     if device != "cuda":
-        pytest.skip("The CPU has its own tests of this in tests/test_speed.py.")
+        pytest.skip("The CPU has its own tests of this in tests/test_compilation.py.")
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("torch.compile needs a C compiler.")
     plain = make_trainer(tmp_path, "cuda").rollout(PROMPTS[:3], seed=3)
