@@ -30,9 +30,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trl_spo import SPOTrainer, wrap_pipeline
-from trl_spo.export import export_kohya, merge_lora, read_lora
+from trl_spo.export import merge_lora
+from trl_spo.kohya import export_kohya, read_lora
 from trl_spo.pipelines.adapters import LORA_NAME
 
+from .flow_testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
 
 
@@ -231,8 +233,8 @@ def test_errors_of_the_export(tmp_path):
     with pytest.raises(ValueError, match="already is in kohya's format"):
         export_kohya(kohya, output)
     for name, tensors, message in (
-        ("model", {"conv.weight": torch.zeros(1)}, "no LoRA of a UNet"),
-        ("unet", {"unet.conv_in.weight": torch.zeros(1)}, "no LoRA of a UNet"),
+        ("model", {"conv.weight": torch.zeros(1)}, "not a LoRA of a UNet"),
+        ("unet", {"unet.conv_in.weight": torch.zeros(1)}, "not a LoRA of a UNet"),
         ("text", {"text_encoder.q.lora_A.weight": torch.zeros(1)}, "text encoders"),
         ("half", {"unet.a.to_q.lora_A.weight": torch.zeros(1, 1)}, "half of layer"),
         ("empty", {}, "empty"),
@@ -280,6 +282,33 @@ def test_a_merged_pipeline_loads_without_peft_and_equals_base_and_lora(base, koh
     torch.testing.assert_close(torch.load(tmp_path / "image.pt"), expected, atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", [tiny_sd3_pipeline, tiny_flux_pipeline], ids=["sd3", "flux"])
+def test_a_lora_of_a_transformer_is_merged_too(family, tmp_path):
+    """Every weight becomes W + 0.5 alpha / rank B A, alpha 6 and rank 2; nothing else changes, in the file or the object."""
+    pipeline = wrap_pipeline(family(tmp_path))
+    pipeline.add_lora(LoraConfig(r=2, lora_alpha=6, target_modules=ATTENTION))
+    generator = torch.Generator().manual_seed(1)
+    for name, value in pipeline.denoiser.named_parameters():
+        if ".lora_" in name:
+            value.data = 0.3 * torch.randn(value.shape, generator=generator)
+    pipeline.save_lora(tmp_path / "lora")
+    plain = family(tmp_path)
+    before = state_of(plain.transformer)
+    merge_lora(plain, tmp_path / "lora", tmp_path / "merged", lora_scale=0.5)
+    assert not getattr(plain.transformer, "peft_config", None)
+    assert all(torch.equal(value, before[name]) for name, value in plain.transformer.state_dict().items())
+    merged = type(plain.transformer).from_pretrained(tmp_path / "merged" / "transformer").state_dict()
+    lora = load_file(tmp_path / "lora" / LORA_NAME)
+    layers = {key.split(".lora_")[0].removeprefix("transformer.") for key in lora}
+    assert merged.keys() == before.keys() and layers
+    for name, value in before.items():
+        layer = name.removesuffix(".weight")
+        if layer in layers:
+            a, b = (lora[f"transformer.{layer}.lora_{part}.weight"] for part in "AB")
+            value = value + 1.5 * b @ a
+        torch.testing.assert_close(merged[name], value, msg=name)
+
+
 def test_merge_leaves_the_pipeline_alone_and_scales(tmp_path):
     folder, _ = random_lora("sd15", tmp_path)
     pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
@@ -304,15 +333,23 @@ def test_errors_of_the_merge(tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     with pytest.raises(FileNotFoundError, match="There is no LoRA"):
         merge_lora(pipeline, tmp_path, tmp_path / "merged")
-    with pytest.raises(ValueError, match="does not fit this UNet"):
+    with pytest.raises(ValueError, match="does not fit this unet"):
         merge_lora(pipeline, sdxl, tmp_path / "merged")
     with pytest.raises(ValueError, match="base model itself"):
         merge_lora(tmp_path / "base", folder, tmp_path / "base")
     with pytest.raises(ValueError, match="need a path"):
         merge_lora(pipeline, folder, tmp_path / "merged", torch_dtype="float16")
-    with pytest.raises(ValueError, match="must have a UNet"):
+    with pytest.raises(ValueError, match="with a `unet` or `transformer`"):
         merge_lora(object(), folder, tmp_path / "merged")
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="no LoRA of a UNet"):
+    with pytest.raises(ValueError, match="not a LoRA of a unet"):
         merge_lora(pipeline, tmp_path / "model.safetensors", tmp_path / "merged")
+    lora = load_file(folder / LORA_NAME)
+    save_file({**lora, "text_encoder.q.lora_A.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match="more than a LoRA of the unet"):
+        merge_lora(pipeline, tmp_path / "more.safetensors", tmp_path / "merged")
+    renamed = {key.replace("attn1.to_q", "attn1.to_z"): value for key, value in lora.items()}
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    with pytest.raises(ValueError, match=r"attn1.to_z' is not a layer of it"):
+        merge_lora(pipeline, tmp_path / "renamed.safetensors", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

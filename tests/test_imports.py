@@ -34,7 +34,7 @@ ORDER = (  # a module may import from the modules before it
     "rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling "
     "preference_dataset preference_collator preference_labels "
     "training.checkpointing training.model_card training.memory training.compilation training.ema training.callbacks pair_loader "
-    "step_reward_trainer spo_trainer ddpo_interop export "
+    "step_reward_trainer spo_trainer ddpo_interop export kohya "
     "evaluation.statistics evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()
 SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo/scripts`, above everything

@@ -47,8 +47,8 @@ from trl_spo.evaluation.statistics import (
     prompt_means,
     wilson_interval,
 )
-from trl_spo.export import export_kohya, read_lora
 from trl_spo.images import image_to_tensor, read_image
+from trl_spo.kohya import export_kohya, read_lora
 from trl_spo.losses import spo_loss, step_preference_loss
 from trl_spo.pair_selection import (
     draw_two_candidates,

@@ -41,8 +41,9 @@ from PIL import Image
 
 from trl_spo import SPOTrainer, StepAwareRewardModel, StepRewardTrainer, wrap_pipeline
 from trl_spo.evaluation import metrics as scores
-from trl_spo.export import export_kohya, merge_lora
+from trl_spo.export import merge_lora
 from trl_spo.images import read_image
+from trl_spo.kohya import export_kohya
 from trl_spo.pipelines.autoencoder import load_scoring_vae
 from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.training.model_card import hub_id

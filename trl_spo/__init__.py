@@ -24,7 +24,8 @@ _import_structure = {
     "training.ema": ["EMACallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
     "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
-    "export": ["export_kohya", "merge_lora"],
+    "export": ["merge_lora"],
+    "kohya": ["export_kohya"],
     "evaluation.metrics": ["load_metric"],
     "rewards.latent": ["LatentRewardModel", "LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
@@ -55,7 +56,8 @@ if TYPE_CHECKING:
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
     from .evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
     from .evaluation.metrics import load_metric
-    from .export import export_kohya, merge_lora
+    from .export import merge_lora
+    from .kohya import export_kohya
     from .losses import spo_loss, step_preference_loss
     from .pair_selection import PairSelection, select_pairs
     from .pipelines.auto import wrap_pipeline

@@ -55,7 +55,7 @@ from trl_spo import SPOConfig, SPOTrainer
 from trl_spo.evaluation.curves import plot_curves
 from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
 from trl_spo.evaluation.statistics import paired_statistics, statistics_table
-from trl_spo.export import export_kohya
+from trl_spo.kohya import export_kohya
 
 
 logging.set_verbosity_error()
