@@ -41,6 +41,7 @@ MAKERS = {
     "z_image": (tiny_z_image_pipeline, SPOZImagePipeline, 3.0),
     "qwen_image": (tiny_qwen_image_pipeline, SPOQwenImagePipeline, 4.0),
 }
+LENGTHS = {"qwen_image": 200}  # tokens that are read of a prompt; Qwen-Image's template alone takes 130, one per byte
 every_family = pytest.mark.parametrize("family", list(MAKERS))
 
 
@@ -55,7 +56,7 @@ def made(tmp_path_factory):
             pipe = make(tmp_path_factory.mktemp(family))
             pipe.set_progress_bar_config(disable=True)
             found[family] = wrap_pipeline(pipe)
-            found[family].max_sequence_length = 40
+            found[family].max_sequence_length = LENGTHS.get(family, 40)
             assert type(found[family]) is cls
         return found[family]
 
@@ -65,16 +66,17 @@ def made(tmp_path_factory):
 def fresh(family: str, folder):
     pipeline = wrap_pipeline(MAKERS[family][0](folder))
     pipeline.sd_pipeline.set_progress_bar_config(disable=True)
-    pipeline.max_sequence_length = 40
+    pipeline.max_sequence_length = LENGTHS.get(family, 40)
     return pipeline
 
 
 def in_diffusers(pipeline, family: str, latents: torch.Tensor, steps: int, **kwargs) -> torch.Tensor:
     """Images of the plain pipeline from the same noise, in [0, 1]."""
     scale = MAKERS[family][2]
-    arguments = {"guidance_scale": scale, "max_sequence_length": 40}
-    if family == "qwen_image":
-        arguments = {"true_cfg_scale": scale, "negative_prompt": [" "] * len(PROMPTS), "max_sequence_length": 40}
+    arguments = pipeline.call_arguments(scale)  # what a model card tells its reader
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
+    arguments["max_sequence_length"] = LENGTHS.get(family, 40)
     if family == "flux2":
         arguments["text_encoder_out_layers"] = (0, 1, 2)
     given = pack(latents) if family in ("flux", "qwen_image") else latents
@@ -191,6 +193,37 @@ class TestConditioning:
         assert torch.allclose(found, in_diffusers(pipeline, "sd3", latents, 2), atol=1e-5)
 
 
+class TestGuidance:
+    @every_family
+    def test_unguided_means_that_the_negative_prompt_has_no_say(self, made, family):
+        """`train_cfg=False` trains with this scale. For Z-Image it is 0: 1 is guidance there."""
+        pipeline, latents = made(family), noise_for(made(family))
+        timestep = pipeline.set_timesteps(4, latents.shape[1:])[1]
+
+        def prediction(negative: str, scale: float) -> torch.Tensor:
+            with torch.no_grad():
+                return pipeline.predict(latents, timestep, pipeline.encode_prompt(PROMPTS, negative), scale)
+
+        if family == "flux":  # has no negative prompt
+            return
+        scale = pipeline.unguided_scale
+        assert torch.equal(prediction("", scale), prediction("a painting", scale))
+        scale = MAKERS[family][2]
+        assert not torch.allclose(prediction("", scale), prediction("a painting", scale), atol=1e-5)
+
+    def test_without_guidance_in_the_loss_ratios_are_1_too(self, tmp_path):
+        config = tiny_spo_config(
+            tmp_path / "out", num_inference_steps=4, branch_start_step=0, branch_end_step=1, height=SIZE, width=SIZE,
+            guidance_scale=3.0, max_steps=1, train_cfg=False,
+        )  # fmt: skip
+        trainer = SPOTrainer(config, fresh("z_image", tmp_path), brightness_reward, train_dataset=PROMPTS)
+        scales, predict = [], trainer.pipeline.predict
+        trainer.pipeline.predict = lambda *args: scales.append(args[3]) or predict(*args)
+        trainer.train()
+        assert set(scales) == {3.0, 0.0}
+        assert next(log for log in trainer.state.log_history if "loss" in log)["ratio/chosen"] == 1.0
+
+
 class TestTraining:
     @every_family
     def test_a_step_from_rollout_to_plain_diffusers(self, tmp_path, family):
@@ -208,6 +241,18 @@ class TestTraining:
         assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
         assert logs[0]["ratio/chosen"] == logs[0]["ratio/rejected"] == 1.0
         trainer.save_model()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "FlowMatchEuler sigmas with stochastic steps (ddim, eta 1), 4 steps" in card
+        calls = []
+        (line,) = [line for line in card.splitlines() if line.startswith("image = pipe(")]
+        exec(line.removesuffix(".images[0]"), {"pipe": lambda **kwargs: calls.append(kwargs)})
+        expected = {
+            "num_inference_steps": 4,
+            "height": SIZE,
+            "width": SIZE,
+            **pipeline.call_arguments(MAKERS[family][2]),
+        }
+        assert calls == [{"prompt": "a photo of a cat", **expected}]
 
         latents = noise_for(pipeline)
         trained = sampled(pipeline, family, latents, 3)
@@ -321,15 +366,41 @@ class TestBadInput:
         ):
             made("flux").encode_prompt(PROMPTS, "blurry")
 
-    def test_distilled_models_are_warned_about(self, tmp_path, monkeypatch):
-        for module, make in (
-            ("flux", lambda: tiny_flux_pipeline(tmp_path / "a", guidance=False)),
-            ("flux2", lambda: tiny_flux2_klein_pipeline(tmp_path / "b", is_distilled=True)),
-        ):
-            said = []
-            monkeypatch.setattr(f"trl_spo.pipelines.{module}.logger.warning", said.append)
-            wrap_pipeline(make())
-            assert len(said) == 1 and "is the better start" in said[0].replace("are the", "is the")
+    @pytest.mark.parametrize("checkpoint", ["schnell", "klein", "turbo"])
+    def test_distilled_models_train_with_a_warning_and_sample_without(self, checkpoint, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr("trl_spo.pipelines.flow.logger.warning", said.append)
+        if checkpoint == "schnell":
+            raw = tiny_flux_pipeline(tmp_path, guidance=False)
+        elif checkpoint == "klein":
+            raw = tiny_flux2_klein_pipeline(tmp_path, is_distilled=True)
+        else:
+            raw = tiny_sd3_pipeline(tmp_path)
+            raw.register_to_config(_name_or_path="someone/stable-diffusion-3.5-large-turbo")
+        pipeline = wrap_pipeline(raw)
+        assert pipeline.is_distilled and not said
+        pipeline.prepare_for_training()
+        assert len(said) == 1 and "Base models are the better start" in said[0]
+
+    def test_a_folder_named_turbo_makes_no_distilled_model(self, tmp_path):
+        raw = tiny_sd3_pipeline(tmp_path)
+        raw.register_to_config(_name_or_path="/models/turbo/stable-diffusion-3.5-medium/")
+        assert not wrap_pipeline(raw).is_distilled
+
+    def test_long_prompts_are_announced_once_and_by_what_reads_them(self, tmp_path, monkeypatch):
+        """Regression: diffusers printed the end of every prompt of 78 tokens, although T5 reads it."""
+        said = []
+        monkeypatch.setattr("trl_spo.pipelines.conditioning.logger.warning", said.append)
+        long = " ".join(["a red cat on a blue dog"] * 12)  # 84 words; the CLIPs read 77 tokens
+        pipeline = wrap_pipeline(tiny_sd3_pipeline(tmp_path))
+        pipeline.encode_prompt([long])
+        assert not said
+        pipeline.max_sequence_length = 40
+        pipeline.encode_prompt([long])
+        pipeline.encode_prompt([long])
+        assert len(said) == 1 and "the text encoder reads 40" in said[0]
+        wrap_pipeline(tiny_sd3_pipeline(tmp_path, with_t5=False)).encode_prompt([long])
+        assert len(said) == 2 and "the text encoder reads 77" in said[1]
 
     def test_a_vae_without_shift(self, tmp_path):
         with pytest.raises(ValueError, match="The VAE has no `shift_factor` in its configuration"):

@@ -145,7 +145,7 @@ def test_the_example_of_an_spo_card_runs_and_samples_like_the_rollout(tmp_path):
     args = spo_args(tmp_path, num_inference_steps=2, branch_start_step=0, negative_prompt='a "dog"')
     text = spo_card(args, base_model=None, step_rule=pipeline.step_rule)
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    assert "path/to/the/base/model" in code and "eta=1, negative_prompt=" in code
+    assert "path/to/the/base/model" in code and "eta=1" in code and "negative_prompt=" in code
     code = code.replace("path/to/the/base/model", str(tmp_path / "base"))
     code = code.replace("path/to/this/folder", str(tmp_path / "lora"))
     names = {}

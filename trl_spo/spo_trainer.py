@@ -489,7 +489,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             latents = torch.cat([latents, pairs.rejected_latents[apart]])
             timesteps = torch.cat([timesteps, timesteps[apart]])
             embeds = PromptEmbeds.cat([embeds, embeds[apart]])
-        guidance_scale = args.guidance_scale if args.train_cfg else 1.0
+        guidance_scale = args.guidance_scale if args.train_cfg else self.pipeline.unguided_scale
 
         def distribution(denoiser):
             output = self.pipeline.predict(latents, timesteps, embeds, guidance_scale, denoiser)
@@ -826,6 +826,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
             base_model=getattr(pipeline.sd_pipeline, "name_or_path", None),
             step_rule=pipeline.step_rule,
+            guidance=pipeline.call_arguments(self.args.guidance_scale, self.args.negative_prompt),
             denoiser_name=pipeline.denoiser_name,
             denoiser_class=type(pipeline.denoiser).__name__,
             use_lora=pipeline.use_lora,

@@ -25,6 +25,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -127,6 +128,7 @@ class SPOPipeline:
 
     denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
     required_components: tuple[str, ...] = ()
+    unguided_scale = 1.0  # the guidance scale that switches guidance off
     step_rule: StepRule = None
 
     def __init__(self, pipeline, use_lora: bool = True):
@@ -308,6 +310,13 @@ class SPOPipeline:
             ValueError: for a size that the model cannot make; see [`SPOPipeline.check_size`].
         """
         raise NotImplementedError
+
+    def call_arguments(self, guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
+        """How the family's diffusers pipeline is told the guidance of SPO; for the code of a model card."""
+        arguments = {"guidance_scale": guidance_scale}
+        if negative_prompt:
+            arguments["negative_prompt"] = negative_prompt
+        return arguments
 
     # --- the VAE -----------------------------------------------------------------------------------------------------
 

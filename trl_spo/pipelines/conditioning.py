@@ -145,7 +145,9 @@ class LongPrompts:
         self.warned = False
 
     @contextlib.contextmanager
-    def announced(self, texts: list[str], pipeline: Any, tokenizer: Any = None) -> Iterator[None]:
+    def announced(
+        self, texts: list[str], pipeline: Any, tokenizer: Any = None, limit: int | None = None
+    ) -> Iterator[None]:
         """
         Encode `texts` inside of this context.
 
@@ -153,9 +155,10 @@ class LongPrompts:
             texts (`list[str]`): prompts.
             pipeline: the diffusers pipeline that encodes them.
             tokenizer (*optional*): whose limit counts; by default the pipeline's first.
+            limit (`int`, *optional*): tokens that are read of a text; by default what the tokenizer says.
         """
         tokenizer = tokenizer or pipeline.tokenizer or pipeline.tokenizer_2
-        limit = tokenizer.model_max_length
+        limit = limit or tokenizer.model_max_length
         names = (pipeline.encode_prompt.__module__, "transformers.tokenization_utils_base")
         others = [logging.get_logger(name) for name in names]
         for other in others:

@@ -28,7 +28,7 @@ from peft import LoraConfig
 
 from ..scheduling_flow import FlowStepRule
 from .base import SPOPipeline
-from .conditioning import PromptEmbeds
+from .conditioning import LongPrompts, PromptEmbeds
 
 
 logger = logging.get_logger(__name__)
@@ -97,6 +97,7 @@ class SPOFlowPipeline(SPOPipeline):
     def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim"):
         super().__init__(pipeline, use_lora)
         self.step_rule = FlowStepRule(flow_scheduler(pipeline.scheduler), sampler)
+        self.long_prompts = LongPrompts()
         self._check_networks()
 
     def _check_networks(self) -> None:
@@ -113,6 +114,20 @@ class SPOFlowPipeline(SPOPipeline):
         return LoraConfig(
             r=32, lora_alpha=32, init_lora_weights="gaussian", target_modules=list(self.lora_target_modules)
         )
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model was distilled to a few steps, as far as the name of its checkpoint says so."""
+        name = str(getattr(self.sd_pipeline, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1].lower()
+        return any(word in name for word in ("turbo", "schnell", "lightning", "distilled"))
+
+    def prepare_for_training(self, peft_config=None, use_lora: bool | None = None) -> torch.nn.Module:
+        if self.is_distilled:  # said here: sampling and evaluating such a model is what it is for
+            logger.warning(
+                f"This {type(self.sd_pipeline).__name__} is distilled to a few steps: its velocities are made for those alone, "
+                "and training wears the distillation off. Base models are the better start."
+            )
+        return super().prepare_for_training(peft_config, use_lora)
 
     @property
     def latent_dtype(self) -> torch.dtype:

@@ -15,13 +15,9 @@
 """FLUX.1 as SPO trains it: packed latents, guidance embedded in the transformer (dev) or none (schnell)."""
 
 import torch
-from diffusers.utils import logging
 
 from .conditioning import PromptEmbeds
 from .flow import SPOFlowPipeline, pack, unpack
-
-
-logger = logging.get_logger(__name__)
 
 
 def image_ids(height: int, width: int, num_axes: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -61,11 +57,10 @@ class SPOFluxPipeline(SPOFlowPipeline):
     def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 512):
         self.max_sequence_length = max_sequence_length
         super().__init__(pipeline, use_lora, sampler)
-        if not pipeline.transformer.config.guidance_embeds:
-            logger.warning(
-                "This FLUX model is distilled to a few steps (schnell): its velocities are made for those alone, and training "
-                "wears the distillation off. Base models such as FLUX.1-dev are the better start."
-            )
+
+    @property
+    def is_distilled(self) -> bool:
+        return not self.denoiser.config.guidance_embeds or super().is_distilled
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
@@ -86,9 +81,11 @@ class SPOFluxPipeline(SPOFlowPipeline):
                 "FLUX.1 has its guidance embedded and no unconditional half, so a `negative_prompt` has no effect; leave it "
                 f"empty, got {negative_prompt!r}."
             )
-        tokens, pooled, _ = self.sd_pipeline.encode_prompt(
-            list(prompts), None, device=self.device, max_sequence_length=self.max_sequence_length
-        )
+        texts, pipeline = list(prompts), self.sd_pipeline
+        with self.long_prompts.announced(texts, pipeline, pipeline.tokenizer_2, self.max_sequence_length):
+            tokens, pooled, _ = pipeline.encode_prompt(
+                texts, None, device=self.device, max_sequence_length=self.max_sequence_length
+            )
         return PromptEmbeds(tokens, pooled_prompt_embeds=pooled)
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):

@@ -16,14 +16,10 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import logging
 
 from .autoencoder import own_precision, shrink_latents
 from .conditioning import PromptEmbeds
 from .flow import SPOFlowPipeline
-
-
-logger = logging.get_logger(__name__)
 
 
 def position_ids(height: int, width: int, length: int, batch_size: int, device: torch.device) -> torch.Tensor:
@@ -71,12 +67,10 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
         num_layers = pipeline.text_encoder.config.num_hidden_layers
         quarters = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
         self.text_encoder_out_layers = tuple(text_encoder_out_layers or quarters)
-        self.is_distilled = bool(pipeline.config.is_distilled)
-        if self.is_distilled:
-            logger.warning(
-                "This FLUX.2 klein model is distilled to a few steps without guidance: training wears the distillation off. "
-                "The base checkpoints (FLUX.2-klein-base) are the better start."
-            )
+
+    @property
+    def is_distilled(self) -> bool:
+        return bool(self.sd_pipeline.config.is_distilled)
 
     def _check_networks(self) -> None:
         if not hasattr(self.vae, "bn"):
@@ -100,12 +94,14 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
         return PromptEmbeds(positive, negative.expand_as(positive))
 
     def _encode_texts(self, texts: list[str]) -> torch.Tensor:
-        return self.sd_pipeline.encode_prompt(
-            prompt=texts,
-            device=self.device,
-            max_sequence_length=self.max_sequence_length,
-            text_encoder_out_layers=self.text_encoder_out_layers,
-        )[0]
+        pipeline = self.sd_pipeline
+        with self.long_prompts.announced(texts, pipeline, limit=self.max_sequence_length):
+            return pipeline.encode_prompt(
+                prompt=texts,
+                device=self.device,
+                max_sequence_length=self.max_sequence_length,
+                text_encoder_out_layers=self.text_encoder_out_layers,
+            )[0]
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         cond = self._call(denoiser, latents, sigma, embeds.prompt_embeds)

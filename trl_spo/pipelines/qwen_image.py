@@ -14,6 +14,8 @@
 
 """Qwen-Image as SPO trains it: masked text, guidance that keeps the norm, a video autoencoder with one frame."""
 
+from typing import Any
+
 import torch
 
 from .autoencoder import own_precision, scale_and_shift
@@ -73,12 +75,18 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
         )
 
     def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, mask = self.sd_pipeline.encode_prompt(
-            texts, device=self.device, max_sequence_length=self.max_sequence_length
-        )
+        pipeline = self.sd_pipeline
+        with self.long_prompts.announced(texts, pipeline, limit=self.max_sequence_length):
+            tokens, mask = pipeline.encode_prompt(
+                texts, device=self.device, max_sequence_length=self.max_sequence_length
+            )
         if mask is None:  # diffusers' way to say that all rows have the same length
             mask = torch.ones(tokens.shape[:2], device=tokens.device)
         return tokens, mask.bool()
+
+    def call_arguments(self, guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
+        """diffusers' `guidance_scale` is for distilled models here, and without a negative prompt there is no guidance."""
+        return {"true_cfg_scale": guidance_scale, "negative_prompt": negative_prompt or " "}
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         height, width = latents.shape[-2:]

@@ -68,14 +68,19 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
         return PromptEmbeds(positive, negative.expand_as(positive), pooled, negative_pooled.expand_as(pooled))
 
     def _encode_texts(self, texts: list[str]):
-        return self.sd_pipeline.encode_prompt(
-            texts,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
+        pipeline = self.sd_pipeline
+        reader, limit = pipeline.tokenizer, None
+        if pipeline.text_encoder_3 is not None:  # T5 reads on where the CLIPs stop
+            reader, limit = pipeline.tokenizer_3, self.max_sequence_length
+        with self.long_prompts.announced(texts, pipeline, reader, limit):
+            return pipeline.encode_prompt(
+                texts,
+                None,
+                None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         timestep = 1000 * sigma

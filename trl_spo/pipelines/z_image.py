@@ -15,13 +15,9 @@
 """Z-Image as SPO trains it: lists of images and captions of different length, a clock that runs backwards."""
 
 import torch
-from diffusers.utils import logging
 
 from .conditioning import PromptEmbeds
 from .flow import SPOFlowPipeline
-
-
-logger = logging.get_logger(__name__)
 
 
 def pad_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,16 +40,12 @@ class SPOZImagePipeline(SPOFlowPipeline):
     """
 
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    unguided_scale = 0.0
     lora_target_modules = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 512):
         self.max_sequence_length = max_sequence_length
         super().__init__(pipeline, use_lora, sampler)
-        if "turbo" in str(getattr(pipeline, "name_or_path", "")).lower():
-            logger.warning(
-                "Z-Image-Turbo is distilled to a few steps without guidance: training wears the distillation off. The base "
-                "checkpoint (Z-Image) is the better start."
-            )
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
@@ -76,12 +68,14 @@ class SPOZImagePipeline(SPOFlowPipeline):
         )
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
-        return self.sd_pipeline.encode_prompt(
-            list(texts),  # diffusers writes the chat template into the list that it is given
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )[0]
+        pipeline = self.sd_pipeline
+        with self.long_prompts.announced(texts, pipeline, limit=self.max_sequence_length):
+            return pipeline.encode_prompt(
+                list(texts),  # diffusers writes the chat template into the list that it is given
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )[0]
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         rows = _rows(embeds.prompt_embeds, embeds.prompt_mask)

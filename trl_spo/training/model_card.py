@@ -96,6 +96,7 @@ def spo_model_card(
     name: str,
     base_model: str | None,
     step_rule: StepRule,
+    guidance: dict[str, Any] | None = None,
     denoiser_name: str = "unet",
     denoiser_class: str = "UNet2DConditionModel",
     use_lora: bool = True,
@@ -115,6 +116,8 @@ def spo_model_card(
         name (`str`): heading.
         base_model (`str`, *optional*): Hub id of the base model; a local path is left out.
         step_rule ([`StepRule`]): the sampler the model was trained with.
+        guidance (`dict`, *optional*): arguments that tell the diffusers pipeline guidance and negative prompt, of
+            [`SPOPipeline.call_arguments`]. By default `guidance_scale` and `negative_prompt` of `args`.
         denoiser_name, denoiser_class (`str`): what was trained, and its class.
         use_lora (`bool`, *optional*, defaults to `True`): whether the folder holds a LoRA or a whole denoiser.
         reward_model (`str`, *optional*): Hub id of the reward model, or what it is in a few words.
@@ -154,7 +157,7 @@ def spo_model_card(
             parts.append(f"{label}:\n\n![{label}]({strip})")
     parts += [
         "## Use",
-        f"```python\n{_spo_code(args, base, where, step_rule, denoiser_name, denoiser_class, use_lora)}\n```",
+        f"```python\n{_spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_class, use_lora)}\n```",
         "## Sampler",
         f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare with the base model under the same sampler: guidance alone moves scores.",
         "## Recipe",
@@ -296,7 +299,7 @@ def _widget(samples: dict | None) -> list[dict] | None:
     return [{"text": prompt, "output": {"url": image}} for prompt, image in pairs]
 
 
-def _spo_code(args, base, where, step_rule, denoiser_name, denoiser_class, use_lora) -> str:
+def _spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_class, use_lora) -> str:
     code = step_rule.sampling_code(args.eta)
     imports = {"DiffusionPipeline", *code.imports}
     if use_lora:
@@ -304,14 +307,18 @@ def _spo_code(args, base, where, step_rule, denoiser_name, denoiser_class, use_l
     else:
         load = f'pipe.{denoiser_name} = {denoiser_class}.from_pretrained("{where}", subfolder="{denoiser_name}")'
         imports.add(denoiser_class)
+    if guidance is None:
+        guidance = {"guidance_scale": args.guidance_scale}
+        if args.negative_prompt:
+            guidance["negative_prompt"] = args.negative_prompt
+    size = {name: getattr(args, name, None) for name in ("height", "width")}
     arguments = [
-        '"a photo of a cat"',
+        'prompt="a photo of a cat"',  # by name: the first argument of some pipelines is an image
         f"num_inference_steps={args.num_inference_steps}",
-        f"guidance_scale={args.guidance_scale:g}",
+        *(f"{name}={_literal(value)}" for name, value in guidance.items()),
         *code.arguments,
+        *(f"{name}={value}" for name, value in size.items() if value is not None),
     ]
-    if args.negative_prompt:
-        arguments.append(f"negative_prompt={json.dumps(args.negative_prompt)}")
     return "\n".join(
         [
             f"from diffusers import {', '.join(sorted(imports))}",
@@ -322,6 +329,10 @@ def _spo_code(args, base, where, step_rule, denoiser_name, denoiser_class, use_l
             f"image = pipe({', '.join(arguments)}).images[0]",
         ]
     )
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else f"{value:g}"
 
 
 def _versions(*packages: str) -> str:
