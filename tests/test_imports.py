@@ -35,7 +35,7 @@ ORDER = (  # a module may import from the modules before it
     "preference_dataset preference_collator preference_labels "
     "training.checkpointing training.model_card training.memory training.compilation training.ema training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
-    "evaluation.statistics evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
+    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()
 SCRIPTS = "arguments spo step_reward evaluate sample cli".split()  # in `trl_spo/scripts`, above everything
 CONTRACT = (

@@ -26,20 +26,18 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 
+from trl_spo.evaluation.metric_images import ImagePreparation, prepare_hps_images
+from trl_spo.evaluation.metric_weights import convert_image_reward, convert_open_clip
 from trl_spo.evaluation.metrics import (
     METRICS,
     AestheticScore,
     CLIPScore,
     HPSv2,
-    ImagePreparation,
     ImageReward,
     ImageRewardModel,
     PickScore,
     PredictorMLP,
-    convert_image_reward,
-    convert_open_clip,
     load_metric,
-    prepare_hps_images,
 )
 
 from .testing_utils import PROMPTS, tiny_clip, tiny_tokenizer
