@@ -345,32 +345,10 @@ def evaluate_pipeline(
 
         metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
 
-    # Each process evaluates its share of the images.
+    # Each process evaluates its share of the images, and gets the records of all.
     task = _Task(pipeline, base, prompts, seeds, metrics, protocol, num_sheet_images)
     rank, num_ranks = _rank_and_world_size(pipeline.device)
-    own = list(range(rank, len(prompts), num_ranks))
-    records: list[dict] = []
-    failure = None
-    bar = tqdm(total=len(own), desc=progress, unit="image", disable=progress is None or rank != 0)
-    try:
-        for start in range(0, len(own), batch_size):
-            rows = own[start : start + batch_size]
-            records += _evaluate_batch(task, rows)
-            bar.update(len(rows))
-    except Exception as error:  # raised below, so that the other processes do not wait for this one
-        failure = error
-    bar.close()
-
-    # Put the shares together; an error in one process is an error in all.
-    if num_ranks > 1:
-        failures = gather_object([f"rank {rank}: {failure}"] if failure is not None else [])
-        if failure is None and failures:
-            raise RuntimeError("The evaluation failed elsewhere: " + "; ".join(failures))
-        if failure is None:
-            records = gather_object(records)
-    if failure is not None:
-        raise failure
-    records.sort(key=lambda record: record["row"])
+    records = _evaluate_shares(task, batch_size, progress, rank, num_ranks)
     result = _result(task, records)
     if output_dir is not None and rank == 0:
         result.save(output_dir)
@@ -431,6 +409,34 @@ class _Task:
     metrics: dict[str, Callable]
     protocol: EvaluationProtocol
     num_sheet_images: int
+
+
+def _evaluate_shares(task: _Task, batch_size: int, progress: str | None, rank: int, num_ranks: int) -> list[dict]:
+    """The records of all images in order, of which this process makes every `num_ranks`-th."""
+    # The share of this process. Its error waits, so that the other processes do not wait for this one.
+    own = list(range(rank, len(task.prompts), num_ranks))
+    records: list[dict] = []
+    failure = None
+    bar = tqdm(total=len(own), desc=progress, unit="image", disable=progress is None or rank != 0)
+    try:
+        for start in range(0, len(own), batch_size):
+            rows = own[start : start + batch_size]
+            records += _evaluate_batch(task, rows)
+            bar.update(len(rows))
+    except Exception as error:
+        failure = error
+    bar.close()
+
+    # Put the shares together; an error in one process is an error in all.
+    if num_ranks > 1:
+        failures = gather_object([f"rank {rank}: {failure}"] if failure is not None else [])
+        if failure is None and failures:
+            raise RuntimeError("The evaluation failed elsewhere: " + "; ".join(failures))
+        if failure is None:
+            records = gather_object(records)
+    if failure is not None:
+        raise failure
+    return sorted(records, key=lambda record: record["row"])
 
 
 def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:

@@ -15,8 +15,8 @@
 """
 Model cards: the `README.md` beside a saved model, with the recipe, the sampler, the measurements and how to load it.
 
-The functions turn plain values into Markdown and read nothing but what they are given. Settings are named one by one,
-never taken over as a whole: the arguments of a run also hold tokens and paths. Local paths do not appear.
+The functions turn plain values into Markdown and read nothing but what they are given. Settings are named one by one and
+never copied as a whole, because the arguments of a run also hold tokens and paths. Local paths do not appear.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ from ..step_distribution import StepRule
 
 PAPER = "2406.04314"
 FOLDER = "path/to/this/folder"  # where the card's examples load from if the model has no Hub id
-SAMPLES_NAME = "samples.json"
+SAMPLES_NAME = "samples.json"  # written by `ImageLoggingCallback`
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)  # so no markup, and no "user:password@host/"
 STRIP_NAME = r"step_(\d+)\.png"
 SPO_RECIPE = (
@@ -49,10 +49,19 @@ REWARD_RECIPE = (
     "eval_timesteps only_different max_pairs_per_prompt freeze_text_tower caption_loss_coef relabel_preferences "
     "bf16 fp16 seed"
 ).split()
+SPO_LIMITATIONS = (
+    "The model was trained to please its reward, on the prompts it was given: what the reward does not see (facts, text in "
+    "images, who is shown and how) is that of the base model or worse, and images of one prompt may have become more "
+    "alike. Samplers, guidance and prompts unlike those of the training may show less of the effect."
+)
+REWARD_LIMITATIONS = (
+    "It repeats the preferences of its training data, with what was in fashion there. A policy trained on it will find what "
+    "it overrates; look at images, and measure with a reward that was not trained on."
+)
 
 
 def hub_id(value: Any) -> str | None:
-    """`value` if it is a Hub id such as "user/model", `None` if it is a local path or nothing."""
+    """`value` if it is a Hub id such as "user/model", `None` if it is a local path or empty."""
     value = str(value or "")
     return value if HUB_ID.fullmatch(value) and not Path(value).exists() else None
 
@@ -112,7 +121,7 @@ def spo_model_card(
     The card of a model trained with [`SPOTrainer`].
 
     Args:
-        args ([`SPOConfig`]): of the run.
+        args ([`SPOConfig`]): the settings of the run.
         name (`str`): heading.
         base_model (`str`, *optional*): Hub id of the base model; a local path is left out.
         step_rule ([`StepRule`]): the sampler the model was trained with.
@@ -125,48 +134,42 @@ def spo_model_card(
             default the one that `args.scoring_vae` names.
         global_step, num_pairs (`int`): length of the training.
         log_history (list of `dict`): `trainer.state.log_history`.
-        samples (`dict`, *optional*): of [`read_samples`].
+        samples (`dict`, *optional*): what [`read_samples`] found.
         tags (iterable of `str`): tags of the trainer.
 
     Returns:
         `str`: Markdown with a YAML header.
     """
-    base, where = hub_id(base_model), hub_id(args.hub_model_id) or FOLDER
+    # The header, for the Hub.
+    base = hub_id(base_model)
+    where = hub_id(args.hub_model_id) or FOLDER
+    relation = "adapter" if use_lora else "finetune"
     header = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*tags, *(["lora"] if use_lora else [])],
         base_model=base,
-        base_model_relation=None if base is None else "adapter" if use_lora else "finetune",
+        base_model_relation=relation if base is not None else None,
         datasets=hub_id(args.dataset_name),
         widget=_widget(samples),
     )
+
+    # What it is, what it makes, how to use it, and how it came about.
     what = "LoRA" if use_lora else denoiser_class
     parts = [
         f"# {name}",
-        f"{what} trained with [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO) for "
-        f"{global_step} steps on {num_pairs} pairs."
-        + (f" Base model: [{base}](https://huggingface.co/{base})." if base else "")
-        + (f" Reward: {_link(reward_model)}." if reward_model else ""),
-    ]
-    if samples:
-        parts += ["<Gallery />", f"Samples after step {samples['step']}, one fixed seed per prompt."]
-        for strip in samples["strips"]:
-            step = _strip_step(strip)
-            label = f"After step {step}" if step else "Before training"
-            parts.append(f"{label}:\n\n![{label}]({strip})")
-    parts += [
+        _spo_introduction(what, global_step, num_pairs, base, reward_model),
+        *_gallery(samples),
         "## Use",
         f"```python\n{_spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_class, use_lora)}\n```",
         "## Sampler",
-        f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare with the base model under the same sampler: guidance alone moves scores.",
+        f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare "
+        "with the base model under the same sampler: guidance alone moves scores.",
         "## Recipe",
         _settings(args, SPO_RECIPE, {"scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)}),
         *_evaluation(log_history, ("_mean", "_std")),
         "## Limitations",
-        "The model was trained to please its reward, on the prompts it was given: what the reward does not see (facts, "
-        "text in images, who is shown and how) is that of the base model or worse, and images of one prompt may have "
-        "become more alike. Samplers, guidance and prompts unlike those of the training may show less of the effect.",
+        SPO_LIMITATIONS,
         "## Versions",
         _versions("diffusers", "peft", "transformers", "torch"),
     ]
@@ -189,7 +192,7 @@ def step_reward_model_card(
     The card of a reward model trained with [`StepRewardTrainer`].
 
     Args:
-        args ([`StepRewardConfig`]): of the run.
+        args ([`StepRewardConfig`]): the settings of the run.
         name (`str`): heading.
         base_model (`str`, *optional*): Hub id of the model training started from; a local path is left out.
         pipeline (`str`, *optional*): Hub id of the diffusion model whose predictions it judges.
@@ -200,7 +203,9 @@ def step_reward_model_card(
     Returns:
         `str`: Markdown with a YAML header.
     """
-    base, where, diffusion = hub_id(base_model), hub_id(args.hub_model_id) or FOLDER, hub_id(pipeline)
+    # The header, for the Hub.
+    base = hub_id(base_model)
+    where = hub_id(args.hub_model_id) or FOLDER
     header = ModelCardData(
         library_name="trl_spo",
         tags=list(tags),
@@ -208,10 +213,13 @@ def step_reward_model_card(
         base_model_relation="finetune" if base else None,
         datasets=hub_id(args.dataset_name),
     )
+
+    # What it judges, how to use it, and how it came about.
+    diffusion = hub_id(pipeline)
     judged = f"[{diffusion}](https://huggingface.co/{diffusion})" if diffusion else "a diffusion model"
-    timesteps = (
-        f"and is told the timestep (0 to {num_train_timesteps - 1})" if step_conditioning else "at any timestep"
-    )
+    timesteps = "at any timestep"
+    if step_conditioning:
+        timesteps = f"and takes the timestep (0 to {num_train_timesteps - 1}) as an input"
     parts = [
         f"# {name}",
         f"Step-aware reward model for [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO), "
@@ -231,8 +239,7 @@ def step_reward_model_card(
         _settings(args, REWARD_RECIPE),
         *_evaluation(log_history, ("_loss", "_accuracy", "_margin"), "/t_"),
         "## Limitations",
-        "It repeats the preferences of its training data, with what was in fashion there. A policy trained on it will find "
-        "what it overrates; look at images, and measure with a reward that was not trained on.",
+        REWARD_LIMITATIONS,
         "## Versions",
         _versions("transformers", "diffusers", "torch"),
     ]
@@ -252,7 +259,7 @@ def _link(name: str) -> str:
 
 
 def _describe_scoring_vae(vae: Any, name: str | None) -> str | None:
-    """Its Hub id; without one its class, as a path is private."""
+    """Its Hub id, or its class if it has none: a path is private."""
     if vae is None and name is None:
         return None
     source = name if vae is None else getattr(getattr(vae, "config", None), "_name_or_path", None)
@@ -273,23 +280,39 @@ def _evaluation(log_history: Iterable[dict], endings: tuple[str, ...], infix: st
     def is_metric(name: str) -> bool:
         return name.startswith("eval_") and (name.endswith(endings) or (infix is not None and infix in name))
 
-    logs = [log for log in log_history if any(is_metric(name) for name in log)]
+    logs = [log for log in log_history if any(map(is_metric, log))]
     if not logs:
         return []
-    first, last = logs[0], logs[-1]
-    names = [name for name in last if is_metric(name)]
-    if len(logs) == 1:
-        lines = [f"| metric | step {last.get('step', 0)} |", "|---|---|"]
-        lines += [f"| `{name}` | {last[name]:.4f} |" for name in names]
-    else:
-        lines = [f"| metric | step {first.get('step', 0)} | step {last.get('step', 0)} |", "|---|---|---|"]
-        lines += [
-            f"| `{name}` | {first[name]:.4f} | {last[name]:.4f} |"
-            if name in first
-            else f"| `{name}` | | {last[name]:.4f} |"
-            for name in names
-        ]
+    shown = logs if len(logs) == 1 else [logs[0], logs[-1]]
+    lines = ["| metric |" + "".join(f" step {log.get('step', 0)} |" for log in shown), "|---" * (1 + len(shown)) + "|"]
+    for name in filter(is_metric, shown[-1]):
+        cells = [f" {log[name]:.4f} |" if name in log else " |" for log in shown]
+        lines.append(f"| `{name}` |" + "".join(cells))
     return ["## Evaluation", "\n".join(lines)]
+
+
+def _spo_introduction(what: str, global_step: int, num_pairs: int, base: str | None, reward: str | None) -> str:
+    text = (
+        f"{what} trained with [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO) for "
+        f"{global_step} steps on {num_pairs} pairs."
+    )
+    if base:
+        text += f" Base model: [{base}](https://huggingface.co/{base})."
+    if reward:
+        text += f" Reward: {_link(reward)}."
+    return text
+
+
+def _gallery(samples: dict | None) -> list[str]:
+    """The images of the header's widget, and the first and last strip of samples."""
+    if not samples:
+        return []
+    parts = ["<Gallery />", f"Samples after step {samples['step']}, one fixed seed per prompt."]
+    for strip in samples["strips"]:
+        step = _strip_step(strip)
+        label = f"After step {step}" if step else "Before training"
+        parts.append(f"{label}:\n\n![{label}]({strip})")
+    return parts
 
 
 def _widget(samples: dict | None) -> list[dict] | None:
