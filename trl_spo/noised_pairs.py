@@ -12,7 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a step-aware reward model sees of preference images: noised, predicted and decoded again."""
+"""
+What a step-aware reward model sees of preference images: noised, predicted and decoded again
+(https://huggingface.co/papers/2406.04314, section 3.2).
+
+A pair of finished images with a preference becomes a pair of *predictions at timestep t*:
+
+    1. encode both images with the VAE;
+    2. add the same noise at the same timestep t to both;
+    3. predict both clean latents in one guided step of the diffusion model;
+    4. decode.
+
+We assume that the preference between the images also holds between their predictions, since both share prompt, timestep
+and noise. Difference from the public code (https://github.com/RockeyCoss/SPO): both images of a pair pass the denoiser in
+one batch.
+"""
 
 from functools import partial
 from typing import Any

@@ -54,8 +54,8 @@ class StepPreferenceCollator:
     Makes batches of image pairs from rows in Pick-a-Pic's or TRL's preference format.
 
     A row whose image cannot be decoded is skipped and counted in `num_bad`, a row without a label in
-    `num_unlabelled`. A batch of which nothing is left becomes one blank pair of weight 0, so that no rank of a
-    distributed run waits for another.
+    `num_unlabelled`. If nothing is left of a batch, it becomes one blank pair of weight 0, so that no
+    rank of a distributed run waits for another.
 
     Args:
         resolution (`int`):
@@ -68,7 +68,7 @@ class StepPreferenceCollator:
         keep_unlabelled (`bool`, *optional*, defaults to `False`):
             Keep rows without a label, as ties, for a training that computes labels of its own.
         image_keys (`bool`, *optional*, defaults to `False`):
-            Add `keys_0` and `keys_1`, what an [`EncodingCache`] knows the images by: a hash of their pixels, so that an
+            Add `keys_0` and `keys_1`, hashes of the pixels under which an [`EncodingCache`] keeps the encodings, so that an
             image that occurs in several pairs, as Pick-a-Pic's do, is encoded once.
 
     Example:
@@ -164,5 +164,5 @@ class StepPreferenceCollator:
 
 
 def _image_key(image: torch.Tensor) -> str:
-    """The same for equal pixels, whatever file they come from."""
+    """A hash of the pixels: equal for equal images, whatever file they come from."""
     return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest()

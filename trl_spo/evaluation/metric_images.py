@@ -121,7 +121,7 @@ def prepare_hps_images(
         images (`torch.Tensor` of shape `(N, 3, H, W)`): in [0, 1].
         size (`int`, *optional*, defaults to `224`): side of the square.
         mean, std (`tuple[float, float, float]`): channel statistics, for images in [0, 1].
-        antialias (`bool`, *optional*, defaults to `True`): as the `hpsv2` package computes with torchvision >= 0.17.
+        antialias (`bool`, *optional*, defaults to `True`): what the `hpsv2` package does with torchvision >= 0.17.
             Before, torchvision did not antialias tensors by default: pass `False` to compare with numbers of 2023.
 
     Returns:

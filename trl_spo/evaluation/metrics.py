@@ -169,10 +169,10 @@ class CLIPMetric(ImageMetric):
 
     Args:
         model ([`~transformers.CLIPModel`]): the CLIP.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of its text tower; not needed for image-only metrics.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of its text tower; image-only metrics need none.
         preparation (callable): `(N, 3, H, W)` in [0, 1] -> pixel values.
-        description (`str`, *optional*): for reports.
-        kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
+        description (`str`, *optional*): what the score is, for reports.
+        kwargs: `device`, `dtype` and `batch_size`, see [`ImageMetric`].
     """
 
     def __init__(self, model: CLIPModel, tokenizer, preparation, description: str = "", **kwargs):
@@ -230,7 +230,7 @@ class PickScore(CLIPMetric):
         Args:
             model (`str`, *optional*): folder or Hub id of a [`~transformers.CLIPModel`].
             processor (`str`, *optional*): folder or Hub id of its tokenizer and image settings; `None` for `model`.
-            kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
+            kwargs: `device`, `dtype` and `batch_size`, see [`ImageMetric`].
         """
         processor = model if processor is None else processor
         clip = load_pretrained(CLIPModel, model, "CLIP model")
@@ -285,7 +285,7 @@ class HPSv2(CLIPMetric):
             clip (`str`, *optional*): folder or Hub id of configuration and tokenizer of the same architecture in
                 transformers' format. Its weights are not needed.
             antialias (`bool`, *optional*, defaults to `True`): see [`prepare_hps_images`].
-            kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
+            kwargs: `device`, `dtype` and `batch_size`, see [`ImageMetric`].
         """
         # Files first: a missing one is named before a network is built.
         path = find_file(checkpoint, filename)
@@ -314,7 +314,7 @@ class AestheticScore(CLIPMetric):
 
     Args:
         predictor ([`PredictorMLP`]): the stack.
-        args, kwargs: of [`CLIPMetric`].
+        args, kwargs: arguments of [`CLIPMetric`].
     """
 
     def __init__(self, predictor: PredictorMLP, *args, **kwargs):
@@ -335,7 +335,7 @@ class AestheticScore(CLIPMetric):
                 or Hub id that holds `filename`. TRL's copy of the original by default.
             filename (`str`, *optional*): name in that folder or repository.
             clip (`str`, *optional*): folder or Hub id of the CLIP.
-            kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
+            kwargs: `device`, `dtype` and `batch_size`, see [`ImageMetric`].
         """
         path = find_file(predictor, filename)
         weights = read_weights(path)
@@ -362,8 +362,8 @@ class ImageReward(ImageMetric):
         model ([`ImageRewardModel`]): the network.
         tokenizer (`PreTrainedTokenizerBase`): BERT's, uncased.
         preparation (callable): `(N, 3, H, W)` in [0, 1] -> pixel values.
-        description (`str`, *optional*): for reports.
-        kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
+        description (`str`, *optional*): what the score is, for reports.
+        kwargs: `device`, `dtype` and `batch_size`, see [`ImageMetric`].
     """
 
     max_length = 35  # tokens; longer prompts are cut, as in the reference implementation
@@ -394,7 +394,7 @@ class ImageReward(ImageMetric):
             tokenizer (`str`, *optional*): folder or Hub id of BERT's uncased tokenizer.
             vision_config, text_config (*optional*): sizes of another BLIP; by default those of BLIP large, which the
                 released weights have.
-            kwargs: `device`, `dtype`, `batch_size` of [`ImageMetric`].
+            kwargs: `device`, `dtype` and `batch_size`, see [`ImageMetric`].
         """
         # Files first: a missing one is named before a network is built.
         path = find_file(checkpoint, filename)
@@ -463,8 +463,8 @@ def load_metric(name: str, **kwargs) -> ImageMetric:
     Args:
         name (`str`): one of `METRICS`: `"pickscore"`, `"hps_v2.1"`, `"hps_v2.0"`, `"image_reward"`, `"aesthetic"`,
             `"clip_score"`.
-        kwargs: of the `from_pretrained` of its class: `device`, `dtype`, `batch_size`, and where the weights are, if
-            not at their Hub ids.
+        kwargs: arguments of the `from_pretrained` of its class: `device`, `dtype`, `batch_size`, and where the weights
+            are, if not at their Hub ids.
 
     Returns:
         [`ImageMetric`].

@@ -93,10 +93,11 @@ def paired_statistics(
     What one metric says about a model, and about a base model on the same prompts and seeds.
 
     Args:
-        scores (`torch.Tensor` of shape `(N,)`): of the model's images.
-        prompts (`list[str]`): their prompts. Several images of one prompt count as one observation, their mean.
-        base_scores (`torch.Tensor` of shape `(N,)`, *optional*): of the base model's images, in the same order.
-        confidence (`float`, *optional*, defaults to `0.95`): of the intervals.
+        scores (`torch.Tensor` of shape `(N,)`): scores of the model's images.
+        prompts (`list[str]`): the prompts of the images. Several images of one prompt count as one observation, their
+            mean.
+        base_scores (`torch.Tensor` of shape `(N,)`, *optional*): scores of the base model's images, in the same order.
+        confidence (`float`, *optional*, defaults to `0.95`): probability that an interval covers the true value.
 
     Returns:
         `dict[str, float]`: `num_images`, `num_prompts`, `mean`, `se` (standard error over prompts), and with a base
