@@ -361,11 +361,11 @@ def points() -> list[Point]:
         (spo if run.startswith("spo") else reward).append(Point(name, run, kills, **options))
 
     # the rollout: three branches each, four rollouts before step 6
-    add("rollout: first branch of the first", Kill(BRANCH, "_Branch", 1))
-    add("rollout: middle branch of the third", Kill(BRANCH, "_Branch", 8))
-    add("rollout: last branch of the third", Kill(BRANCH, "_Branch", 9, "after"))
-    add("rollout: scoring", Kill(lambda: rollout._Scorer, "_score", 3))
-    add("rollout: decoding", Kill(lambda: rollout._Scorer, "_decode", 3, "after"))
+    add("rollout: first branch of the first", Kill(BRANCH, "Branch", 1))
+    add("rollout: middle branch of the third", Kill(BRANCH, "Branch", 8))
+    add("rollout: last branch of the third", Kill(BRANCH, "Branch", 9, "after"))
+    add("rollout: scoring", Kill(lambda: rollout.Scorer, "_score", 3))
+    add("rollout: decoding", Kill(lambda: rollout.Scorer, "_decode", 3, "after"))
     add("rollout: pairs not yet in the pool", Kill(lambda: rollout.StepPairs, "cat", 4))
     add("between rollout and training", Kill(LOADER, "_rollout_round", 3, "after"))
     # an optimizer step
@@ -423,7 +423,7 @@ def points() -> list[Point]:
     )
     add(
         "three times: rollout, optimizer step, rename",
-        Kill(BRANCH, "_Branch", 8),
+        Kill(BRANCH, "Branch", 8),
         Kill(ADAMW, "step", 2, "half-step"),
         Kill(OS, "rename", 1, "after", "/checkpoint-4"),
         expected=4,
@@ -444,7 +444,7 @@ def points() -> list[Point]:
     # other ways to end
     add("SIGTERM in the loss of step 3", Kill(SPO, "compute_loss", 6, how="terminate"))
     add("SIGTERM while checkpoint 4 is written", Kill(TORCH, "save", 2, "half", "optimizer.pt", how="terminate"))
-    add("KeyboardInterrupt in the rollout", Kill(BRANCH, "_Branch", 8, how="interrupt"))
+    add("KeyboardInterrupt in the rollout", Kill(BRANCH, "Branch", 8, how="interrupt"))
     add("KeyboardInterrupt in checkpoint 4", Kill(TORCH, "save", 2, "half", "optimizer.pt", how="interrupt"))
     # files that were damaged later
     for file in (LORA, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", PAIRS, "spo_state.json"):
@@ -638,6 +638,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list or not chosen:
         print("\n".join(point.name for point in points()))
         return 0 if options.list else 2
+    # A method that was renamed is found here, whichever points were chosen, and not after minutes.
+    hooks = {(kill.owner(), kill.method) for point in points() for kill in point.kills}
+    gone = sorted(f"{owner.__name__}.{method}" for owner, method in hooks if not hasattr(owner, method))
+    if gone:
+        print(f"Points name functions that do not exist: {', '.join(gone)}.")
+        return 2
     torch.set_num_threads(1)
     start = time.time()
     with tempfile.TemporaryDirectory() as temporary:

@@ -33,7 +33,6 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trl_spo import EMACallback, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
-from trl_spo.pair_loader import PairLoader
 from trl_spo.training.checkpointing import (
     STAGING_NAME,
     checkpoint_problems,
@@ -47,6 +46,7 @@ from trl_spo.training.checkpointing import (
     write_text,
 )
 from trl_spo.training.ema import EMA_NAME
+from trl_spo.training.running_means import RunningMeans
 
 from .testing_utils import (
     PROMPTS,
@@ -265,17 +265,25 @@ class TestChoice:
         assert "was written by 2 process(es) and this run has 1" in warnings.pop()
 
     @pytest.mark.parametrize("world", [1, 2, 3])
-    def test_what_waits_to_be_logged_is_divided_among_other_processes(self, tmp_path, world):
-        """Two processes have seen losses of 1, 2 and 3, 4, 5: whoever reads them back, they sum to 15 of 5 pairs."""
-        loader = spo_trainer(tmp_path).pair_loader
-        loader.save(tmp_path, [{"loss": [3.0, 2]}, {"loss": [12.0, 3]}])
-        totals = [0.0, 0.0]
+    def test_what_waits_to_be_logged_is_divided_among_other_processes(self, world):
+        """
+        Two processes have seen losses of 1, 2 and 3, 4, 5 and trained for 6 and 8 seconds: whoever reads them back, the
+        losses sum to 15 of 5 pairs. Checkpoints of old versions do not say how a metric is reduced.
+        """
+        saved = [
+            {"loss": [3.0, 2], "time/train": [6.0, 1], "skipped_steps": [1, 0]},
+            {"loss": [12.0, 3], "time/train": [8.0, 2], "skipped_steps": [0, 0]},
+        ]
+        parts = []
         for rank in range(world):
-            trainer = types.SimpleNamespace(args=types.SimpleNamespace(process_index=rank, world_size=world))
-            trainer._add = types.MethodType(SPOTrainer._add, trainer)
-            PairLoader(trainer, loader.prompts).load(tmp_path)
-            totals = [total + trainer._metrics["loss"][i] for i, total in enumerate(totals)]
-        assert totals == [15.0, 5.0]
+            args = types.SimpleNamespace(process_index=rank, world_size=world)
+            trainer = types.SimpleNamespace(args=args, _metrics=RunningMeans())
+            SPOTrainer._load_metrics(trainer, saved, {})
+            parts.append(trainer._metrics.state_dict())
+        assert [sum(part["loss"][i] for part in parts if part) for i in (0, 1)] == [15.0, 5.0]
+        trainer._metrics.load_state_dict()
+        logged = trainer._metrics.pop(gather=lambda own: parts)
+        assert logged == {"loss": 3.0, "time/train": 14.0 / world, "skipped_steps": 1.0}
 
     def test_other_forms_of_weights(self, run):
         """A whole denoiser in its folder, a sharded reward model, and what DeepSpeed and FSDP leave."""
@@ -460,7 +468,25 @@ def test_metrics_between_two_logs_survive(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     logs = [[e for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert logs[0] == logs[1] and logs[0][0]["step"] == 3
-    (tmp_path / "out" / "checkpoint-2" / "step_reward_state.json").unlink()  # of an older version
+
+
+def test_older_checkpoints_of_reward_trainers_load(tmp_path):
+    """They have names, sums and counts apart; those before them have no state at all."""
+    whole = reward_trainer(tmp_path, "whole")
+    whole.train()
+    file = tmp_path / "out" / "checkpoint-2" / "step_reward_state.json"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", file.parent)
+    state = json.loads(file.read_text())
+    (process,) = state["processes"]
+    metrics = process.pop("metrics")
+    process["counts"] = [int(metrics.pop(name)[0]) for name in ("nonfinite_pairs", "skipped_steps")]
+    process["averages"] = [sums for *sums, _ in metrics.values()]
+    file.write_text(json.dumps({**state, "averages": list(metrics)}))
+    older = reward_trainer(tmp_path)
+    older.train(resume_from_checkpoint=True)
+    logs = [[e for e in t.state.log_history if "loss" in e] for t in (whole, older)]
+    assert logs[0] == logs[1] and logs[0][0]["step"] == 3
+    file.unlink()
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     older = reward_trainer(tmp_path)
     older.train(resume_from_checkpoint=True)
@@ -468,10 +494,10 @@ def test_metrics_between_two_logs_survive(tmp_path):
 
 
 def test_older_checkpoints_of_spo_load(run, tmp_path):
-    """They have the metrics as one record for all processes."""
+    """They have the metrics as one record for all processes, and do not say how a metric is reduced."""
     file = run / "checkpoint-2" / "spo_state.json"
     state = json.loads(file.read_text())
-    state["metrics"] = state["metrics"][0]
+    state["metrics"] = {name: sums for name, (*sums, _) in state["metrics"][0].items()}
     file.write_text(json.dumps(state))
     shutil.rmtree(run / "checkpoint-4")
     expected = load_file(run / "checkpoint-2" / LORA)

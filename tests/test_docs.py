@@ -204,7 +204,9 @@ def first_cells(page: Path, heading: str) -> set[str]:
 def test_log_keys_of_spo():
     """What the trainer adds to its metrics, what the pages define."""
     source = read(ROOT / "trl_spo" / "spo_trainer.py")
-    logged = {re.sub(r"\{low\}_\{.*\}", "{lo}_{hi}", key) for key in re.findall(r"_add\(f?\"([^\"]+)\"", source)}
+    logged = {
+        re.sub(r"\{low\}_\{.*\}", "{lo}_{hi}", key) for key in re.findall(r"_metrics\.add\(f?\"([^\"]+)\"", source)
+    }
     logged |= set(re.findall(r"logs\[\"(\w+)\"\] = self", source))
     assert {"kl", "pairs/valid_fraction_t_{lo}_{hi}", "num_pairs_seen", "time/train"} <= logged  # were found at all
     defined = first_cells(ROOT / "docs" / "spo_trainer.md", "Logged metrics")
@@ -214,14 +216,13 @@ def test_log_keys_of_spo():
 
 def test_log_keys_of_the_reward_model():
     source = read(ROOT / "trl_spo" / "step_reward_trainer.py")
-    logged = set(re.findall(r"_averages\.add\(\"(\w+)\"", source)) | set(
-        re.findall(r"\baverages\.add\(\"(\w+)\"", source)
-    )
+    added = set(re.findall(r"means\.add\(\"(\w+)\"", source))
+    counts = set(re.findall(r"means\.add\(\"(\w+)\", .*reduce=\"sum\"", source))
+    logged = added - counts
     assert {"accuracy", "margin", "caption_loss"} <= logged
     defined = first_cells(ROOT / "docs" / "step_reward_trainer.md", "Logged metrics")
     evaluated = {f"eval_{name}" for name in logged - {"preference_loss", "caption_loss"}}
     ranges = {"accuracy/t_{lo}_{hi}", "eval_accuracy/t_{t}"}
-    counts = set(re.findall(r"(\w+)=counts\[", source))
     assert len(counts) == 2
     assert defined == logged | evaluated | ranges | counts | {
         "loss",

@@ -18,7 +18,6 @@ import functools
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -180,7 +179,7 @@ class PairLoader:
             digest.update(("\0" * (i > 0) + prompt).encode())
         return digest.hexdigest()
 
-    def save(self, directory: str | Path, metrics: list[dict[str, list[float]]]):
+    def save(self, directory: str | Path, metrics: list[dict[str, list]]):
         """
         Write the position in the prompts, the pairs that were not trained on yet, and the metrics that no process has
         logged yet.
@@ -214,12 +213,4 @@ class PairLoader:
         self.num_prompts_seen, self.num_pairs_seen = state["num_prompts_seen"], state["num_pairs_seen"]
         tensors = load_file(directory / PAIRS_NAME)
         self.pool = StepPairs(**tensors, prompts=state["pool_prompts"]) if tensors else None
-        metrics = state["metrics"]
-        if isinstance(metrics, dict):  # an older checkpoint has the sums over all processes
-            metrics = [metrics]
-        rank, world = self.trainer.args.process_index, self.trainer.args.world_size
-        mine = metrics[rank::world]  # of several processes, if there are fewer now
-        self.trainer._metrics = defaultdict(lambda: [0.0, 0.0])
-        for name, (total, weight) in (item for part in mine for item in part.items()):
-            self.trainer._add(name, total, weight)
-        self.trainer._last_rollout_metrics = state["last_rollout_metrics"]
+        self.trainer._load_metrics(state["metrics"], state["last_rollout_metrics"])

@@ -23,13 +23,12 @@ import copy
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils import DynamoBackend
 from datasets import Dataset, load_dataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -61,11 +60,11 @@ from .training.memory import (
 )
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
+from .training.running_means import RunningMeans, gather_from_processes
 
 
 logger = logging.get_logger(__name__)
 
-COUNTS = ("pairs/nonfinite", "skipped_steps")  # metrics that are sums, not means
 CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
 # Median of c / sigma (see `timestep_weights`) over the branching steps of the paper's run: Stable Diffusion 1, 20 steps, from
 # the fifth on, eta 1.
@@ -230,7 +229,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self.pair_loader: PairLoader | None = None
         self._prompts = prompts
         self._encodings = EncodingCache()
-        self._metrics: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # name -> [sum, weight]
+        self._metrics = RunningMeans()
         self._last_rollout_metrics: dict[str, float] = {}
         self._largest_gap = 0.0  # of scores of one prompt and step, in this process
         self.guard = NonFiniteGuard(
@@ -353,7 +352,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         if args.device.type == "cuda":  # work of the training before that is still queued is not the rollout's
             torch.cuda.synchronize(args.device)
             waited = time.perf_counter() - start
-            self._add("time/train", waited, 1)
+            self._metrics.add("time/train", waited, reduce="per_process")
             start += waited
         generator = torch.Generator(args.device)
         generator.manual_seed(((args.seed * 1_000_003 + seed) * 4096 + args.process_index) % 2**63)
@@ -371,7 +370,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
                 return_trajectory=return_trajectory,
             )
         self._record_rollout(pairs)
-        self._add("time/rollout", time.perf_counter() - start, 1)
+        self._metrics.add("time/rollout", time.perf_counter() - start, reduce="per_process")
         return pairs
 
     def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
@@ -443,28 +442,29 @@ class SPOTrainer(CheckpointingMixin, Trainer):
 
     def record_step(self, num_nonfinite: int, skipped: bool):
         """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
-        self._add("pairs/nonfinite", num_nonfinite, 0)
-        self._add("skipped_steps", int(skipped and self.args.process_index == 0), 0)  # all processes skip together
+        skipped = skipped and self.args.process_index == 0  # all processes skip together
+        self._metrics.add("pairs/nonfinite", num_nonfinite, reduce="sum")
+        self._metrics.add("skipped_steps", int(skipped), reduce="sum")
 
     def _record_rollout(self, pairs: StepPairs):
         scores = torch.cat([branch.scores for branch in pairs.branches])
         if not scores.isfinite().any():
             raise ValueError(f"A rollout has no finite score: {pairs.nonfinite[0]}. {self.guard.hint}")
         self.guard.record(sum(branch.scores.shape[1] for branch in pairs.branches), [str(n) for n in pairs.nonfinite])
-        self._add("pairs/nonfinite", len(pairs.nonfinite), 0)
+        self._metrics.add("pairs/nonfinite", len(pairs.nonfinite), reduce="sum")
         for branch in pairs.branches:
             scores, valid = branch.scores, branch.selection.valid
             margin = scores.max(0).values - scores.min(0).values
             self._largest_gap = max(self._largest_gap, margin.nan_to_num(0.0, 0.0, 0.0).max().item())
             low = branch.timestep // TIMESTEP_BIN * TIMESTEP_BIN
-            self._add("step_reward/mean", scores.mean(0))
-            self._add("step_reward/std", scores.std(0))
-            self._add("step_reward/margin", margin)
-            self._add("pairs/valid_fraction", valid.float())
-            self._add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
+            self._metrics.add("step_reward/mean", scores.mean(0))
+            self._metrics.add("step_reward/std", scores.std(0))
+            self._metrics.add("step_reward/margin", margin)
+            self._metrics.add("pairs/valid_fraction", valid.float())
+            self._metrics.add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
         if pairs.final_scores is not None:
-            self._add("reward_mean", pairs.final_scores)
-            self._add("reward_square", pairs.final_scores**2)
+            self._metrics.add("reward_mean", pairs.final_scores)
+            self._metrics.add("reward_square", pairs.final_scores**2)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -525,7 +525,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         loss = losses.sum() * scale
         if model.training:
             self.guard.watch("log-probabilities", losses.isfinite(), inputs["pairs"].timesteps, pairs.prompts)
-        self._add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
+        self._metrics.add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
         self._record_loss(output, chosen_logps, rejected_logps, *logps, kl)
         return (loss, output) if return_outputs else loss
 
@@ -573,7 +573,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
     def training_step(self, *args, **kwargs):
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        self._add("time/train", time.perf_counter() - start, 1)
+        self._metrics.add("time/train", time.perf_counter() - start, reduce="per_process")
         return loss
 
     @torch.no_grad()
@@ -582,70 +582,32 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
         ratios = torch.cat([chosen, rejected])
         clipped = (ratios < math.log1p(-self.args.epsilon)) | (ratios > math.log1p(self.args.epsilon))
-        self._add("rewards/chosen", self.args.beta * chosen)
-        self._add("rewards/rejected", self.args.beta * rejected)
-        self._add("rewards/margins", self.args.beta * (chosen - rejected))
-        self._add("rewards/accuracies", (chosen > rejected).float())
+        self._metrics.add("rewards/chosen", self.args.beta * chosen)
+        self._metrics.add("rewards/rejected", self.args.beta * rejected)
+        self._metrics.add("rewards/margins", self.args.beta * (chosen - rejected))
+        self._metrics.add("rewards/accuracies", (chosen > rejected).float())
         # Each pair is seen once, so this is the policy's order of pairs it was not trained on; a draw counts one half.
-        self._add("pairs/fresh_accuracy", (chosen > rejected).float() + 0.5 * (chosen == rejected).float())
-        self._add("logps/chosen", chosen_logps)
-        self._add("logps/rejected", rejected_logps)
-        self._add("ratio/chosen", output.chosen_ratio)
-        self._add("ratio/rejected", output.rejected_ratio)
-        self._add("clip_ratio", clipped.float())
-        self._add("kl", kl)
-        self._add("approx_kl", 0.5 * ratios**2)
+        self._metrics.add("pairs/fresh_accuracy", (chosen > rejected).float() + 0.5 * (chosen == rejected).float())
+        self._metrics.add("logps/chosen", chosen_logps)
+        self._metrics.add("logps/rejected", rejected_logps)
+        self._metrics.add("ratio/chosen", output.chosen_ratio)
+        self._metrics.add("ratio/rejected", output.rejected_ratio)
+        self._metrics.add("clip_ratio", clipped.float())
+        self._metrics.add("kl", kl)
+        self._metrics.add("approx_kl", 0.5 * ratios**2)
 
     # --- logging -----------------------------------------------------------------------------------------------------
 
-    def _add(self, name: str, values: torch.Tensor | float, weight: float | None = None):
-        """
-        Add values to the running mean of a metric. Tensors are summed where they are and read when they are logged;
-        what is not finite is left out.
-        """
-        if torch.is_tensor(values):
-            dtype = torch.float32 if values.device.type == "mps" else torch.float64
-            finite = values.isfinite()
-            values, weight = torch.where(finite, values.detach(), 0.0).to(dtype).sum(), finite.to(dtype).sum()
-        entry = self._metrics[name]
-        entry[0] = entry[0] + values
-        entry[1] = entry[1] + weight
-
-    def _gather_metrics(self) -> dict[str, list[float]]:
-        """Running sums and weights of all processes. Every process must call it."""
-        by_device = defaultdict(list)  # those of the rollout are on the CPU, those of the loss on the GPU
-        for name, entry in self._metrics.items():
-            for i in (0, 1):
-                if torch.is_tensor(entry[i]):
-                    by_device[entry[i].device].append((name, i))
-        for waiting in by_device.values():  # one copy for all metrics of a device
-            values = torch.stack([self._metrics[name][i] for name, i in waiting]).tolist()
-            for (name, i), value in zip(waiting, values, strict=True):
-                self._metrics[name][i] = value
-        parts = gather_object([dict(self._metrics)]) if self.args.world_size > 1 else [dict(self._metrics)]
-        totals = defaultdict(lambda: [0.0, 0.0])
-        for part in parts:
-            for name, (total, weight) in part.items():
-                totals[name][0] += total
-                totals[name][1] += weight
-        return totals
-
     def _pop_metrics(self) -> dict[str, float]:
         """Metrics since the last log, over all processes."""
-        totals = self._gather_metrics()
-        self._metrics.clear()
-        logs = {}
-        for name, (total, weight) in totals.items():
-            divisor = 1 if name in COUNTS else self.args.world_size if name.startswith("time/") else weight
-            if divisor:  # no value of it was finite
-                logs[name] = total / divisor
+        logs = self._metrics.pop()
         if "reward_square" in logs:
             logs["reward_std"] = math.sqrt(max(logs.pop("reward_square") - logs["reward_mean"] ** 2, 0.0))
         # One rollout feeds several steps: a log without a rollout of its own repeats the metrics of the last one.
         rollout_names = ("step_reward/", "pairs/valid", "reward_")
         self._last_rollout_metrics.update({k: v for k, v in logs.items() if k.startswith(rollout_names)})
         logs = {**self._last_rollout_metrics, **logs}
-        for name in ("time/rollout", *COUNTS):
+        for name in ("time/rollout", "pairs/nonfinite", "skipped_steps"):
             logs.setdefault(name, 0)
         logs["num_prompts_seen"] = self.pair_loader.num_prompts_seen
         logs["num_pairs_seen"] = self.pair_loader.num_pairs_seen
@@ -733,7 +695,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         rows = list(range(len(prompts)))[rank::world]
         own = [prompts[i] for i in rows]
         scores = self.score(self.generate(own, [self.args.eval_seed + i for i in rows]), own)
-        parts = gather_object([scores]) if world > 1 else [scores]
+        parts = gather_from_processes(scores)
         logs = {}
         for name in scores:
             values = torch.cat([part[name] for part in parts]).double()
@@ -769,11 +731,17 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:
-        self._gather_metrics()  # reads those that are on the device
-        own = dict(self._metrics)
-        metrics = gather_object([own]) if self.args.world_size > 1 else [own]
+        metrics = gather_from_processes(self._metrics.state_dict())
         if self.args.should_save:
             self.pair_loader.save(folder, metrics)
+
+    def _load_metrics(self, processes: list[dict] | dict, last_rollout: dict[str, float]) -> None:
+        """Metrics that were not logged when a checkpoint was written, of each process that wrote it."""
+        if isinstance(processes, dict):  # a checkpoint of an old version has the sums over all processes
+            processes = [processes]
+        mine = processes[self.args.process_index :: self.args.world_size]  # of several, if there are fewer now
+        self._metrics.load_state_dict(*map(_with_reductions, mine))
+        self._last_rollout_metrics = last_rollout
 
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = PairLoader(self, self._prompts)
@@ -839,3 +807,14 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             tags=self._tag_names,
         )
         write_text(folder / "README.md", card)
+
+
+def _with_reductions(metrics: dict[str, list]) -> dict[str, list]:
+    """Metrics of a checkpoint as [`RunningMeans`] takes them; those of old versions have no word on how they are reduced."""
+
+    def reduction(name: str) -> str:
+        if name in ("pairs/nonfinite", "skipped_steps"):
+            return "sum"
+        return "per_process" if name.startswith("time/") else "mean"
+
+    return {name: [total, weight, *(known or [reduction(name)])] for name, (total, weight, *known) in metrics.items()}

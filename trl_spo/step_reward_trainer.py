@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -38,7 +37,7 @@ from .step_reward_config import StepRewardConfig
 from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text
 from .training.model_card import step_reward_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
-from .training.running_means import RunningAverages
+from .training.running_means import RunningMeans, gather_from_processes
 
 
 logger = logging.get_logger(__name__)
@@ -247,7 +246,6 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             "Check the VAE and the denoiser of the pipeline: in float16 they may overflow where bfloat16 or float32 do "
             "not (SDXL's VAE does).",
         )
-        self._counts = torch.zeros(2, dtype=torch.int64)  # of pairs and of optimizer steps that were not finite
         self.add_callback(SkipNonFiniteSteps(self))
         self._position = _PositionCallback(self)
         self.add_callback(self._position)
@@ -266,16 +264,14 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             )
 
     def _prepare_metrics(self):
-        names = ["accuracy", "margin", "mean_reward", "min_reward", "max_reward"]
-        losses = ["preference_loss", "caption_loss"] if self.args.caption_loss_coef > 0 else []
+        self._train_means = RunningMeans()
+        self._eval_means = RunningMeans()
+        # Accuracy is logged for ranges of timesteps of equal width, each with the first one after it.
         count = self.args.accuracy_timestep_bins
         edges = [round(i * self.pipeline.num_train_timesteps / count) for i in range(count + 1)]
         self._bins = {
             f"accuracy/t_{low}_{high - 1}": (low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)
         }
-        self._train_averages = RunningAverages(names + losses + list(self._bins), self.accelerator)
-        eval_names = [f"accuracy/t_{timestep}" for timestep in dict.fromkeys(self.args.eval_timesteps)]
-        self._eval_averages = RunningAverages(names + eval_names, self.accelerator)
 
     # ---- randomness ----
 
@@ -351,17 +347,17 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             self.guard.watch("scores", losses.isfinite(), timesteps, inputs["prompts"], again=True)
         if self.args.caption_loss_coef > 0:
             caption_losses = self._caption_losses(output, inputs)
-            self._train_averages.add("preference_loss", losses, weights)
-            self._train_averages.add("caption_loss", caption_losses, weights)
+            self._train_means.add("preference_loss", losses, weights)
+            self._train_means.add("caption_loss", caption_losses, weights)
             losses = losses + self.args.caption_loss_coef * caption_losses
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
         loss = (weights * losses).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
 
         pairs = torch.stack([scores_0, scores_1, label_0, label_1, weights], dim=-1).detach()
-        correct, untied = self._record(self._train_averages, pairs)
+        correct, untied = self._record(self._train_means, pairs)
         timesteps = timesteps.to(correct.device)
         for name, (low, high) in self._bins.items():
-            self._train_averages.add(name, correct, untied & (timesteps >= low) & (timesteps < high))
+            self._train_means.add(name, correct, untied & (timesteps >= low) & (timesteps < high))
         return (loss, output) if return_outputs else loss
 
     def _caption_losses(self, output: StepRewardOutput, inputs: dict[str, Any]) -> torch.Tensor:
@@ -371,7 +367,7 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
         text_embeds = output.text_embeds.chunk(2)[0]
         return caption_contrastive_loss(preferred, text_embeds, output.logit_scale, inputs["prompts"])
 
-    def _record(self, averages: RunningAverages, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _record(self, means: RunningMeans, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Adds pairs to the metrics. `pairs (B, 5)` holds scores_0, scores_1, label_0, label_1, weight. Returns whether
         each pair is ordered as labelled, and whether it is no tie, both (B,).
@@ -380,11 +376,11 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
         untied = (preference != 0) & present
         margins = (scores[:, 0] - scores[:, 1]) * preference.sign()
         correct = margins > 0
-        averages.add("accuracy", correct, untied)
-        averages.add("margin", margins, untied)
-        averages.add("mean_reward", scores, present[:, None].expand_as(scores))
-        averages.add("min_reward", scores.min(), present.any())
-        averages.add("max_reward", scores.max(), present.any())
+        means.add("accuracy", correct, untied)
+        means.add("margin", margins, untied)
+        means.add("mean_reward", scores, present[:, None].expand_as(scores))
+        means.add("min_reward", scores.min(), present.any())
+        means.add("max_reward", scores.max(), present.any())
         return correct, untied
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device) -> torch.Tensor:
@@ -398,16 +394,14 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # a logging step of the training loop, not its summary and not an evaluation
-            logs.update(self._train_averages.pop())
-            counts = self.accelerator.reduce(self._counts.to(self.accelerator.device), "sum").tolist()
-            logs.update(nonfinite_pairs=counts[0], skipped_steps=counts[1])
-            self._counts.zero_()
+            logs.update({"nonfinite_pairs": 0, "skipped_steps": 0, **self._train_means.pop()})
         super().log(logs, *args, **kwargs)
 
     def record_step(self, num_nonfinite: int, skipped: bool):
         """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
         skipped = skipped and self.args.process_index == 0  # all processes skip together
-        self._counts += torch.tensor([num_nonfinite, int(skipped)])
+        self._train_means.add("nonfinite_pairs", num_nonfinite, reduce="sum")
+        self._train_means.add("skipped_steps", int(skipped), reduce="sum")
 
     # ---- saving and loading ----
 
@@ -429,19 +423,14 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:
-        own = {
-            "loss": float(self._position.loss),
-            "averages": self._train_averages.sums.tolist(),
-            "counts": self._counts.tolist(),
-        }
-        processes = gather_object([own]) if self.args.world_size > 1 else [own]
+        own = {"loss": float(self._position.loss), "metrics": self._train_means.state_dict()}
+        processes = gather_from_processes(own)
         if not self.args.should_save:
             return
         state = {
             "epoch": self._position.epoch,
             "first_step_of_epoch": self._position.first_step,
             "last_logged_step": self._globalstep_last_logged,
-            "averages": self._train_averages.names,
             "processes": processes,
         }
         (folder / STATE_NAME).write_text(json.dumps(state))
@@ -449,8 +438,7 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
     def _read_state(self, folder: str | None) -> bool:
         self._last_step = self._micro_step = -1
         self._position.start()
-        self._train_averages.reset()
-        self._counts.zero_()
+        self._train_means.clear()
         if folder is None:
             return False
         if not (Path(folder) / STATE_NAME).is_file():
@@ -461,10 +449,7 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
         mine = processes[self.args.process_index :: self.args.world_size]  # of several, if there are fewer now
         loss = sum(process["loss"] for process in mine or processes) / len(mine or processes)
         self._position.start(state["epoch"], state["first_step_of_epoch"], state["last_logged_step"], loss)
-        for process in mine:
-            if state["averages"] == self._train_averages.names:  # other settings log other things
-                self._train_averages.sums += torch.tensor(process["averages"]).to(self._train_averages.sums)
-            self._counts += torch.tensor(process["counts"])
+        self._train_means.load_state_dict(*[_metrics_of(process, state) for process in mine])
         if self._is_streamed and state["epoch"] > 0 and not hasattr(Trainer, "_init_training_state"):
             raise ValueError(
                 f"{folder!r} is in pass {state['epoch'] + 1} over a stream, and this version of transformers resumes in "
@@ -527,10 +512,10 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self._eval_batch = 0
-        self._eval_averages.reset()
+        self._eval_means.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        averages = self._eval_averages.pop()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in averages.items()})
+        means = self._eval_means.pop()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     @torch.no_grad()
@@ -554,8 +539,8 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             pairs.append(torch.stack([scores_0, scores_1, label_0, label_1, kept], dim=-1))
         self._eval_batch += 1
         for timestep, of_timestep in zip(eval_timesteps, self._gather_pairs(torch.stack(pairs)), strict=True):
-            correct, untied = self._record(self._eval_averages, of_timestep)
-            self._eval_averages.add(f"accuracy/t_{timestep}", correct, untied)
+            correct, untied = self._record(self._eval_means, of_timestep)
+            self._eval_means.add(f"accuracy/t_{timestep}", correct, untied)
         return torch.stack(losses).mean(), None, None
 
     def _gather_pairs(self, pairs: torch.Tensor) -> torch.Tensor:
@@ -567,6 +552,15 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             return pairs
         rows = self.accelerator.gather_for_metrics(list(pairs.cpu().unbind(1)), use_gather_object=True)
         return torch.stack([row.to(pairs.device) for row in rows], dim=1)
+
+
+def _metrics_of(process: dict, state: dict) -> dict[str, list]:
+    """What a process had not logged when a checkpoint was written. Old versions kept names and counts apart."""
+    if "metrics" in process:
+        return process["metrics"]
+    means = {name: [*sums, "mean"] for name, sums in zip(state["averages"], process["averages"], strict=True)}
+    nonfinite, skipped = process["counts"]
+    return {**means, "nonfinite_pairs": [nonfinite, 0, "sum"], "skipped_steps": [skipped, 0, "sum"]}
 
 
 def _prepare(dataset: Any, config: StepRewardConfig, training: bool = False) -> Any:
