@@ -12,18 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The train dataloader of SPO: prompts to pairs, and pairs to even micro-batches."""
+"""Prompts to pairs to micro-batches: a dataloader that rolls out prompts whenever an optimizer step needs more pairs."""
 
 import functools
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from .step_pairs import StepPairs
@@ -31,77 +28,135 @@ from .step_pairs import StepPairs
 
 logger = logging.get_logger(__name__)
 
-PAIRS_NAME = "spo_pairs.safetensors"
-STATE_NAME = "spo_state.json"
+MIN_PROMPTS_TO_GIVE_UP = 100  # without a single valid pair; in small datasets they are seen several times
+
+
+@dataclass(frozen=True)
+class LoaderSizes:
+    r"""
+    How many of everything.
+
+    Args:
+        prompts_per_rollout (`int`): of one process.
+        pairs_per_micro_batch (`int`): of one process, where there are enough pairs.
+        micro_batches_per_step (`int`): of one process, between two optimizer steps.
+        max_pairs_per_prompt (`int`): every branch gives one valid pair per transition.
+        num_epochs (`float`): passes over the prompts; `math.inf` where steps end the run.
+        rank (`int`, *optional*, defaults to `0`): number of this process.
+        world_size (`int`, *optional*, defaults to `1`): processes.
+    """
+
+    prompts_per_rollout: int
+    pairs_per_micro_batch: int
+    micro_batches_per_step: int
+    max_pairs_per_prompt: int
+    num_epochs: float
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimizer step, over all processes."""
+        return self.pairs_per_micro_batch * self.micro_batches_per_step * self.world_size
 
 
 class PairLoader:
-    """
-    The train dataloader: rolls out prompts whenever fewer pairs are waiting than an optimizer step needs, pools the
-    pairs of all processes, and deals them out evenly.
+    r"""
+    The train dataloader of SPO. It rolls out prompts whenever fewer pairs are waiting than an optimizer step needs, pools
+    the pairs of all processes, and deals them out evenly.
 
     Every process holds the same pool and takes its own slice, so an optimizer step sees the same number of pairs
     everywhere, and a process whose prompts gave no pair waits for nobody. What a step does not use stays in the pool,
-    across epochs and, through `save` and `load`, across checkpoints. Prompt order and rollout noise are functions of the seed
+    across epochs and, through `state_dict`, across checkpoints. Prompt order and rollout noise are functions of the seed
     and the position in the prompts, so the position is all the random state there is.
+
+    Args:
+        prompts (sequence of `str`): of all processes.
+        rollout (`Callable[[list[str], int], StepPairs]`):
+            Makes pairs of prompts, with the randomness of a number. Processes call it at the same time with the same
+            number and prompts of their own.
+        sizes ([`LoaderSizes`]): of rollouts and micro-batches.
+        gather (`Callable[[list[StepPairs]], list[StepPairs]]`, *optional*):
+            Joins the lists of all processes; needed for several.
+        seed (`int`, *optional*, defaults to `0`): of the order of prompts and pairs.
+        why_no_pairs (`Callable[[], str]`, *optional*): what to say when prompts give no valid pair.
+        pin_memory (`bool`, *optional*, defaults to `False`): hand out micro-batches that can be copied to a GPU without waiting.
+
+    Yields:
+        `dict`: `pairs` ([`StepPairs`]) of one micro-batch, with `num_pairs` of the optimizer step in this process, and
+        `num_micro_batches` of the step.
     """
 
-    def __init__(self, trainer, prompts: Sequence[str]):
-        self.trainer = trainer
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        rollout: Callable[[list[str], int], StepPairs],
+        sizes: LoaderSizes,
+        gather: Callable[[list[StepPairs]], list[StepPairs]] | None = None,
+        seed: int = 0,
+        why_no_pairs: Callable[[], str] = lambda: "",
+        pin_memory: bool = False,
+    ):
+        if sizes.world_size > 1 and gather is None:
+            raise ValueError(f"`gather` is needed to join the pairs of {sizes.world_size} processes, got None.")
         self.prompts = prompts
-        self._order: tuple[int, torch.Tensor] | None = None  # of the epoch it was drawn for
+        self.rollout = rollout
+        self.sizes = sizes
+        self.gather = gather
+        self.seed = seed
+        self.why_no_pairs = why_no_pairs
+        self.pin_memory = pin_memory
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
         self.pool: StepPairs | None = None
+        self._order: tuple[int, torch.Tensor] | None = None  # of the epoch it was drawn for
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
     @property
     def pairs_per_step(self) -> int:
         """Pairs of one optimizer step, over all processes."""
-        args = self.trainer.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.sizes.pairs_per_step
 
     @property
     def total_prompts(self) -> float:
         """Prompts of the whole run."""
-        args = self.trainer.args
-        return math.inf if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(self.prompts))
+        total = self.sizes.num_epochs * len(self.prompts)
+        return total if math.isinf(total) else math.ceil(total)
 
     def __len__(self) -> int:
         """
-        Most micro-batches of an epoch: as if every pair were valid, after an epoch that left as many pairs as it can.
-        Fewer are the rule.
+        Upper bound on the micro-batches of one epoch: every branch gives a valid pair, and the pool starts as full as it
+        can be. Real epochs are shorter.
         """
-        args = self.trainer.args
-        end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
-        per_prompt = end - args.branch_start_step
-        if args.num_branches is not None:
-            per_prompt = min(per_prompt, args.num_branches * args.num_inner_steps)
-        pairs = len(self.prompts) * per_prompt
+        pairs = len(self.prompts) * self.sizes.max_pairs_per_prompt
         left = self.pairs_per_step - 1 if self.total_prompts > len(self.prompts) else 0
-        return math.ceil((pairs + left) / self.pairs_per_step) * args.gradient_accumulation_steps
+        return math.ceil((pairs + left) / self.pairs_per_step) * self.sizes.micro_batches_per_step
 
     @property
     def waiting(self) -> int:
+        """Pairs in the pool."""
         return 0 if self.pool is None else len(self.pool)
 
     @property
     def epoch(self) -> float:
+        """Passes over the prompts so far."""
         return self.num_prompts_seen / len(self.prompts)
 
     @property
     def epoch_finished(self) -> bool:
-        """All prompts of the epoch were rolled out, another one follows, and the pool's rest waits for it."""
+        """
+        True if every prompt of this epoch has been rolled out, another epoch follows, and too few pairs are left for a
+        step; they carry over.
+        """
         more = self.num_prompts_seen < self.total_prompts
         return more and self.num_prompts_seen % len(self.prompts) == 0 and self.waiting < self.pairs_per_step
 
     @property
     def exhausted(self) -> bool:
         """There is nothing left to train on."""
-        args = self.trainer.args
-        smallest = args.gradient_accumulation_steps * args.world_size
+        smallest = self.sizes.micro_batches_per_step * self.sizes.world_size
         return self.num_prompts_seen >= self.total_prompts and self.waiting < smallest
 
     # --- iteration ---------------------------------------------------------------------------------------------------
@@ -112,63 +167,72 @@ class PairLoader:
 
     def _next_step(self) -> list[dict] | None:
         """This process's micro-batches of one optimizer step, or `None` at the end of training."""
-        args = self.trainer.args
-        unfruitful = 0
-        while self.waiting < self.pairs_per_step and self.num_prompts_seen < self.total_prompts:
-            seen, waiting = self.num_prompts_seen, self.waiting
-            self._rollout_round()
-            unfruitful = 0 if self.waiting > waiting else unfruitful + self.num_prompts_seen - seen
-            finished = self.num_prompts_seen >= self.total_prompts and self.num_pairs_seen == 0
-            if unfruitful >= max(len(self.prompts), 100) or (unfruitful and finished and not self.waiting):
-                raise RuntimeError(f"No valid pair in {unfruitful} prompts. {self.trainer.why_no_pairs()}")
-            if unfruitful and seen == 0:
-                logger.warning(f"The first {unfruitful} prompts gave no valid pair. {self.trainer.why_no_pairs()}")
-        accumulation, world = args.gradient_accumulation_steps, args.world_size
+        self._fill_pool()
+
+        # The last step of a run takes what is left, as long as every micro-batch of every process gets a pair.
+        accumulation, world_size = self.sizes.micro_batches_per_step, self.sizes.world_size
         total = min(self.waiting, self.pairs_per_step)
-        total -= total % world
-        if total < accumulation * world:
+        total -= total % world_size
+        if total < accumulation * world_size:
             return None
         step, self.pool = self.pool[:total], self.pool[total:]
         self.num_pairs_seen += total
-        own = step[args.process_index * (total // world) : (args.process_index + 1) * (total // world)]
+
+        # Each process takes its own slice, in micro-batches of nearly the same size.
+        share = total // world_size
+        own = step[self.sizes.rank * share : (self.sizes.rank + 1) * share]
         parts = [own[index] for index in torch.tensor_split(torch.arange(len(own)), accumulation)]
-        if args.device.type == "cuda":
+        if self.pin_memory:
             parts = [part.pin_memory() for part in parts]
         return [{"pairs": part, "num_pairs": len(own), "num_micro_batches": accumulation} for part in parts]
 
-    def _gather(self, parts: list[StepPairs]) -> list[StepPairs]:
-        """The parts of all processes. This is where one that has finished its rollout waits for the others."""
-        args = self.trainer.args
-        try:
-            return gather_object(parts)
-        except RuntimeError as error:  # of gloo; with NCCL its watchdog ends the process and says so
-            raise RuntimeError(
-                f"Rank {args.process_index} waited for the rollouts of the other ranks and got none: a rank has died, and "
-                f"its own error is the cause, or was silent for `ddp_timeout={args.ddp_timeout}` seconds ({error}). If a "
-                "rollout may take that long, raise `ddp_timeout`."
-            ) from error
+    def _fill_pool(self):
+        """
+        Roll out prompts until the pool has the pairs of a step, or the prompts of the run are used up.
+
+        Raises:
+            RuntimeError: if prompt after prompt gives no valid pair.
+        """
+        without_pair = 0  # prompts, one after the other
+        while self.waiting < self.pairs_per_step and self.num_prompts_seen < self.total_prompts:
+            seen, waiting = self.num_prompts_seen, self.waiting
+            self._rollout_round()
+            without_pair = 0 if self.waiting > waiting else without_pair + self.num_prompts_seen - seen
+            if not without_pair:
+                continue
+            never_any = self.num_prompts_seen >= self.total_prompts and not self.num_pairs_seen and not self.waiting
+            if never_any or without_pair >= max(len(self.prompts), MIN_PROMPTS_TO_GIVE_UP):
+                raise RuntimeError(f"No valid pair in {without_pair} prompts. {self.why_no_pairs()}")
+            if seen == 0:
+                logger.warning(f"The first {without_pair} prompts gave no valid pair. {self.why_no_pairs()}")
 
     def _rollout_round(self):
         """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
-        args, start = self.trainer.args, self.num_prompts_seen
-        epoch, position = divmod(start, len(self.prompts))
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(args.seed + epoch)
-            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator))
-        size = args.per_device_rollout_batch_size * args.world_size
-        size = int(min(size, len(self.prompts) - position, self.total_prompts - start))
-        indices = self._order[1][position : position + size].tolist()
-        own = indices[args.process_index :: args.world_size]
+        own, start, size = self._next_prompts()
         parts = []
         if own:  # `cat` leaves the record of the rollout behind; objects of another device would not come back here
-            parts = [StepPairs.cat([self.trainer.rollout([self.prompts[i] for i in own], seed=start)]).to("cpu")]
+            parts = [StepPairs.cat([self.rollout(own, start)]).to("cpu")]
         # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process.
-        parts = self._gather(parts) if args.world_size > 1 else parts
+        if self.sizes.world_size > 1:
+            parts = self.gather(parts)
         fresh = StepPairs.cat(parts)
-        shuffle = torch.Generator().manual_seed(args.seed + 1 + start)
+        shuffle = torch.Generator().manual_seed(self.seed + 1 + start)
         fresh = fresh[torch.randperm(len(fresh), generator=shuffle)]
         self.pool = fresh if self.pool is None else StepPairs.cat([self.pool, fresh])
         self.num_prompts_seen += size
+
+    def _next_prompts(self) -> tuple[list[str], int, int]:
+        """This process's prompts of the next round, the position where the round starts, and its size over all processes."""
+        start = self.num_prompts_seen
+        epoch, position = divmod(start, len(self.prompts))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator))
+        size = self.sizes.prompts_per_rollout * self.sizes.world_size
+        size = int(min(size, len(self.prompts) - position, self.total_prompts - start))
+        indices = self._order[1][position : position + size].tolist()
+        own = indices[self.sizes.rank :: self.sizes.world_size]
+        return [self.prompts[i] for i in own], start, size
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -179,38 +243,32 @@ class PairLoader:
             digest.update(("\0" * (i > 0) + prompt).encode())
         return digest.hexdigest()
 
-    def save(self, directory: str | Path, metrics: list[dict[str, list]]):
+    def state_dict(self) -> dict:
         """
-        Write the position in the prompts, the pairs that were not trained on yet, and the metrics that no process has
-        logged yet.
+        The position in the prompts and the pairs that were not trained on yet: numbers and strings for JSON, and under
+        `pool` the tensors of the pairs.
         """
-        directory = Path(directory)
-        tensors = {} if self.pool is None else {k: v.contiguous() for k, v in self.pool.tensors().items()}
-        save_file({name: value.clone() for name, value in tensors.items()}, directory / PAIRS_NAME)
-        state = {
+        return {
             "num_prompts": len(self.prompts),
             "prompts_hash": self._prompts_hash,
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
             "pool_prompts": [] if self.pool is None else self.pool.prompts,
-            "metrics": metrics,
-            "last_rollout_metrics": self.trainer._last_rollout_metrics,
+            "pool": {} if self.pool is None else self.pool.tensors(),
         }
-        (directory / STATE_NAME).write_text(json.dumps(state))
 
-    def load(self, directory: str | Path):
+    def load_state_dict(self, state: dict):
         """
+        Continue from what [`~PairLoader.state_dict`] returned. Other entries are not looked at.
+
         Raises:
-            ValueError: if the files belong to another prompt dataset.
+            ValueError: if it belongs to another prompt dataset.
         """
-        directory = Path(directory)
-        state = json.loads((directory / STATE_NAME).read_text())
         if state["num_prompts"] != len(self.prompts) or state["prompts_hash"] != self._prompts_hash:
             raise ValueError(
                 f"The checkpoint was written with {state['num_prompts']} other prompts than the {len(self.prompts)} of "
                 "this run. Resume with the same `train_dataset`."
             )
-        self.num_prompts_seen, self.num_pairs_seen = state["num_prompts_seen"], state["num_pairs_seen"]
-        tensors = load_file(directory / PAIRS_NAME)
-        self.pool = StepPairs(**tensors, prompts=state["pool_prompts"]) if tensors else None
-        self.trainer._load_metrics(state["metrics"], state["last_rollout_metrics"])
+        self.num_prompts_seen = state["num_prompts_seen"]
+        self.num_pairs_seen = state["num_pairs_seen"]
+        self.pool = StepPairs(**state["pool"], prompts=state["pool_prompts"]) if state["pool"] else None

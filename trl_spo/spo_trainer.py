@@ -20,6 +20,7 @@ training) is the Trainer's.
 
 import contextlib
 import copy
+import json
 import math
 import os
 import time
@@ -28,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, gather_object
 from datasets import Dataset, load_dataset
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .losses import spo_loss
-from .pair_loader import PairLoader
+from .pair_loader import LoaderSizes, PairLoader
 from .pipelines.adapters import LORA_NAME
 from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
@@ -44,6 +46,7 @@ from .pipelines.encoding_cache import EncodingCache
 from .prompts import read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import branch_lengths, stepwise_rollout
+from .rollout_settings import RolloutSettings
 from .sampling import generate_images, score_images
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
@@ -65,6 +68,8 @@ from .training.running_means import RunningMeans, gather_from_processes
 
 logger = logging.get_logger(__name__)
 
+PAIRS_NAME = "spo_pairs.safetensors"
+STATE_NAME = "spo_state.json"
 CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
 # Median of c / sigma (see `timestep_weights`) over the branching steps of the paper's run: Stable Diffusion 1, 20 steps, from
 # the fifth on, eta 1.
@@ -259,7 +264,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             )
         self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
-        self.pair_loader = PairLoader(self, prompts)
+        self.pair_loader = self._new_pair_loader()
         self.add_callback(_EpochCallback(self))
         self.add_callback(SkipNonFiniteSteps(self))
         if config.log_images_steps > 0:
@@ -323,11 +328,52 @@ class SPOTrainer(CheckpointingMixin, Trainer):
     def _check_branches(self, config: SPOConfig):
         """At least one branching step must have candidates that differ."""
         self.pipeline.step_rule.set_sampler(config.sampler)
-        timesteps = self._set_timesteps(config)
         self.pipeline.check_eta(config.eta)
-        config = config.rollout_settings().resolve(self.pipeline.step_rule, timesteps)
-        end = config.num_inference_steps if config.branch_end_step is None else config.branch_end_step
-        branch_lengths(self.pipeline, config.branch_start_step, end, config.num_inner_steps, config.eta)
+        settings = self._resolved_settings(config)
+        branch_lengths(self.pipeline, settings.branch_start_step, settings.end, settings.num_inner_steps, settings.eta)
+
+    def _resolved_settings(self, config: SPOConfig) -> RolloutSettings:
+        """The settings of a rollout, with branch ranges as steps of the schedule."""
+        return config.rollout_settings().resolve(self.pipeline.step_rule, self._set_timesteps(config))
+
+    # --- prompts to pairs --------------------------------------------------------------------------------------------
+
+    def _new_pair_loader(self) -> PairLoader:
+        """A loader at the first prompt of the run."""
+        args, settings = self.args, self._resolved_settings(self.args)
+        most_pairs = settings.end - settings.branch_start_step
+        if settings.num_branches is not None:
+            most_pairs = min(most_pairs, settings.num_branches * settings.num_inner_steps)
+        sizes = LoaderSizes(
+            prompts_per_rollout=args.per_device_rollout_batch_size,
+            pairs_per_micro_batch=args.per_device_train_batch_size,
+            micro_batches_per_step=args.gradient_accumulation_steps,
+            max_pairs_per_prompt=most_pairs,
+            num_epochs=math.inf if args.max_steps > 0 else args.num_train_epochs,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return PairLoader(
+            self._prompts,
+            lambda prompts, seed: self.rollout(prompts, seed=seed),
+            sizes,
+            gather=self._gather_pairs,
+            seed=args.seed,
+            why_no_pairs=self.why_no_pairs,
+            pin_memory=args.device.type == "cuda",
+        )
+
+    def _gather_pairs(self, parts: list[StepPairs]) -> list[StepPairs]:
+        """The parts of all processes. This is where one that has finished its rollout waits for the others."""
+        args = self.args
+        try:
+            return gather_object(parts)
+        except RuntimeError as error:  # of gloo; with NCCL its watchdog ends the process and says so
+            raise RuntimeError(
+                f"Rank {args.process_index} waited for the rollouts of the other ranks and got none: a rank has died, and "
+                f"its own error is the cause, or was silent for `ddp_timeout={args.ddp_timeout}` seconds ({error}). If a "
+                "rollout may take that long, raise `ddp_timeout`."
+            ) from error
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
@@ -555,14 +601,14 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             `torch.Tensor` of shape `(batch_size,)`, float32.
         """
         if self._step_weights is None:
-            schedule = self._set_timesteps(self.args)
-            args = self.args.rollout_settings().resolve(self.pipeline.step_rule, schedule)
-            end = args.num_inference_steps if args.branch_end_step is None else args.branch_end_step
-            steps = [i for i in range(args.branch_start_step, end) if self.pipeline.step_is_stochastic(i, args.eta)]
-            branching = torch.tensor([schedule[i] for i in steps])
+            schedule, eta = self._set_timesteps(self.args), self.args.eta
+            settings = self._resolved_settings(self.args)
+            steps = range(settings.branch_start_step, settings.end)
+            steps = [step for step in steps if self.pipeline.step_is_stochastic(step, eta)]
+            branching = torch.tensor([schedule[step] for step in steps])
             origin = torch.zeros(len(steps), 1, 1, 1)
-            at_zero = self.pipeline.step_distribution(origin, branching, origin, args.eta)
-            at_one = self.pipeline.step_distribution(torch.ones_like(origin), branching, origin, args.eta)
+            at_zero = self.pipeline.step_distribution(origin, branching, origin, eta)
+            at_one = self.pipeline.step_distribution(torch.ones_like(origin), branching, origin, eta)
             change = (at_one.prev_sample_mean - at_zero.prev_sample_mean).abs()
             sensitivity = (change / at_zero.std_dev_t).flatten()
             weights = torch.zeros(max(schedule) + 1)
@@ -732,8 +778,13 @@ class SPOTrainer(CheckpointingMixin, Trainer):
 
     def _write_state(self, folder: Path) -> None:
         metrics = gather_from_processes(self._metrics.state_dict())
-        if self.args.should_save:
-            self.pair_loader.save(folder, metrics)
+        if not self.args.should_save:
+            return
+        state = self.pair_loader.state_dict()
+        pool = {name: value.contiguous().clone() for name, value in state.pop("pool").items()}
+        save_file(pool, folder / PAIRS_NAME)
+        state.update(metrics=metrics, last_rollout_metrics=self._last_rollout_metrics)
+        (folder / STATE_NAME).write_text(json.dumps(state))
 
     def _load_metrics(self, processes: list[dict] | dict, last_rollout: dict[str, float]) -> None:
         """Metrics that were not logged when a checkpoint was written, of each process that wrote it."""
@@ -744,9 +795,11 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self._last_rollout_metrics = last_rollout
 
     def _read_state(self, folder: str | None) -> bool:
-        self.pair_loader = PairLoader(self, self._prompts)
+        self.pair_loader = self._new_pair_loader()
         if folder is not None:
-            self.pair_loader.load(folder)
+            state = json.loads((Path(folder) / STATE_NAME).read_text())
+            self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
+            self._load_metrics(state["metrics"], state["last_rollout_metrics"])
         return self.pair_loader.exhausted
 
     def load_model(self, directory: str | Path) -> None:
