@@ -123,6 +123,15 @@ def test_importing_the_package_computes_nothing():
     assert output.stdout.strip() == "[]"
 
 
+def test_training_needs_no_plots_and_no_evaluation():
+    """Who trains loads no plotting library and none of the code that compares finished models."""
+    code = "import sys, trl_spo.spo_trainer, trl_spo.step_reward_trainer; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = output.stdout.split()
+    assert "trl_spo.spo_trainer" in loaded
+    assert not [name for name in loaded if name.split(".")[0] == "matplotlib" or name.startswith("trl_spo.evaluation")]
+
+
 def test_unknown_name():
     with pytest.raises(AttributeError, match="no_such_name"):
         trl_spo.no_such_name  # noqa: B018

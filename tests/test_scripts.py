@@ -35,7 +35,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_spo import StepAwareRewardModel
-from trl_spo.scripts.arguments import load_prompts, resume_from
+from trl_spo.prompts import load_prompts
+from trl_spo.scripts.arguments import resume_from
 
 from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 

@@ -12,13 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts of a list or a dataset, checked once."""
+"""Prompts from anywhere: found by [`load_prompts`], checked and read by [`read_prompts`]."""
 
+import json
 import unicodedata
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+
+
+LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's spaces, control and format characters
 
 
 def is_unicode(text: str) -> bool:
@@ -30,7 +36,40 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's spaces, control and format characters
+def load_prompts(name: str, split: str = "train"):
+    """
+    Prompts from where users keep them.
+
+    Args:
+        name (`str`):
+            A `.txt` file with one prompt per line, a `.json` file that holds a list of strings, a `.csv`, `.json`,
+            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, or the folder or Hub id of a dataset.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a dataset; files have none.
+
+    Returns:
+        `list[str]` or `datasets.Dataset`: as `SPOTrainer(train_dataset=...)` takes it.
+
+    Raises:
+        FileNotFoundError: if the name ends like a file and there is none.
+    """
+    path = Path(name)
+    if path.suffix not in (".txt", *LOADERS):
+        return load_dataset(name, split=split)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {name!r}. Name a file of prompts, or a dataset by folder or Hub id."
+        )
+    if path.suffix == ".txt":
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".json":
+        try:
+            prompts = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:  # one object per line
+            prompts = None
+        if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
+            return prompts
+    return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
 
 
 def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dataset") -> Sequence[str]:

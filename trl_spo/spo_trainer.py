@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, gather_object
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -43,7 +43,7 @@ from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
-from .prompts import read_prompts
+from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import branch_lengths, stepwise_rollout
 from .rollout_settings import RolloutSettings
@@ -195,7 +195,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
                     "SPO needs prompts: pass `train_dataset` (a list of strings, or a dataset with a 'prompt' or "
                     "'caption' column) or set `config.dataset_name`."
                 )
-            train_dataset = load_dataset(config.dataset_name, split="train")
+            train_dataset = load_prompts(config.dataset_name)
         prompts = read_prompts(train_dataset, config.dataset_prompt_column)
         if eval_dataset is not None:
             eval_dataset = read_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")

@@ -19,51 +19,9 @@ TRL's own `ModelConfig` and `ScriptArguments` cannot stand here: `use_peft` and 
 too, and a parser takes each name once. The names that remain are theirs.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-
-
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-def load_prompts(name: str, split: str = "train"):
-    """
-    Prompts from where users keep them.
-
-    Args:
-        name (`str`):
-            A `.txt` file with one prompt per line, a `.json` file that holds a list of strings, a `.csv`, `.json`,
-            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, or the folder or Hub id of a dataset.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a dataset; files have none.
-
-    Returns:
-        `list[str]` or `datasets.Dataset`: as `SPOTrainer(train_dataset=...)` takes it.
-
-    Raises:
-        FileNotFoundError: if the name ends like a file and there is none.
-    """
-    from datasets import load_dataset
-
-    path = Path(name)
-    if path.suffix not in (".txt", *LOADERS):
-        return load_dataset(name, split=split)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no file {name!r}. Name a file of prompts, or a dataset by folder or Hub id."
-        )
-    if path.suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".json":
-        try:
-            prompts = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:  # one object per line
-            prompts = None
-        if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
-            return prompts
-    return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
 
 
 def resume_from(config):
@@ -281,7 +239,7 @@ class SamplerArguments:
 
     def read_prompts(self) -> list[str]:
         """The prompts that the arguments name."""
-        from ..prompts import read_prompts
+        from ..prompts import load_prompts, read_prompts
 
         if self.prompts is None:
             raise SystemExit("There are no prompts: name a .txt file with one per line, or a dataset, with --prompts.")

@@ -28,7 +28,6 @@ from .arguments import (
     DiffusionModelArguments,
     EvaluationDataArguments,
     RewardModelArguments,
-    load_prompts,
     train_and_save,
 )
 
@@ -45,6 +44,7 @@ def main(
     config: SPOConfig,
 ):
     """Loads what the arguments name, trains, and saves the adapter to `config.output_dir`."""
+    from ..prompts import load_prompts
     from ..spo_trainer import SPOTrainer
 
     if config.dataset_name is None:
