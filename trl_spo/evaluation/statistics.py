@@ -56,9 +56,8 @@ def mean_interval(values: torch.Tensor, confidence: float = 0.95) -> tuple[float
     Student's t confidence interval for the mean of independent values `(N,)`; `nan` for fewer than two.
     """
     _check_confidence(confidence)
-    if len(values) < 2:
-        return math.nan, math.nan
     summary = mean_and_se(values)
+    # One value has no standard error, and t no quantile without degrees of freedom: both are nan.
     reach = float(student_t.ppf((1 + confidence) / 2, len(values) - 1)) * summary["se"]
     return summary["mean"] - reach, summary["mean"] + reach
 
