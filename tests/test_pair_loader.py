@@ -198,3 +198,47 @@ def test_no_pairs_at_all_is_an_error_with_a_reason():
 def test_several_processes_need_a_way_to_meet():
     with pytest.raises(ValueError, match="`gather` is needed to join the pairs of 2 processes"):
         make_loader(world_size=2)
+
+
+class TestWherePairsWait:
+    """On the device of the rollout while they are few: the meta device stands for it, which must not be left by accident."""
+
+    def loader(self, max_device_bytes: int, pairs_per_micro_batch: int = 2) -> PairLoader:
+        sizes = LoaderSizes(
+            prompts_per_rollout=2, pairs_per_micro_batch=pairs_per_micro_batch, micro_batches_per_step=1,
+            max_pairs_per_prompt=5, num_epochs=1,
+        )  # fmt: skip
+        return PairLoader(
+            PROMPTS[1:3], lambda *args: rollout(*args).to("meta"), sizes, max_device_bytes=max_device_bytes
+        )
+
+    def test_few_pairs_stay(self):
+        """Four pairs make two batches; what decides about forward passes is on the CPU all the same."""
+        batches = list(self.loader(max_device_bytes=2**20))
+        assert [len(batch["pairs"]) for batch in batches] == [2, 2]
+        assert {batch["pairs"].latents.device.type for batch in batches} == {"meta"}
+        assert {batch["pairs"].shared.device.type for batch in batches} == {"cpu"}
+
+    def test_many_pairs_go_to_the_cpu(self):
+        """The bound is the memory of all that wait: one byte less than the four pairs take, and they move."""
+        needed = rollout(PROMPTS[1:3], 0).nbytes
+        assert list(self.loader(needed))[0]["pairs"].latents.device.type == "meta"
+        with pytest.raises(NotImplementedError, match="meta"):  # which is what moving from there to the CPU ends with
+            list(self.loader(needed - 1))
+
+    def test_pairs_from_a_checkpoint_join_those_of_the_device(self):
+        loader = self.loader(max_device_bytes=2**20, pairs_per_micro_batch=3)
+        waiting = rollout(PROMPTS[1:3], 0)[:1]
+        loader.pool = waiting
+        batches = list(loader)
+        assert sum(len(batch["pairs"]) for batch in batches) == 5
+        assert {batch["pairs"].latents.device.type for batch in batches} == {"meta"}
+
+    def test_a_slice_shares_memory_and_an_index_copies(self):
+        pairs = rollout(PROMPTS[1:3], 0)
+        part = pairs[1:3]
+        assert part.latents.data_ptr() == pairs.latents[1].data_ptr() and part.prompts == pairs.prompts[1:3]
+        picked = pairs[torch.tensor([2, 0])]
+        assert torch.equal(picked.latents, pairs.latents[[2, 0]]) and picked.prompts == [
+            pairs.prompts[i] for i in (2, 0)
+        ]

@@ -28,6 +28,7 @@ from .step_pairs import StepPairs
 
 logger = logging.get_logger(__name__)
 
+MAX_DEVICE_BYTES = 2**30  # of pairs that wait on the device of the rollout; 160 of SD1.5 in half precision take 20 MiB
 MIN_PROMPTS_TO_GIVE_UP = 100  # without a single valid pair; in small datasets they are seen several times
 
 
@@ -81,6 +82,8 @@ class PairLoader:
         seed (`int`, *optional*, defaults to `0`): of the order of prompts and pairs.
         why_no_pairs (`Callable[[], str]`, *optional*): what to say when prompts give no valid pair.
         pin_memory (`bool`, *optional*, defaults to `False`): hand out micro-batches that can be copied to a GPU without waiting.
+        max_device_bytes (`int`, *optional*, defaults to 1 GiB): pairs wait where the rollout made them while they take no
+            more than this and there is one process; otherwise on the CPU.
 
     Yields:
         `dict`: `pairs` ([`StepPairs`]) of one micro-batch, with `num_pairs` of the optimizer step in this process, and
@@ -96,6 +99,7 @@ class PairLoader:
         seed: int = 0,
         why_no_pairs: Callable[[], str] = lambda: "",
         pin_memory: bool = False,
+        max_device_bytes: int = MAX_DEVICE_BYTES,
     ):
         if sizes.world_size > 1 and gather is None:
             raise ValueError(f"`gather` is needed to join the pairs of {sizes.world_size} processes, got None.")
@@ -106,6 +110,7 @@ class PairLoader:
         self.seed = seed
         self.why_no_pairs = why_no_pairs
         self.pin_memory = pin_memory
+        self.max_device_bytes = max_device_bytes
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
@@ -181,7 +186,11 @@ class PairLoader:
         # Each process takes its own slice, in micro-batches of nearly the same size.
         share = total // world_size
         own = step[self.sizes.rank * share : (self.sizes.rank + 1) * share]
-        parts = [own[index] for index in torch.tensor_split(torch.arange(len(own)), accumulation)]
+        parts = []
+        first = 0
+        for rows in torch.arange(share).tensor_split(accumulation):
+            parts.append(own[first : first + len(rows)])
+            first += len(rows)
         if self.pin_memory:
             parts = [part.pin_memory() for part in parts]
         return [{"pairs": part, "num_pairs": len(own), "num_micro_batches": accumulation} for part in parts]
@@ -210,15 +219,19 @@ class PairLoader:
         """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
         own, start, size = self._next_prompts()
         parts = []
-        if own:  # `cat` leaves the record of the rollout behind; objects of another device would not come back here
-            parts = [StepPairs.cat([self.rollout(own, start)]).to("cpu")]
-        # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process.
+        if own:
+            parts = [StepPairs.cat([self.rollout(own, start)])]  # `cat` leaves the record of the rollout behind
+        # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process. Objects
+        # of another device would not come back here.
         if self.sizes.world_size > 1:
-            parts = self.gather(parts)
+            parts = self.gather([part.to("cpu") for part in parts])
         fresh = StepPairs.cat(parts)
         shuffle = torch.Generator().manual_seed(self.seed + 1 + start)
         fresh = fresh[torch.randperm(len(fresh), generator=shuffle)]
-        self.pool = fresh if self.pool is None else StepPairs.cat([self.pool, fresh])
+        together = [fresh] if self.pool is None else [self.pool, fresh]
+        small = sum(part.nbytes for part in together) <= self.max_device_bytes
+        home = fresh.latents.device if small else "cpu"
+        self.pool = StepPairs.cat([part.to(home) for part in together])
         self.num_prompts_seen += size
 
     def _next_prompts(self) -> tuple[list[str], int, int]:

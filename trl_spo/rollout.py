@@ -465,7 +465,7 @@ def collect_pairs(branch: Branch, selection: PairSelection, prompts: list[str]) 
                 chosen_prev_latents=after[chosen, rows],
                 rejected_latents=before[rejected, rows],
                 rejected_prev_latents=after[rejected, rows],
-                shared=torch.full_like(rows, inner == 0, dtype=torch.bool),
+                shared=torch.full((len(names),), inner == 0),
                 timesteps=torch.full_like(rows, timestep),
                 prompt_index=rows,
                 chosen_scores=chosen_scores,

@@ -523,7 +523,7 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         self._set_timesteps(args)  # a callback may have sampled with other steps
         pairs: StepPairs = inputs["pairs"]
         chosen_row = torch.arange(len(pairs))
-        apart = chosen_row[~pairs.shared.cpu()]  # found where the pairs wait, on the CPU: nothing waits for the device
+        apart = chosen_row[~pairs.shared.cpu()]  # where it is anyway: nothing waits for the device
         rejected_row = chosen_row.clone()
         rejected_row[apart] = torch.arange(len(pairs), len(pairs) + len(apart))
         pairs = pairs.to(args.device, non_blocking=True)

@@ -81,7 +81,8 @@ class StepPairs:
             inside a multi-step branch, that led to it).
         rejected_latents (`torch.Tensor` of shape `(N, ...)`): x_t of the rejected transition.
         rejected_prev_latents (`torch.Tensor` of shape `(N, ...)`): its x_{t-1}.
-        shared (`torch.Tensor` of shape `(N,)`, bool): whether both transitions start from the same x_t.
+        shared (`torch.Tensor` of shape `(N,)`, bool): whether both transitions start from the same x_t. On the CPU, where
+            it is decided how many forward passes a batch takes.
         timesteps (`torch.Tensor` of shape `(N,)`, int64): t.
         prompt_index (`torch.Tensor` of shape `(N,)`, int64): row of the prompt in the rollout batch.
         chosen_scores, rejected_scores (`torch.Tensor` of shape `(N,)`): of the reward model.
@@ -120,21 +121,36 @@ class StepPairs:
         """The per-pair tensors by name."""
         return {name: getattr(self, name) for name in self.tensor_names()}
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the per-pair tensors."""
+        return sum(value.nbytes for value in self.tensors().values())
+
     def __getitem__(self, index: torch.Tensor | slice) -> "StepPairs":
-        """Pairs by index tensor or slice; the record of the rollout stays behind."""
-        rows = torch.arange(len(self))[index.cpu() if torch.is_tensor(index) else index]
-        return StepPairs(
-            **{name: value[rows.to(value.device)] for name, value in self.tensors().items()},
-            prompts=[self.prompts[i] for i in rows.tolist()],
-        )
+        """
+        Pairs by index tensor or slice; the record of the rollout stays behind. A slice shares its memory with the whole. An
+        index on the CPU makes nothing wait for the device of the pairs.
+        """
+        if isinstance(index, slice):
+            picked = {name: value[index] for name, value in self.tensors().items()}
+            return StepPairs(**picked, prompts=self.prompts[index])
+        rows = torch.arange(len(self))[index.cpu()]
+        on = {}  # device -> the index there
+        for value in self.tensors().values():
+            if value.device not in on:
+                on[value.device] = rows.to(value.device, non_blocking=True)
+        picked = {name: value[on[value.device]] for name, value in self.tensors().items()}
+        return StepPairs(**picked, prompts=[self.prompts[i] for i in rows.tolist()])
 
     def to(self, device, non_blocking: bool = False) -> "StepPairs":
+        """The per-pair tensors on a device, all but `shared`."""
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors().items()}
-        return replace(self, **moved)
+        return replace(self, **{**moved, "shared": self.shared.cpu()})
 
     def pin_memory(self) -> "StepPairs":
-        """In page-locked memory, from where copies to a GPU do not stop the host."""
-        return replace(self, **{name: value.pin_memory() for name, value in self.tensors().items()})
+        """What is on the CPU in page-locked memory, from where copies to a GPU do not stop the host."""
+        on_cpu = {name: value for name, value in self.tensors().items() if value.device.type == "cpu"}
+        return replace(self, **{name: value.pin_memory() for name, value in on_cpu.items()})
 
     @classmethod
     def cat(cls, parts: list["StepPairs"]) -> "StepPairs":
