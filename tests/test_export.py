@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_spo import SPOTrainer, wrap_pipeline
 from trl_spo.export import merge_lora
-from trl_spo.kohya import export_kohya, read_lora
+from trl_spo.kohya import export_comfyui, export_kohya, read_lora
 from trl_spo.pipelines.adapters import LORA_NAME
 
 from .flow_testing import tiny_flux_pipeline, tiny_sd3_pipeline
@@ -353,3 +353,42 @@ def test_errors_of_the_merge(tmp_path):
     with pytest.raises(ValueError, match=r"attn1.to_z' is not a layer of it"):
         merge_lora(pipeline, tmp_path / "renamed.safetensors", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("config", [
+    {"lora_alpha": 6}, {"lora_alpha": 4, "use_rslora": True}, {"lora_alpha": 2, "alpha_pattern": {"attn.to_k": 5}},
+], ids=["alpha", "rslora", "pattern"])  # fmt: skip
+def test_a_transformer_as_comfyui_reads_it(config, tmp_path):
+    """W + alpha / rank * B A of every key it maps, added to the weights by hand, predicts what the adapter does."""
+    pipeline = wrap_pipeline(tiny_sd3_pipeline(tmp_path))
+    pipeline.add_lora(LoraConfig(r=2, target_modules=["attn.to_q", "attn.to_k", "attn.add_q_proj"], **config))
+    for name, value in pipeline.denoiser.named_parameters():
+        if ".lora_" in name:
+            value.data = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+    pipeline.save_lora(tmp_path / "lora")
+    tensors = load_file(export_comfyui(tmp_path / "lora", tmp_path / "comfyui.safetensors"))
+
+    plain = wrap_pipeline(tiny_sd3_pipeline(tmp_path))
+    layers = {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
+    assert len(tensors) == 3 * len(layers) == 3 * 6
+    for layer in layers:
+        down, up = (tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
+        weight = plain.denoiser.get_submodule(layer.removeprefix("transformer.")).weight
+        weight.data += tensors[f"{layer}.alpha"] / len(down) * up @ down
+    latents, embeds = torch.randn(1, *plain.latent_shape(16, 16)), plain.encode_prompt(PROMPTS[:1])
+    with torch.no_grad():
+        expected = pipeline.predict(latents, 500, embeds, 3.0)
+        torch.testing.assert_close(plain.predict(latents, 500, embeds, 3.0), expected, atol=1e-5, rtol=0)
+
+
+def test_exports_refuse_each_other_s_families(tmp_path):
+    pipeline = wrap_pipeline(tiny_sd3_pipeline(tmp_path))
+    pipeline.add_lora()
+    pipeline.save_lora(tmp_path / "sd3")
+    folder, _ = random_lora("sd15", tmp_path)
+    with pytest.raises(ValueError, match="not a LoRA of a transformer .found 'unet"):
+        export_comfyui(folder, tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="not a LoRA of a UNet .found 'transformer"):
+        export_kohya(tmp_path / "sd3", tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="is the LoRA itself"):
+        export_comfyui(tmp_path / "sd3", tmp_path / "sd3" / LORA_NAME)

@@ -6,6 +6,7 @@ trains a model that nobody uses. Each is compared with its own diffusers pipelin
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 
 from tests.flow_testing import (
     tiny_flux2_klein_pipeline,
@@ -14,7 +15,7 @@ from tests.flow_testing import (
     tiny_sd3_pipeline,
     tiny_z_image_pipeline,
 )
-from tests.testing_utils import brightness_reward, tiny_spo_config
+from tests.testing_utils import brightness_reward, tiny_clip, tiny_spo_config, tiny_step_reward_config
 from trl_spo import (
     SPOFlux2KleinPipeline,
     SPOFluxPipeline,
@@ -22,6 +23,8 @@ from trl_spo import (
     SPOStableDiffusion3Pipeline,
     SPOTrainer,
     SPOZImagePipeline,
+    StepAwareRewardModel,
+    StepRewardTrainer,
     stepwise_rollout,
     wrap_pipeline,
 )
@@ -303,6 +306,34 @@ class TestTraining:
         assert config.r == config.lora_alpha == 32
         trained = {name for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
         assert any("single_transformer_blocks" in name and "to_qkv_mlp_proj" in name for name in trained)
+
+
+class TestStepReward:
+    @every_family
+    def test_a_step_aware_reward_is_trained_on_its_predictions(self, made, family, tmp_path):
+        """Both images get the same noise at t / 1000, and the judge sees the decoded x_0 that follows from the velocity."""
+        pipeline = made(family)
+        images = torch.rand(1, 2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        embeds, timesteps = pipeline.encode_prompt(PROMPTS[:1]), torch.tensor([700])
+        latents = torch.cat([pipeline.image_posterior(image[None])[0] for image in images[0]])
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+        pipeline.set_timesteps(4, latents.shape[1:])
+        noisy = pipeline.add_noise(latents, noise, timesteps.expand(2))
+        assert torch.allclose(noisy, 0.3 * latents + 0.7 * noise, atol=1e-5)
+        found = pipeline.predict_original_sample(noisy, timesteps.expand(2), embeds.repeat(2), 1.0)
+        with torch.no_grad():
+            velocity = pipeline.predict(noisy, timesteps.expand(2), embeds.repeat(2), 1.0)
+        assert torch.allclose(found, noisy - 0.7 * velocity, atol=1e-5)
+
+        reward = StepAwareRewardModel.from_clip(tiny_clip(tmp_path))
+        colours = [Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue")]
+        row = {"caption": PROMPTS[0], "jpg_0": colours[0], "jpg_1": colours[1], "label_0": 1.0, "label_1": 0.0}
+        config = tiny_step_reward_config(tmp_path / "run", max_steps=1, resolution=SIZE, per_device_train_batch_size=2)
+        trainer = StepRewardTrainer(config, pipeline, reward, train_dataset=[row, row])
+        before = {name: value.clone() for name, value in pipeline.denoiser.state_dict().items()}
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] > 0
+        assert all(torch.equal(value, before[name]) for name, value in pipeline.denoiser.state_dict().items())
 
 
 class TestOffloading:

@@ -24,6 +24,8 @@ import pytest
 import yaml
 from trl import TrlParser
 
+from tests.flow_testing import tiny_flux_pipeline
+from tests.testing_utils import tiny_sd_pipeline
 from trl_spo import (
     SPOConfig,
     SPOFlux2KleinPipeline,
@@ -32,6 +34,7 @@ from trl_spo import (
     SPOStableDiffusion3Pipeline,
     SPOZImagePipeline,
     StepRewardConfig,
+    wrap_pipeline,
 )
 from trl_spo.pipelines.base import default_lora_config
 from trl_spo.scripts.arguments import DiffusionModelArguments, RewardModelArguments
@@ -187,10 +190,19 @@ def test_defaults_are_the_preset(name, tmp_path):
     assert {key: getattr(default, key) for key in compared} == {key: getattr(config, key) for key in compared}
 
 
-def test_default_adapter_is_that_of_the_preset():
+def test_default_adapter_is_that_of_the_preset(tmp_path):
+    """What the command line does not name is the family's; alpha is the rank, so that every tool reads one strength."""
+    pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
     model, *_ = parse("spo_sd15")
-    assert model.peft_config().to_dict() == default_lora_config().to_dict()
-    assert (parse("spo_sdxl")[0].peft_config().r, parse("spo_sdxl")[0].peft_config().lora_alpha) == (64, 64)
+    bare = DiffusionModelArguments()
+    for arguments in (model, bare):
+        assert arguments.peft_config(pipeline).to_dict() == default_lora_config().to_dict()
+    sdxl = parse("spo_sdxl")[0].peft_config(pipeline)
+    assert (sdxl.r, sdxl.lora_alpha) == (64, 64)
+    flow = wrap_pipeline(tiny_flux_pipeline(tmp_path))
+    assert bare.peft_config(flow).to_dict() == flow.default_lora().to_dict() != default_lora_config().to_dict()
+    small = DiffusionModelArguments(lora_r=2).peft_config(flow)
+    assert (small.r, small.lora_alpha, small.target_modules) == (2, 2, flow.default_lora().target_modules)
 
 
 def test_the_command_line_goes_before_the_file():

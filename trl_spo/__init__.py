@@ -25,7 +25,7 @@ _import_structure = {
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
     "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
     "export": ["merge_lora"],
-    "kohya": ["export_kohya"],
+    "kohya": ["export_comfyui", "export_kohya"],
     "evaluation.metrics": ["load_metric"],
     "rewards.latent": ["LatentRewardModel", "LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
     from .evaluation.metrics import load_metric
     from .export import merge_lora
-    from .kohya import export_kohya
+    from .kohya import export_comfyui, export_kohya
     from .losses import spo_loss, step_preference_loss
     from .pair_selection import PairSelection, select_pairs
     from .pipelines.auto import wrap_pipeline

@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-A LoRA in the naming of kohya's sd-scripts, which ComfyUI, AUTOMATIC1111 and Forge read. For Stable Diffusion 1, 2 and XL.
+A LoRA for other programs: in the naming of kohya's sd-scripts, which ComfyUI, AUTOMATIC1111 and Forge read, for Stable
+Diffusion 1, 2 and XL; and for models with a transformer in the form that ComfyUI reads.
 
 A LoRA adds `scale * B A` to a weight. Both formats store A (`lora_down`) and B (`lora_up`); they differ in how they name
 a layer and where they keep `scale`. diffusers keeps the adapter's configuration in the file's header (`lora_alpha`,
@@ -88,13 +89,8 @@ def export_kohya(lora: str | Path, output_file: str | Path, base: str = "sd15") 
     # Read the LoRA, and refuse what does not fit together.
     if base not in BASES:
         raise ValueError(f"`base` must be one of {', '.join(map(repr, BASES))}; got {base!r}.")
-    output_file = Path(output_file)
-    if output_file.suffix != ".safetensors":
-        raise ValueError(f"`output_file` must end in .safetensors, got {str(output_file)!r}.")
-    source = find_lora(lora)
+    output_file, source = _target_and_source(lora, output_file)
     layers, config = read_lora(source)
-    if source.resolve() == output_file.resolve():
-        raise ValueError(f"`output_file` is the LoRA itself, {str(source)!r}. Write the export to another file.")
     _check_base(layers, base, source)
 
     # One alpha for the file: the most common that is not zero.
@@ -126,12 +122,58 @@ def export_kohya(lora: str | Path, output_file: str | Path, base: str = "sd15") 
     return output_file
 
 
-def read_lora(file: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict | None]:
+def export_comfyui(lora: str | Path, output_file: str | Path) -> Path:
     """
-    The layers of a UNet LoRA in diffusers' format.
+    Write the LoRA of a transformer (Stable Diffusion 3, FLUX) with the strength of every layer beside it. ComfyUI knows
+    diffusers' names of these layers, but not the header in which diffusers keeps alpha: it reads `transformer.<layer>.alpha`
+    or takes alpha = rank (https://github.com/comfyanonymous/ComfyUI, `comfy/lora.py`, `comfy/weight_adapter/lora.py`).
+    So an adapter whose alpha is not its rank needs this export, and others lose nothing by it.
+
+    Args:
+        lora (`str` or `Path`): the folder [`SPOTrainer.save_model`] wrote, or its file.
+        output_file (`str` or `Path`): where to write, ending in `.safetensors`.
+
+    Returns:
+        `Path`: `output_file`.
+
+    Raises:
+        FileNotFoundError: if there is no LoRA file.
+        ValueError: for a file that is not a LoRA of a transformer in diffusers' format, and adapters that have no such form
+            (DoRA, LoRA with biases).
+    """
+    output_file, source = _target_and_source(lora, output_file)
+    layers, config = read_lora(source, "transformer")
+    tensors = {}
+    for layer, (down, up) in layers.items():
+        name, rank = f"transformer.{layer}", len(down)
+        tensors[f"{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"{name}.lora_B.weight"] = up.contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(_scale(config, layer, rank) * rank)
+    output_file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output_file, metadata={"format": "pt"})
+    return output_file
+
+
+def _target_and_source(lora: str | Path, output_file: str | Path) -> tuple[Path, Path]:
+    """Where to write and what to read, which must not be one file."""
+    output_file = Path(output_file)
+    if output_file.suffix != ".safetensors":
+        raise ValueError(f"`output_file` must end in .safetensors, got {str(output_file)!r}.")
+    source = find_lora(lora)
+    if source.resolve() == output_file.resolve():
+        raise ValueError(f"`output_file` is the LoRA itself, {str(source)!r}. Write the export to another file.")
+    return output_file, source
+
+
+def read_lora(
+    file: str | Path, denoiser_name: str = "unet"
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict | None]:
+    """
+    The layers of a LoRA of a denoiser in diffusers' format.
 
     Args:
         file (`str` or `Path`): a safetensors file.
+        denoiser_name (`str`, *optional*, defaults to `"unet"`): what the denoiser is called: "unet" or "transformer".
 
     Returns:
         `tuple`: per layer (such as `down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q`) its matrices A of shape
@@ -141,34 +183,36 @@ def read_lora(file: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Ten
     Raises:
         ValueError: if the file holds anything else.
     """
-    # Only tensors of a UNet, in diffusers' names.
+    # Only tensors of the denoiser, in diffusers' names.
     file = Path(file)
     tensors, header = read_tensors(file)
-    expected = "Expected a LoRA in diffusers' format, with tensors such as 'unet. ... .to_q.lora.down.weight'"
+    kind, prefix = {"unet": "UNet"}.get(denoiser_name, denoiser_name), f"{denoiser_name}."
+    half = "lora.down" if denoiser_name == "unet" else "lora_A"
+    expected = f"Expected a LoRA in diffusers' format, with tensors such as '{prefix} ... .to_q.{half}.weight'"
     if any(key.startswith("lora_unet_") for key in tensors):
         raise ValueError(f"{str(file)!r} already is in kohya's format. {expected}.")
-    foreign = sorted(key for key in tensors if not key.startswith("unet."))
+    foreign = sorted(key for key in tensors if not key.startswith(prefix))
     if foreign:
         text = any(key.startswith("text_encoder") for key in foreign)
-        what = "a LoRA of text encoders, which SPO does not train" if text else "not a LoRA of a UNet"
+        what = "a LoRA of text encoders, which SPO does not train" if text else f"not a LoRA of a {kind}"
         raise ValueError(f"{str(file)!r} is {what} (found {foreign[0]!r}). {expected}.")
 
     # Gather the two matrices of each layer.
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    tensors = {key.removeprefix("unet."): value for key, value in tensors.items()}
+    tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     for key, value in convert_unet_state_dict_to_peft(tensors).items():
         match = re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key)
         if match is None:
             if "lora_magnitude_vector" in key:
                 raise ValueError(
-                    f"{str(file)!r} is a DoRA, and readers of kohya's format disagree on it. Use `merge_lora` and pass "
+                    f"{str(file)!r} is a DoRA, and other programs disagree on it. Use `merge_lora` and pass "
                     "the merged model on."
                 )
             if key.endswith("lora_B.bias"):
                 raise ValueError(
-                    f"{str(file)!r} has LoRA biases, which kohya's format cannot hold. Train without `lora_bias`."
+                    f"{str(file)!r} has LoRA biases, which the format cannot hold. Train without `lora_bias`."
                 )
-            raise ValueError(f"{str(file)!r} is not a LoRA of a UNet (found {key!r}). {expected}.")
+            raise ValueError(f"{str(file)!r} is not a LoRA of a {kind} (found {key!r}). {expected}.")
         layers.setdefault(match[1], {})[match[2]] = value
     incomplete = [layer for layer, parts in layers.items() if set(parts) != {"A", "B"}]
     if incomplete or not layers:
@@ -177,7 +221,7 @@ def read_lora(file: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Ten
 
     # The adapter's configuration is in the header.
     config = json.loads(header[METADATA_KEY]) if METADATA_KEY in header else {}
-    config = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
+    config = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
     return {layer: (parts["A"], parts["B"]) for layer, parts in layers.items()}, config or None
 
 

@@ -75,32 +75,36 @@ class DiffusionModelArguments(PipelineArguments):
     Which diffusion model, by the arguments of [`PipelineArguments`], and which adapter on it.
 
     Args:
-        lora_r (`int`, *optional*, defaults to `4`):
-            Rank of the adapter.
-        lora_alpha (`int`, *optional*, defaults to `4`):
-            The adapter is scaled by `lora_alpha / lora_r`.
-        lora_target_modules (`list[str]`, *optional*, defaults to `["to_q", "to_k", "to_v", "to_out.0"]`):
-            Layers that get it.
+        lora_r (`int`, *optional*):
+            Rank of the adapter. `None`: that of the model family, such as 4 for Stable Diffusion and 32 for flow models.
+        lora_alpha (`int`, *optional*):
+            The adapter is scaled by `lora_alpha / lora_r`. `None`: the rank.
+        lora_target_modules (`list[str]`, *optional*):
+            Layers that get it. `None`: those of the model family.
         lora_init (`str`, *optional*, defaults to `"gaussian"`):
             `init_lora_weights` of the adapter.
     """
 
-    lora_r: int = field(default=4, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=4, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "Layers that get it."}
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter; by default the family's."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The adapter is scaled by lora_alpha / lora_r; by default the rank."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get it; by default the family's."}
     )
     lora_init: str = field(default="gaussian", metadata={"help": "`init_lora_weights` of the adapter."})
 
-    def peft_config(self):
-        """The `peft.LoraConfig` for `SPOTrainer(peft_config=...)`."""
+    def peft_config(self, pipeline):
+        """The `peft.LoraConfig` for `SPOTrainer(pipeline=pipeline, peft_config=...)`."""
         from peft import LoraConfig
 
+        own = pipeline.default_lora()
+        rank = own.r if self.lora_r is None else self.lora_r
         return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
+            r=rank,
+            lora_alpha=rank if self.lora_alpha is None else self.lora_alpha,
             init_lora_weights=self.lora_init,
-            target_modules=list(self.lora_target_modules),
+            target_modules=list(self.lora_target_modules or own.target_modules),
         )
 
 

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Train a LoRA with SPO. Stable Diffusion and SDXL run through the same code.
+Train a LoRA with SPO. All model families run through the same code.
 
 ```bash
 trl-spo spo --config examples/configs/spo_sd15.yaml --dataset_name my/prompts
@@ -50,13 +50,14 @@ def main(
     if config.dataset_name is None:
         raise SystemExit("SPO needs prompts: name a dataset or a .txt file of prompts with --dataset_name.")
     evaluation = data_args.eval_dataset_name
+    pipeline = model_args.load_pipeline(**(config.model_init_kwargs or {}))
     trainer = SPOTrainer(
         config,
-        model_args.load_pipeline(**(config.model_init_kwargs or {})),
+        pipeline,
         reward_args.load(),
         train_dataset=load_prompts(config.dataset_name, "train"),
         eval_dataset=None if evaluation is None else load_prompts(evaluation, data_args.eval_split),
-        peft_config=model_args.peft_config() if config.use_peft else None,
+        peft_config=model_args.peft_config(pipeline) if config.use_peft else None,
     )
     train_and_save(trainer, config)
 
