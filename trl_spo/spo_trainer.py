@@ -19,12 +19,11 @@ training) is the Trainer's.
 """
 
 import contextlib
-import copy
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import torch
 from accelerate.utils import DynamoBackend, gather_object
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -51,8 +50,9 @@ from .sampling import generate_images, score_images
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
+from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback
-from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text
+from .training.checkpointing import write_text
 from .training.compilation import compile_blocks, reference_on_same_code
 from .training.memory import (
     busy_chunk_sizes,
@@ -107,18 +107,18 @@ class _EpochCallback(TrainerCallback):
                 bar.total = state.global_step if loader.exhausted else max(total, state.global_step + 1)
 
 
-class SPOTrainer(CheckpointingMixin, Trainer):
+class SPOTrainer(StepTrainer):
     r"""
     Trainer for Step-aware Preference Optimization (SPO) of diffusion models.
 
     Args:
         config ([`SPOConfig`]):
             Configuration. It is copied, not changed.
-        pipeline ([`SPOPipeline`], `StableDiffusionPipeline`, `StableDiffusionXLPipeline`, path or Hub id):
+        pipeline ([`SPOPipeline`], a diffusers pipeline of one of the families, path or Hub id):
             What is trained; everything [`wrap_pipeline`] accepts. Its denoiser gets an adapter, the rest is frozen.
         reward_model ([`Reward`], [`StepAwareRewardModel`], path, Hub id or callable):
-            Scores candidates; everything [`wrap_reward`] accepts: a step-aware reward model, or any `(images (B, 3, H, W) in [0, 1], prompts: list[str],
-            timesteps (B,)) -> scores (B,)`.
+            Scores candidates; everything [`wrap_reward`] accepts: a step-aware or latent reward model, or any
+            `(images (B, 3, H, W) in [0, 1], prompts: list[str], timesteps (B,)) -> scores (B,)`.
         train_dataset (`datasets.Dataset` or `list[str]`, *optional*):
             Prompts: a list, or a dataset with a `prompt` or `caption` column. Otherwise `config.dataset_name`.
         eval_dataset (`datasets.Dataset` or `list[str]`, *optional*):
@@ -158,11 +158,6 @@ class SPOTrainer(CheckpointingMixin, Trainer):
 
     _tag_names = ["trl", "spo", "diffusers", "text-to-image"]
     _name = "SPO"
-    _paper = {
-        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
-        "Optimization",
-        "id": "2406.04314",
-    }
 
     def __init__(
         self,
@@ -177,18 +172,32 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        if not isinstance(config, SPOConfig):
-            raise TypeError(f"`config` must be an `SPOConfig`, got `{type(config).__name__}`.")
-        config = copy.copy(config)
+        config = self.own_config(config, SPOConfig)
         config.ignore_data_skip = True  # the pair loader resumes by its own position; nothing is rolled out twice
-        config._n_gpu = min(config.n_gpu, 1)  # one process per device; `DataParallel` cannot split pairs
-        if config.ddp_find_unused_parameters is None:
-            config.ddp_find_unused_parameters = False  # every parameter that is trained is used
-        self._check_strategies(config, metrics or {})
+        self.metrics = metrics or {}
+        prompts, eval_prompts = self._check(config, reward_model, train_dataset, eval_dataset)
+        self._load(config, pipeline, reward_model, scoring_vae, prompts)
+        model = self._prepare(config, peft_config)
+        self._start(config, prompts)
+        super().__init__(
+            model=model,
+            args=config,
+            train_dataset=prompts,
+            eval_dataset=eval_prompts,
+            data_collator=list,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._compile(config)
+        self.pair_loader = self._new_pair_loader()
+        self._add_callbacks(config, eval_prompts or prompts)
 
-        # Cheap checks first: nothing is loaded for a run that cannot start.
-        if config.should_save:
-            check_output_dir(config.output_dir)
+    # --- the stages of setting up ------------------------------------------------------------------------------------
+
+    def _check(self, config: SPOConfig, reward_model, train_dataset, eval_dataset) -> tuple:
+        """What can be said before anything is loaded. Returns the prompts to train on and to evaluate with."""
+        self._check_strategies(config, self.metrics)
+        self.check_output(config)
         if train_dataset is None:
             if config.dataset_name is None:
                 raise ValueError(
@@ -201,23 +210,32 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             eval_dataset = read_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")
         elif config.eval_strategy != "no":
             raise ValueError(f"`eval_strategy={str(config.eval_strategy)!r}` needs prompts: pass `eval_dataset`.")
-        reward = None if isinstance(reward_model, (str, Path)) else wrap_reward(reward_model)
-        if reward is not None and reward.module is None and config.reward_dtype is not None:
-            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
+        if not isinstance(reward_model, (str, Path)):
+            reward = wrap_reward(reward_model)
+            if reward.module is None and config.reward_dtype is not None:
+                raise ValueError(
+                    "`reward_dtype` casts a reward model; a reward function takes care of its own precision."
+                )
+        return prompts, eval_dataset
 
-        reward = reward or wrap_reward(reward_model)  # loads one that is given by its path
-        reward.check_prompts(prompts[:1])
+    def _load(self, config: SPOConfig, pipeline, reward_model, scoring_vae, prompts: Sequence[str]) -> None:
+        """Pipeline, reward and the decoder for scoring, and whether they fit the settings and each other."""
+        self.reward = wrap_reward(reward_model)
+        self.reward.check_prompts(prompts[:1])
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
-        reward.check_pipeline(self.pipeline)
-        self._check_reward_timesteps(config, reward)
+        self.reward.check_pipeline(self.pipeline)
+        self._check_reward_timesteps(config, self.reward)
         if scoring_vae is not None or config.scoring_vae is not None:
             vae = config.scoring_vae if scoring_vae is None else scoring_vae
             self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)
-        self.reward = reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
-        self.reward_model = reward_model if reward.module is None else reward.module
+        self.reward_model = reward_model if self.reward.module is None else self.reward.module
+
+    def _prepare(self, config: SPOConfig, peft_config) -> torch.nn.Module:
+        """Freeze what is not trained, make the denoiser trainable, move everything. Returns what is trained."""
+        self.reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
         self.pipeline.offload_text_encoders = config.offload_text_encoders
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
@@ -229,28 +247,26 @@ class SPOTrainer(CheckpointingMixin, Trainer):
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
+        return model
 
-        self.metrics = metrics or {}
+    def _start(self, config: SPOConfig, prompts: Sequence[str]) -> None:
+        """The state of a run that has not begun. The parent's constructor asks for some of it."""
         self.pair_loader: PairLoader | None = None
         self._prompts = prompts
         self._encodings = EncodingCache()
         self._metrics = RunningMeans()
         self._last_rollout_metrics: dict[str, float] = {}
         self._largest_gap = 0.0  # of scores of one prompt and step, in this process
+        self._chunk_sizes: dict[str, int] = {}
+        self._step_weights: torch.Tensor | None = None
         self.guard = NonFiniteGuard(
             config.max_nonfinite_fraction,
             "Check the model that is named there and its dtype: float16 overflows where bfloat16 or float32 do not.",
         )
         self.model_tags = self._tag_names
-        super().__init__(
-            model=model,
-            args=config,
-            train_dataset=prompts,
-            eval_dataset=eval_dataset,
-            data_collator=list,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+
+    def _compile(self, config: SPOConfig) -> None:
+        """Compile the blocks that repeat, where it pays."""
         # Blocks are compiled, so the Trainer must not compile the whole network around them; and a config of another run
         # with `torch_compile` may have left transformers 4's environment variable behind.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -262,13 +278,12 @@ class SPOTrainer(CheckpointingMixin, Trainer):
                 backend=config.torch_compile_backend or "inductor",
                 mode=config.torch_compile_mode,
             )
-        self._chunk_sizes: dict[str, int] = {}
-        self._step_weights: torch.Tensor | None = None
-        self.pair_loader = self._new_pair_loader()
+
+    def _add_callbacks(self, config: SPOConfig, shown_prompts: Sequence[str]) -> None:
         self.add_callback(_EpochCallback(self))
         self.add_callback(SkipNonFiniteSteps(self))
         if config.log_images_steps > 0:
-            shown = (eval_dataset or prompts)[: config.num_eval_images]
+            shown = shown_prompts[: config.num_eval_images]
             self.add_callback(ImageLoggingCallback(self, shown, config.log_images_steps))
         if config.max_steps <= 0 and config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             logger.warning(
@@ -833,11 +848,6 @@ class SPOTrainer(CheckpointingMixin, Trainer):
         if self.args.hub_strategy != "end" and not self._staging:
             self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
-        if self.is_world_process_zero():
-            self._write_model_card(Path(self.args.output_dir))
 
     def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
         """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""

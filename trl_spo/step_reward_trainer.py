@@ -34,7 +34,8 @@ from .preference_dataset import check_images, load_preference_dataset, prepare_p
 from .preference_labels import preference_labels, score_clean_images
 from .rewards.step_aware_clip import StepAwareRewardModel, StepRewardOutput
 from .step_reward_config import StepRewardConfig
-from .training.checkpointing import CheckpointingMixin, check_output_dir, write_text
+from .training.base import StepTrainer
+from .training.checkpointing import write_text
 from .training.model_card import step_reward_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
 from .training.running_means import RunningMeans, gather_from_processes
@@ -73,7 +74,7 @@ class _PositionCallback(TrainerCallback):
             self.loss = 0.0
 
 
-class StepRewardTrainer(CheckpointingMixin, Trainer):
+class StepRewardTrainer(StepTrainer):
     r"""
     Trainer of the step-aware reward model of [SPO](https://huggingface.co/papers/2406.04314): preferences between
     finished images, learnt on what the diffusion model predicts of them at a random timestep.
@@ -133,11 +134,6 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
 
     _tag_names = ["trl", "spo", "step-aware-reward-model"]
     _name = "SPO step-aware reward model"
-    _paper = {
-        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
-        "Optimization",
-        "id": "2406.04314",
-    }
 
     def __init__(
         self,
@@ -151,8 +147,27 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
         optimizers: tuple = (None, None),
         preference_model: Any | None = None,
     ):
-        if not isinstance(config, StepRewardConfig):
-            raise TypeError(f"`config` must be a `StepRewardConfig`, got `{type(config).__name__}`.")
+        config = self.own_config(config, StepRewardConfig)
+        self._check(config, reward_model, train_dataset, eval_dataset, preference_model)
+        train_dataset = self._training_data(config, train_dataset)
+        reward_model = self._load(config, pipeline, reward_model)
+        self._prepare(config, reward_model, preference_model)
+        super().__init__(
+            model=reward_model,
+            args=config,
+            data_collator=data_collator or self._collator(config),
+            train_dataset=train_dataset,
+            eval_dataset=_prepare(eval_dataset, config),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._start(config)
+        self._add_callbacks()
+
+    # --- the stages of setting up ------------------------------------------------------------------------------------
+
+    def _check(self, config: StepRewardConfig, reward_model, train_dataset, eval_dataset, preference_model) -> None:
+        """What can be said before anything is loaded."""
         on = ("1", "true", "yes")
         switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
         if config.world_size > 1 and all(os.environ.get(name, "").lower() in on for name in switches):
@@ -161,29 +176,13 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
                 "in the first process only (version 4 does): text encoders in the other processes would have no weights. "
                 "Set it to false, as in the configuration 'fsdp' of `trl-spo step-reward --accelerate_config`."
             )
-        config = copy.copy(config)  # the caller's stays as it is
-        if config.should_save:
-            check_output_dir(config.output_dir)
-        if isinstance(reward_model, (str, Path)):
-            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
-        if not isinstance(reward_model, StepAwareRewardModel):
+        self.check_output(config)
+        if not isinstance(reward_model, (str, Path, StepAwareRewardModel)):
             raise ValueError(
                 f"`reward_model` must be a StepAwareRewardModel or a path, got {type(reward_model).__name__}."
             )
-        if train_dataset is None and config.dataset_name is not None:
-            train_dataset = load_preference_dataset(config.dataset_name, streaming=config.dataset_streaming)
-            shuffle_stream = config.dataset_streaming
-        else:
-            shuffle_stream = False
-        if train_dataset is None and eval_dataset is None:
+        if train_dataset is None and eval_dataset is None and config.dataset_name is None:
             raise ValueError("There are no image pairs: pass `train_dataset` or set `dataset_name` in the config.")
-        self.pipeline = wrap_pipeline(pipeline)
-        self.pipeline.check_weights()
-        self._check_timesteps(config, reward_model)
-        try:
-            self.pipeline.latent_shape(config.resolution, config.resolution)
-        except ValueError as error:
-            raise ValueError(f"`resolution={config.resolution}` does not suit the pipeline: {error}") from error
         if preference_model is not None and not config.relabel_preferences:
             raise ValueError("`preference_model` is used with `relabel_preferences=True` only; set it in the config.")
         if preference_model is not None and not callable(preference_model):
@@ -191,6 +190,22 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
                 "`preference_model` must be a StepAwareRewardModel or a callable `(images, prompts) -> scores`, got "
                 f"{type(preference_model).__name__}."
             )
+
+    def _load(self, config: StepRewardConfig, pipeline, reward_model) -> StepAwareRewardModel:
+        """Reward model and pipeline, and whether they fit the settings and each other."""
+        if isinstance(reward_model, (str, Path)):
+            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
+        self.pipeline = wrap_pipeline(pipeline)
+        self.pipeline.check_weights()
+        self._check_timesteps(config, reward_model)
+        try:
+            self.pipeline.latent_shape(config.resolution, config.resolution)
+        except ValueError as error:
+            raise ValueError(f"`resolution={config.resolution}` does not suit the pipeline: {error}") from error
+        return reward_model
+
+    def _prepare(self, config: StepRewardConfig, reward_model: StepAwareRewardModel, preference_model) -> None:
+        """Precision and frozen parts of the reward model, and the model whose preferences become labels."""
         reward_model.float()
         if config.relabel_preferences and (preference_model is None or preference_model is reward_model):
             preference_model = copy.deepcopy(reward_model)
@@ -200,37 +215,36 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
         self.encoding_cache = EncodingCache(int(config.cache_latents_gb * 2**30)) if config.cache_latents else None
         if config.freeze_text_tower:
             reward_model.freeze_text_tower()
-        # Several visible GPUs in one process would mean `nn.DataParallel`, which cannot split prompts. One process
-        # per GPU (`accelerate launch`) uses them all.
-        if config.n_gpu > 1:
-            config._n_gpu = 1
-        if config.ddp_find_unused_parameters is None:
-            config.ddp_find_unused_parameters = False  # every parameter that is trained is used
-        if data_collator is None:
-            data_collator = StepPreferenceCollator(
-                config.resolution,
-                config.dataset_prompt_column,
-                config.max_bad_image_fraction,
-                keep_unlabelled=config.relabel_preferences,
-                image_keys=config.cache_latents,
-            )
         if config.accelerator_config.dispatch_batches is None:
             # Every process reads a stream for itself: accelerate's default sends batches of tensors from one process
             # to the others, and ours hold prompts.
             config.accelerator_config.dispatch_batches = False
+
+    @staticmethod
+    def _training_data(config: StepRewardConfig, train_dataset):
+        """The pairs to train on, checked; those of the config if none are given."""
+        streams = train_dataset is None and config.dataset_name is not None and config.dataset_streaming
+        if train_dataset is None and config.dataset_name is not None:
+            train_dataset = load_preference_dataset(config.dataset_name, streaming=config.dataset_streaming)
         train_dataset = _prepare(train_dataset, config, training=True)
-        if shuffle_stream:  # the Trainer shuffles only what it can index
+        if streams:  # the Trainer shuffles only what it can index
             train_dataset = train_dataset.shuffle(seed=config.seed, buffer_size=STREAM_SHUFFLE_BUFFER)
-        super().__init__(
-            model=reward_model,
-            args=config,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=_prepare(eval_dataset, config),
-            callbacks=callbacks,
-            optimizers=optimizers,
+        return train_dataset
+
+    @staticmethod
+    def _collator(config: StepRewardConfig) -> StepPreferenceCollator:
+        return StepPreferenceCollator(
+            config.resolution,
+            config.dataset_prompt_column,
+            config.max_bad_image_fraction,
+            keep_unlabelled=config.relabel_preferences,
+            image_keys=config.cache_latents,
         )
-        # FSDP and DeepSpeed take no parameter without dimensions: it has one while they hold it.
+
+    def _start(self, config: StepRewardConfig) -> None:
+        """The state of a run that has not begun, and what needs to know how the Trainer runs."""
+        # FSDP and DeepSpeed cannot shard parameters without dimensions, so `logit_scale` has shape (1,) in training and is
+        # saved as ().
         self._lends_dimension = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self._lends_dimension:
             scale = self.model.model.logit_scale
@@ -246,12 +260,14 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             "Check the VAE and the denoiser of the pipeline: in float16 they may overflow where bfloat16 or float32 do "
             "not (SDXL's VAE does).",
         )
-        self.add_callback(SkipNonFiniteSteps(self))
-        self._position = _PositionCallback(self)
-        self.add_callback(self._position)
         self._last_step = self._micro_step = -1
         self._eval_batch = 0
         self._prepare_metrics()
+
+    def _add_callbacks(self) -> None:
+        self.add_callback(SkipNonFiniteSteps(self))
+        self._position = _PositionCallback(self)
+        self.add_callback(self._position)
 
     def _check_timesteps(self, config: StepRewardConfig, reward_model: StepAwareRewardModel):
         limit = min(self.pipeline.num_train_timesteps, reward_model.config.num_train_timesteps)
@@ -472,11 +488,6 @@ class StepRewardTrainer(CheckpointingMixin, Trainer):
             return position
         steps = self.state.global_step - self._position.first_step
         return self._position.epoch, steps * self.args.gradient_accumulation_steps
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
-        if self.is_world_process_zero():
-            self._write_model_card(Path(self.args.output_dir))
 
     def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
         """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""

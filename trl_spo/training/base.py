@@ -1,0 +1,74 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What both trainers are: a `transformers.Trainer` with our checkpoints, set up in the same stages.
+
+    _check      cheap, nothing is loaded: settings, data, output folder
+    _load       pipeline and reward model, and whether they fit each other
+    _prepare    freeze, add the adapter, move, cast
+    Trainer.__init__
+    _add_callbacks
+"""
+
+import copy
+from pathlib import Path
+
+from transformers import Trainer
+
+from .arguments import StepTrainingArguments
+from .checkpointing import CheckpointingMixin, check_output_dir
+
+
+class StepTrainer(CheckpointingMixin, Trainer):
+    """A `Trainer` whose checkpoints exist whole or not at all, and whose model card is its own."""
+
+    _paper = {
+        "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
+        "Optimization",
+        "id": "2406.04314",
+    }
+
+    @staticmethod
+    def own_config(config: StepTrainingArguments, config_class: type) -> StepTrainingArguments:
+        """
+        A copy of the caller's config with what both trainers need: one process per device, and no search for parameters
+        without gradients, as every parameter that is trained is used.
+
+        Raises:
+            TypeError: if it is not a `config_class`.
+        """
+        if not isinstance(config, config_class):
+            article = "an" if config_class.__name__.startswith("SPO") else "a"
+            raise TypeError(f"`config` must be {article} `{config_class.__name__}`, got `{type(config).__name__}`.")
+        config = copy.copy(config)
+        config._n_gpu = min(config.n_gpu, 1)  # `nn.DataParallel` can split neither pairs nor prompts
+        if config.ddp_find_unused_parameters is None:
+            config.ddp_find_unused_parameters = False
+        return config
+
+    @staticmethod
+    def check_output(config: StepTrainingArguments) -> None:
+        """Whether the output folder can be written, on the process that writes."""
+        if config.should_save:
+            check_output_dir(config.output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
+        if self.is_world_process_zero():
+            self._write_model_card(Path(self.args.output_dir))
+
+    def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
+        """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""
+        raise NotImplementedError
