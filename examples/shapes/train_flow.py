@@ -108,7 +108,7 @@ def latents_of_renders(args) -> tuple[AutoencoderKL, torch.Tensor, list[str]]:
     images, prompts = make_renders(args.num_renders, args.seed, split=None)
     latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in (2 * images - 1).split(256)])
     shift, scale = latents.mean().item(), 1 / latents.std().item()
-    vae.register_to_config(shift_factor=round(shift, 5), scaling_factor=round(scale, 5))
+    vae.register_to_config(shift_factor=round(shift, 5), scaling_factor=round(scale, 5), _name_or_path="")
     return vae, (latents - vae.config.shift_factor) * vae.config.scaling_factor, prompts
 
 
