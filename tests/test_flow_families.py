@@ -267,7 +267,28 @@ class TestTraining:
         assert torch.allclose(in_diffusers(plain, family, latents, 3), trained, atol=1e-4)
         assert not torch.allclose(trained, before, atol=1e-4)
 
-    @pytest.mark.parametrize("family", ["sd3", "flux2"])
+    @every_family
+    def test_as_the_presets_train_it(self, tmp_path, family):
+        """Weights in bfloat16 under autocast, checkpoints: latents stay float32, and ratios are exactly 1 all the same."""
+        pipeline = fresh(family, tmp_path / "pipe")
+        pipeline.sd_pipeline.to(torch.bfloat16)
+        config = tiny_spo_config(
+            tmp_path / "out", num_inference_steps=4, branch_start_step=0, branch_end_step=1, height=SIZE, width=SIZE,
+            guidance_scale=MAKERS[family][2], max_steps=1, gradient_checkpointing=True, bf16=True,
+            timestep_weighting="even", per_device_train_batch_size=1, gradient_accumulation_steps=2, num_candidates=3,
+        )  # fmt: skip
+        trainer = SPOTrainer(config, pipeline, brightness_reward, train_dataset=PROMPTS)
+        pairs = trainer.rollout(PROMPTS)
+        assert pipeline.compute_dtype == torch.bfloat16 and pairs.chosen_prev_latents.dtype == torch.float32
+        trained = {name: p.clone() for name, p in pipeline.denoiser.named_parameters() if p.requires_grad}
+        assert {p.dtype for p in trained.values()} == {torch.float32}
+        trainer.train()
+        first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert first["ratio/chosen"] == first["ratio/rejected"] == 1.0 and first["grad_norm"] > 0
+        after = dict(pipeline.denoiser.named_parameters())
+        assert any(not torch.equal(value, after[name]) for name, value in trained.items())
+
+    @every_family
     def test_full_fine_tuning_checkpointing_and_bfloat16(self, tmp_path, family):
         pipeline = fresh(family, tmp_path / "pipe")
         config = tiny_spo_config(
