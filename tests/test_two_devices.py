@@ -28,6 +28,7 @@ from PIL import Image
 
 from trl_spo import EMACallback, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
 
+from .flow_testing import tiny_sd3_pipeline
 from .pretended_device import CUDA, DeviceTensor, PretendedGPU, Wait
 from .testing_utils import (
     PROMPTS,
@@ -285,6 +286,24 @@ class TestSPO:
         assert found[0] == found[1], found
         # Scores, and with the device idle the candidates that went on; `rollout` itself waits once to take the time.
         assert found[0]["read"] <= 2 and found[0]["search"] == 0 and found[0]["synchronize"] <= 1, rollouts
+
+    def test_a_flow_model_waits_as_little(self, gpu, tmp_path):
+        """Regression: in every step, whether the step branches went to the device from a tensor on the CPU."""
+        model, found = reward_model(tmp_path), []
+        settings = {"height": 32, "width": 32, "branch_start_step": 0, "logging_strategy": "no"}
+        for num_inference_steps in (4, 8):
+            pipeline = tiny_sd3_pipeline(tmp_path)
+            trainer = spo_trainer(
+                tmp_path, model, pipeline, num_inference_steps=num_inference_steps, max_steps=1, **settings
+            )
+            trainer.rollout(PROMPTS)
+            rollouts = counting(gpu, trainer, "rollout")
+            trainer.rollout(PROMPTS)
+            found.append(Counter(wait.kind for wait in rollouts[0]))
+        assert found[0] == found[1], found
+        micro_steps = counting(gpu, trainer, "training_step")
+        trainer.train()
+        assert micro_steps == [[]]
 
 
 class TestStepReward:

@@ -165,8 +165,6 @@ def flow_step_stats(
         ValueError: for an unknown sampler, an `eta` or sigmas outside of their range, or shapes that do not fit.
             Sigmas on an accelerator are trusted, as reading them would wait for it.
     """
-    dtype = torch.promote_types(torch.float32, sample.dtype)
-    model_output, sample = model_output.to(dtype), sample.to(dtype)
     sigma, next_sigma = _as_sigmas(sigma, sample, "sigma"), _as_sigmas(next_sigma, sample, "next_sigma")
     next_sigma = next_sigma.to(sigma.device)
     if sigma.device.type == "cpu" and not bool((sigma > next_sigma).all()):
@@ -174,8 +172,14 @@ def flow_step_stats(
             f"A step goes from `sigma` down to `next_sigma`, got {sigma.tolist()} and {next_sigma.tolist()}."
         )
     factor, std = flow_step_coefficients(*torch.broadcast_tensors(sigma, next_sigma), eta, sampler)
-    level, following = _like(sigma, sample, dtype), _like(next_sigma, sample, dtype)
-    factor, std = _like(factor, sample, dtype), _like(std, sample, dtype)
+    return _gaussian_step(model_output, sample, sigma, next_sigma, factor, std)
+
+
+def _gaussian_step(model_output, sample, sigma, next_sigma, factor, std) -> StepDistribution:
+    """N((1 - t') x_0 + k e, s^2), in the dtype of `sample` or float32. The numbers have one value, or one per row."""
+    dtype = torch.promote_types(torch.float32, sample.dtype)
+    model_output, sample = model_output.to(dtype), sample.to(dtype)
+    level, following, factor, std = (_like(values, sample, dtype) for values in (sigma, next_sigma, factor, std))
     pred_original_sample = sample - level * model_output
     noise = sample + (1 - level) * model_output
     return StepDistribution((1 - following) * pred_original_sample + factor * noise, std, pred_original_sample)
@@ -226,6 +230,7 @@ class FlowStepRule(StepRule):
         self._sigma = torch.arange(self.num_train_timesteps + 1, dtype=torch.float64) / self.num_train_timesteps
         self._current = self._sigma.clone()
         self._next = torch.full_like(self._sigma, math.nan)
+        self._tables: dict[tuple, torch.Tensor] = {}  # what steps are made of, see `_look_up`
         self._values: dict[int, float] = {}  # the same for single timesteps, without a tensor
         self._warned: set[tuple] = set()
 
@@ -249,7 +254,10 @@ class FlowStepRule(StepRule):
             self.scheduler.set_timesteps(**schedule)
         else:
             self.scheduler.set_timesteps(num_inference_steps, **schedule)
-        self.sigmas = self.scheduler.sigmas.double().tolist()
+        sigmas = self.scheduler.sigmas.double().tolist()
+        if sigmas == self.sigmas:  # asked for at every step of a training: its tables stay
+            return list(self._values)
+        self.sigmas = sigmas
         current, following = torch.tensor(self.sigmas[:-1]).double(), torch.tensor(self.sigmas[1:]).double()
         timesteps = (current * self.num_train_timesteps).round().long()
         if len(set(timesteps.tolist())) < len(timesteps):
@@ -261,6 +269,7 @@ class FlowStepRule(StepRule):
         self._current[timesteps] = current
         self._next = torch.full_like(self._sigma, math.nan)
         self._next[timesteps] = following
+        self._tables.clear()
         self._values = dict(zip(timesteps.tolist(), self.sigmas[:-1], strict=True))
         return timesteps.tolist()
 
@@ -303,16 +312,36 @@ class FlowStepRule(StepRule):
         return self.sampler != "ode" and eta > 0 and self.sigmas[step + 1] > LAST_BRANCHING_SIGMA
 
     def sigma(self, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """Exact sigma of integer timesteps, float64, where the timesteps are."""
-        return self._look_up(self._current, timesteps)
+        """Exact sigma of integer timesteps, float32, where the timesteps are."""
+        return self._look_up("sigma", torch.float32, timesteps)[0]
 
     def sigma_value(self, timestep: int) -> float:
         """The same as a number."""
         return self._values.get(timestep, timestep / self.num_train_timesteps)
 
-    def _look_up(self, table: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+    def _table(self, eta: float) -> torch.Tensor:
+        """Timestep -> sigma, next sigma, factor of the noise and standard deviation: `(4, T + 1)`, float64, on the CPU."""
+        known = ~self._next.isnan()
+        current, following = self._current[known], self._next[known]
+        noisy_factor, noisy_std = flow_step_coefficients(current, following, eta, self.sampler)
+        # Close to the image a step is Euler's: no noise, whatever the sampler is.
+        branches = following > LAST_BRANCHING_SIGMA
+        factor, std = torch.full_like(self._next, math.nan), torch.full_like(self._next, math.nan)
+        factor[known] = torch.where(branches, noisy_factor, following)
+        std[known] = torch.where(branches, noisy_std, torch.zeros_like(noisy_std))
+        return torch.stack([self._current, self._next, factor, std])
+
+    def _look_up(self, key: str | float, dtype: torch.dtype, timesteps: int | torch.Tensor) -> torch.Tensor:
+        """
+        Columns of a table: of "sigma", or of the steps with an eta. It is made once per schedule and device and sent there
+        without a wait; a timestep that is a number is looked up on the CPU.
+        """
         timesteps = torch.as_tensor(timesteps).long()
-        return table.to(timesteps.device, non_blocking=timesteps.device.type != "cpu")[timesteps]
+        place = (key, self.sampler, dtype, timesteps.device)
+        if place not in self._tables:
+            table = self._current[None] if key == "sigma" else self._table(key)
+            self._tables[place] = table.to(dtype).to(timesteps.device, non_blocking=timesteps.device.type != "cpu")
+        return self._tables[place][:, timesteps]
 
     def distribution(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, latents: torch.Tensor, eta: float
@@ -323,22 +352,18 @@ class FlowStepRule(StepRule):
         Raises:
             ValueError: for a timestep that the schedule does not have.
         """
-        sigma, following = self.sigma(timesteps), self._look_up(self._next, timesteps)
-        if following.device.type == "cpu" and bool(following.isnan().any()):
+        row = self._look_up(eta, torch.promote_types(torch.float32, latents.dtype), timesteps)
+        if row.device.type == "cpu" and bool(row.isnan().any()):
             raise ValueError(f"The schedule has no step at timestep {timesteps}; call `set_timesteps` first.")
-        noisy = flow_step_stats(model_output, sigma, following, latents, eta, self.sampler)
-        plain = flow_step_stats(model_output, sigma, following, latents, 0.0, "ode")
-        branches = _like((following > LAST_BRANCHING_SIGMA).to(latents.device), latents, torch.bool)
-        mean = torch.where(branches, noisy.prev_sample_mean, plain.prev_sample_mean)
-        std = torch.where(branches, noisy.std_dev_t, torch.zeros_like(noisy.std_dev_t))
-        return StepDistribution(mean, std, noisy.pred_original_sample)
+        return _gaussian_step(model_output, latents, *row)
 
     def predict_original_sample(
         self, model_output: torch.Tensor, timesteps: int | torch.Tensor, latents: torch.Tensor
     ) -> torch.Tensor:
         """x_0 = x_t - t v at any training timestep, float32."""
         dtype = torch.promote_types(torch.float32, latents.dtype)
-        return latents.to(dtype) - _like(self.sigma(timesteps), latents, dtype) * model_output.to(dtype)
+        level = _like(self._look_up("sigma", dtype, timesteps)[0], latents, dtype)
+        return latents.to(dtype) - level * model_output.to(dtype)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t of the forward process."""
