@@ -17,6 +17,8 @@ Necessity: text models of today give sequences as long as the prompt. Joined in 
 whatever its neighbours are, in every operation that a rollout, a training batch and the cache apply.
 """
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,6 +102,10 @@ def test_the_cache_joins_prompts_of_different_lengths():
     """It encodes every prompt alone, so the lengths of its parts differ."""
 
     class Encoder:
+        device = torch.device("cpu")
+        offload_text_encoders = False
+        encoders_on_device = contextlib.nullcontext
+
         def encode_prompt(self, prompts, negative_prompt=""):
             return PromptEmbeds.cat([embeds_of(len(prompt), seed=len(prompt)) for prompt in prompts])
 
