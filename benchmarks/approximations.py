@@ -53,7 +53,7 @@ from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set, load_pipeline
 from examples.shapes.demo import METRICS, SAMPLER
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
-from trl_spo.rollout import _Scorer
+from trl_spo.rewards.scoring import Scorer
 
 
 OPTIONS = {
@@ -150,9 +150,7 @@ def label_agreement(reward_folder: Path, name: str, vae, num_prompts: int) -> di
     for start in range(0, num_prompts, 32):
         batch = prompts[start : start + 32]
         pairs = exact.rollout(batch, seed=5000 + start, return_trajectory=True)
-        scorer = _Scorer(
-            other.pipeline, other.reward_model, batch, 64, 64, image_size=settings.get("scoring_image_size")
-        )
+        scorer = Scorer(other.pipeline, other.reward, batch, 64, 64, image_size=settings.get("scoring_image_size"))
         scores = scorer([(branch.pred_original_samples, branch.scored_timestep) for branch in pairs.branches])
         rows = torch.arange(len(batch))
         orders, equal = [], []
