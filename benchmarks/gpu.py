@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 r"""
 What SPO does on the GPU of this machine, in one command of at most eight minutes: pairs per second, peak memory and the share
 of the card's matrix rate, by setting, beside the public research code and the targets.
@@ -129,9 +128,8 @@ def run_process(command: list[str], environment: dict, seconds: float, path: Pat
     try:
         output, _ = process.communicate(timeout=max(seconds, 1))
     except subprocess.TimeoutExpired:
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # with the processes it started: one that goes on would slow the next arm
+        # With the processes it started: one that goes on would slow the next arm.
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return {"error": f"not finished after {seconds:.0f} s"}
     if process.returncode or not path.is_file():

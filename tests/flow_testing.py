@@ -91,6 +91,18 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _qwen3_config(tokenizer, num_layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+
+
 def _clip(tokenizer, width: int, cls=CLIPTextModelWithProjection):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -184,15 +196,7 @@ def tiny_flux_pipeline(folder: str | Path, seed: int = 0, guidance: bool = True,
 def tiny_flux2_klein_pipeline(folder: str | Path, seed: int = 0, is_distilled: bool = False) -> Flux2KleinPipeline:
     torch.manual_seed(seed)
     tokenizer = _qwen_tokenizer()
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    text = _qwen3_config(tokenizer, num_layers=3)
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -232,15 +236,7 @@ def tiny_flux2_klein_pipeline(folder: str | Path, seed: int = 0, is_distilled: b
 def tiny_z_image_pipeline(folder: str | Path, seed: int = 0) -> ZImagePipeline:
     torch.manual_seed(seed)
     tokenizer = _qwen_tokenizer()
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    text = _qwen3_config(tokenizer, num_layers=2)
     transformer = ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),

@@ -82,3 +82,4 @@ def main(folder: Path):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # its threads can abort a process that ends

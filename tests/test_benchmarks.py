@@ -18,6 +18,7 @@ against what SPO asks for on paper, ratios against their definition, and a run w
 models are built. Everything runs as users run it, through the command line.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -152,16 +153,18 @@ def test_plot(result):
     assert {(0x33, 0x22, 0x88), (0xDD, 0xAA, 0x33), (0xBB, 0xBB, 0xBB)} <= colours  # UNet, policy, other
 
 
-@pytest.fixture(scope="module")
-def throughput():
-    """The module itself, for what needs no run."""
+def script(name: str):
+    """The module itself, for what needs no run; the scripts find each other beside them."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import throughput
-
-        return throughput
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    return script("throughput")
 
 
 @pytest.mark.parametrize(
@@ -242,13 +245,7 @@ def test_the_gpu_benchmark_runs(gpu_report):
 
 @pytest.fixture(scope="module")
 def gpu():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import gpu
-
-        return gpu
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return script("gpu")
 
 
 def test_arithmetic_per_pair(gpu):

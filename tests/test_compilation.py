@@ -29,7 +29,7 @@ from peft import LoraConfig
 from torch._dynamo.utils import counters
 
 from trl_spo import SPOTrainer, StepAwareRewardModel, wrap_pipeline
-from trl_spo.training.compilation import compile_blocks, reference_on_same_code, repeated_blocks
+from trl_spo.training.compilation import REPEATED_BLOCKS, compile_blocks, reference_on_same_code, repeated_blocks
 from trl_spo.training.memory import denoiser_bytes
 
 from .testing_utils import (
@@ -70,6 +70,13 @@ def train_a_lora(pipeline) -> None:
     for name, parameter in pipeline.denoiser.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
+
+
+def with_the_lora_of(trainer, other):
+    """The other trainer, with this one's adapter."""
+    own = trainer.model.state_dict()
+    other.model.load_state_dict({name: value for name, value in own.items() if "lora_" in name}, strict=False)
+    return other
 
 
 def middle_of(pipeline):
@@ -193,8 +200,6 @@ class TestWhatIsCompiled:
         ],
     )
     def test_every_denoiser_names_blocks_that_exist(self, name):
-        from trl_spo.training.compilation import REPEATED_BLOCKS
-
         cls = getattr(diffusers, name)
         names = getattr(cls, "_repeated_blocks", None) or REPEATED_BLOCKS[name]
         module = __import__(cls.__module__, fromlist=names)
@@ -239,14 +244,20 @@ class TestWhatIsCompiled:
 
 class TestWhatStaysAsItWas:
     def test_names_and_copies(self, tmp_path):
+        """Weights keep their names, a copy of the base is written, and both files load in plain diffusers."""
         trainer = make_trainer(tmp_path)
         plain = make_trainer(tmp_path, compile_regions=False)
         assert list(trainer.model.state_dict()) == list(plain.model.state_dict())
-        trainer.save_model()
-        pipeline = tiny_sd_pipeline(tmp_path)
-        pipeline.load_lora_weights(tmp_path / "out")
+        train_a_lora(trainer.pipeline)
         trainer.pipeline.save_pretrained(tmp_path / "whole")
-        assert not list(type(pipeline.unet).from_pretrained(tmp_path / "whole" / "unet").config.get("_compiled", []))
+        base = tiny_sd_pipeline(tmp_path).unet
+        assert not changed(state_of(base), type(base).from_pretrained(tmp_path / "whole" / "unet"))
+        pipeline = tiny_sd_pipeline(tmp_path)
+        pipeline.load_lora_weights(tmp_path / "whole")
+        torch.testing.assert_close(
+            predictions(wrap_pipeline(pipeline), contextlib.nullcontext(pipeline.unet)),
+            predictions(plain.pipeline, contextlib.nullcontext(with_the_lora_of(trainer, plain).pipeline.denoiser)),
+        )
 
     def test_memory_is_estimated_as_before(self, tmp_path):
         pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))

@@ -32,7 +32,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from trl_spo import SPOConfig, StepRewardConfig, flow_step_stats
+from trl_spo import SPOConfig, SPOTrainer, StepRewardConfig, StepRewardTrainer, flow_step_stats
 from trl_spo.evaluation.evaluate import PROTOCOLS
 from trl_spo.evaluation.metrics import METRICS
 from trl_spo.scripts import cli
@@ -201,12 +201,21 @@ def first_cells(page: Path, heading: str) -> set[str]:
     }
 
 
+def added_metrics(trainer: type, more: str = "") -> set[str]:
+    """Names under which a trainer, and what both trainers are, add to their metrics; `more` has to follow the name."""
+    sources = [
+        read(ROOT / "trl_spo" / f"{name}.py") for name in (trainer.__module__.partition(".")[2], "training/base")
+    ]
+    found = {
+        key for source in sources for key in re.findall(rf"(?:means|_metrics)\.add\(f?\"([^\"]+)\"{more}", source)
+    }
+    return found | {trainer._nonfinite_metric}
+
+
 def test_log_keys_of_spo():
     """What the trainer adds to its metrics, what the pages define."""
     source = read(ROOT / "trl_spo" / "spo_trainer.py")
-    logged = {
-        re.sub(r"\{low\}_\{.*\}", "{lo}_{hi}", key) for key in re.findall(r"_metrics\.add\(f?\"([^\"]+)\"", source)
-    }
+    logged = {re.sub(r"\{low\}_\{.*\}", "{lo}_{hi}", key) for key in added_metrics(SPOTrainer)}
     logged |= set(re.findall(r"logs\[\"(\w+)\"\] = self", source))
     assert {"kl", "pairs/valid_fraction_t_{lo}_{hi}", "num_pairs_seen", "time/train"} <= logged  # were found at all
     defined = first_cells(ROOT / "docs" / "spo_trainer.md", "Logged metrics")
@@ -215,10 +224,8 @@ def test_log_keys_of_spo():
 
 
 def test_log_keys_of_the_reward_model():
-    source = read(ROOT / "trl_spo" / "step_reward_trainer.py")
-    added = set(re.findall(r"means\.add\(\"(\w+)\"", source))
-    counts = set(re.findall(r"means\.add\(\"(\w+)\", .*reduce=\"sum\"", source))
-    logged = added - counts
+    counts = added_metrics(StepRewardTrainer, ', .*reduce="sum"')
+    logged = {name for name in added_metrics(StepRewardTrainer) if "{" not in name} - counts
     assert {"accuracy", "margin", "caption_loss"} <= logged
     defined = first_cells(ROOT / "docs" / "step_reward_trainer.md", "Logged metrics")
     evaluated = {f"eval_{name}" for name in logged - {"preference_loss", "caption_loss"}}

@@ -31,7 +31,7 @@ ORDER = (  # a module may import from the modules before it
     "pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
-    "rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling "
+    "rewards.inputs rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling "
     "preference_dataset preference_collator preference_labels "
     "training.checkpointing training.base training.model_card training.memory training.compilation training.ema training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
@@ -130,6 +130,12 @@ def test_training_needs_no_plots_and_no_evaluation():
     loaded = output.stdout.split()
     assert "trl_spo.spo_trainer" in loaded
     assert not [name for name in loaded if name.split(".")[0] == "matplotlib" or name.startswith("trl_spo.evaluation")]
+
+
+def test_every_file_has_its_licence():
+    header = (PACKAGE / "__init__.py").read_text(encoding="utf-8").split('"""')[0]
+    python = [path for path in project_files() if path.stat().st_size]
+    assert python and not [path for path in python if header not in path.read_text(encoding="utf-8")[:900]]
 
 
 def test_unknown_name():

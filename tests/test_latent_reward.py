@@ -1,3 +1,17 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
 """
 Necessity: a latent reward judges what the denoiser sees. Wrong features, a forgotten half of the guidance or latents of
 another space give scores that look like any others.
@@ -6,6 +20,7 @@ another space give scores that look like any others.
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
 from trl_spo import (
@@ -16,6 +31,7 @@ from trl_spo import (
     wrap_pipeline,
     wrap_reward,
 )
+from trl_spo.scripts.arguments import RewardModelArguments
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +104,8 @@ class TestScores:
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[side, side, 0, 0, side, side]]).expand(2, -1)}
         read = outputs_by_hooks(pipe_xl, lambda: pipe_xl.unet(latents, t, embeds, added_cond_kwargs=added))
         features = torch.cat([value.mean((2, 3)) for value in read], dim=1)
-        expected = (
-            2.6592**0
-            * torch.tensor(2.6592).exp()
-            * F.cosine_similarity(features @ model.visual_projection.weight.T, pooled)
-        )
+        cosine = F.cosine_similarity(features @ model.visual_projection.weight.T, pooled)
+        expected = torch.tensor(2.6592).exp() * cosine
         assert model.text_projection is None
         assert torch.allclose(model.score(latents, PROMPTS[:2], t), expected, atol=1e-4)
 
@@ -135,15 +148,24 @@ class TestFiles:
             assert torch.equal(loaded.eval().score(latents, PROMPTS[:2], 400), expected)
         assert not [name for name in loaded.state_dict() if "up_blocks" in name]
 
-    def test_missing_weights_are_an_error(self, model, tmp_path):
-        from safetensors.torch import load_file, save_file
-
+    def test_broken_weights_are_an_error(self, model, tmp_path):
         model.save_pretrained(tmp_path)
         weights = load_file(tmp_path / "model.safetensors")
         del weights["visual_projection.weight"]
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match="do not fit the latent reward model: .*visual_projection.weight"):
             LatentRewardModel.from_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_bytes(b"cut off")
+        with pytest.raises(ValueError, match="were refused: they cannot be read"):
+            LatentRewardModel.from_pretrained(tmp_path)
+
+    @torch.no_grad()
+    def test_the_command_line_takes_it(self, pipe, model, tmp_path):
+        """Regression: `--reward_model_name_or_path` knew the step-aware reward model alone."""
+        model.save_pretrained(tmp_path)
+        loaded = RewardModelArguments(reward_model_name_or_path=str(tmp_path)).load()
+        latents = latents_like(pipe)
+        assert torch.equal(loaded.score(latents, PROMPTS[:2], 400), model.score(latents, PROMPTS[:2], 400))
 
     @torch.no_grad()
     @pytest.mark.parametrize("scale", [2.0, torch.tensor(2.0)])
@@ -165,7 +187,13 @@ class TestFiles:
         with pytest.raises(ValueError, match="has no tokenizer"):
             model.score(latents_like(pipe), PROMPTS[:2], 1)
         model.check_pipeline(pipe)  # brings the tokenizer
-        assert model.score(latents_like(pipe), PROMPTS[:2], 1).isfinite().all()
+        twin = LatentRewardModel.from_pipeline(pipe, projection_dim=6)
+        for name, weight in (("visual_projection", visual), ("text_projection", text)):
+            getattr(twin, name).weight.data = weight
+        twin.logit_scale.data.fill_(2.0)
+        with torch.no_grad():
+            expected = twin.score(latents_like(pipe), PROMPTS[:2], 1)
+        torch.testing.assert_close(model.score(latents_like(pipe), PROMPTS[:2], 1), expected)
 
         del heads["text_projection"]
         torch.save({**heads, "other": {"weight": text}}, folder / "state_dict.pt")

@@ -40,6 +40,7 @@ from trl_spo.pipelines.base import SPOPipeline
 from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
 from trl_spo.rewards.base import Reward
+from trl_spo.sampling import generate_images
 from trl_spo.scheduling_flow import FlowStepRule
 
 
@@ -187,7 +188,9 @@ def test_it_is_found_by_path_and_evaluated(tmp_path, monkeypatch):
     assert type(family) is AuraFlowFamily
     protocol = EvaluationProtocol("mine", scheduler=family.step_rule.sampler_name, num_inference_steps=2)
     result = evaluate_pipeline(family, PROMPTS[:2], {"red": lambda images, _: images[:, 0].mean((1, 2))}, protocol)
-    assert result.scores["red"].shape == (2,)
+    images = generate_images(family, PROMPTS[:2], num_inference_steps=2, eta=0.0)
+    torch.testing.assert_close(result.scores["red"], images[:, 0].mean((1, 2)))
+    assert result.scores["red"][0] != result.scores["red"][1]
 
 
 def test_only_families_with_a_unet_are_ddpos(tmp_path):

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 from trl_spo import StepAwareRewardModel
 from trl_spo.prompts import load_prompts
-from trl_spo.scripts.arguments import resume_from
+from trl_spo.scripts.arguments import leave_process_group, resume_from
 
 from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -254,3 +254,11 @@ def test_words_for_the_last_checkpoint():
     for given, expected in ((None, None), ("true", True), ("last", True), ("false", None), ("run/checkpoint-2",) * 2):
         Config.resume_from_checkpoint = given
         assert resume_from(Config) == expected
+
+
+def test_programs_leave_the_group_of_their_processes(tmp_path):
+    leave_process_group()  # one process alone has none, which is no error
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    leave_process_group()
+    assert not torch.distributed.is_initialized()

@@ -189,7 +189,7 @@ class TestLoss:
         plain, mixed = make_trainer(data), make_trainer(data, caption_loss_coef=0.5)
         batch = StepPreferenceCollator(16)(data)
         losses = [trainer.compute_loss(trainer.model, batch).item() for trainer in (plain, mixed)]
-        logged = mixed._train_means.pop()
+        logged = mixed._metrics.pop()
         assert logged["preference_loss"] == pytest.approx(losses[0], rel=1e-5)
         assert losses[1] == pytest.approx(losses[0] + 0.5 * logged["caption_loss"], rel=1e-5)
         assert logged["caption_loss"] > 0
@@ -200,7 +200,7 @@ class TestLoss:
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         assert loss.item() == 0
-        assert "accuracy" not in trainer._train_means.pop()
+        assert "accuracy" not in trainer._metrics.pop()
 
     def test_timesteps_stay_in_range(self, make_trainer):
         generator = torch.Generator().manual_seed(0)

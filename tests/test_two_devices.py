@@ -24,20 +24,27 @@ from collections import Counter
 
 import pytest
 import torch
-from PIL import Image
 
-from trl_spo import EMACallback, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
+from trl_spo import EMACallback, LatentRewardModel, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
 
-from .flow_testing import tiny_sd3_pipeline
+from .flow_testing import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 from .pretended_device import CUDA, DeviceTensor, PretendedGPU, Wait
 from .testing_utils import (
     PROMPTS,
     brightness_reward,
+    image_pairs,
     tiny_clip,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
     tiny_spo_config,
     tiny_step_reward_config,
+    train_logs,
 )
 
 
@@ -64,15 +71,6 @@ def reward_model(folder) -> StepAwareRewardModel:
     return StepAwareRewardModel.from_clip(clip, processor=clip)
 
 
-def image_pairs() -> list[dict]:
-    """Prompts with a reddish image that is preferred to a bluish one."""
-    rows = []
-    for i, prompt in enumerate(PROMPTS):
-        red, blue = Image.new("RGB", (16, 16), (200 + i, 40, 0)), Image.new("RGB", (16, 16), (0, 40, 200 + i))
-        rows.append({"prompt": prompt, "chosen": red, "rejected": blue})
-    return rows
-
-
 def step_reward_trainer(folder, **settings) -> StepRewardTrainer:
     torch.manual_seed(0)
     config = tiny_step_reward_config(folder / "reward", **{**ON_GPU, "eval_timesteps": [0, 501], **settings})
@@ -80,10 +78,6 @@ def step_reward_trainer(folder, **settings) -> StepRewardTrainer:
     return StepRewardTrainer(
         config, tiny_sd_pipeline(folder), reward_model(folder), train_dataset=pairs, eval_dataset=pairs[:3]
     )
-
-
-def train_logs(trainer) -> list[dict]:
-    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 def trained_weights(trainer) -> dict[str, torch.Tensor]:
@@ -262,7 +256,7 @@ class TestSPO:
     def test_sdxl(self, gpu, tmp_path):
         trainer = spo_trainer(tmp_path, pipeline=tiny_sdxl_pipeline(tmp_path), max_steps=1, height=16, width=16)
         trainer.train()
-        assert trainer.evaluate()["eval_reward_std"] >= 0
+        assert trainer.evaluate()["eval_reward_std"] > 0  # of images of two prompts
         assert train_logs(trainer)[0]["ratio/chosen"] == 1.0
 
     def test_an_optimizer_step_waits_once(self, gpu, tmp_path):
@@ -287,23 +281,59 @@ class TestSPO:
         # Scores, and with the device idle the candidates that went on; `rollout` itself waits once to take the time.
         assert found[0]["read"] <= 2 and found[0]["search"] == 0 and found[0]["synchronize"] <= 1, rollouts
 
-    def test_a_flow_model_waits_as_little(self, gpu, tmp_path):
-        """Regression: in every step, whether the step branches went to the device from a tensor on the CPU."""
+    @pytest.mark.parametrize(
+        ("make_pipeline", "waits_per_call"),
+        [
+            (tiny_sd3_pipeline, 0),
+            (tiny_flux_pipeline, 0),
+            (tiny_flux2_klein_pipeline, 0),
+            (tiny_z_image_pipeline, 2),  # lengths of prompts and of negative prompts: its transformer takes lists
+            (tiny_qwen_image_pipeline, 2),  # diffusers' transformer copies the length of the text, in each half
+        ],
+        ids=lambda value: getattr(value, "__name__", ""),
+    )
+    def test_a_flow_model_waits_as_little(self, gpu, tmp_path, make_pipeline, waits_per_call):
+        """
+        Regressions: whether a step branches, the positions of FLUX.2's tokens and the statistics of Qwen-Image's VAE went
+        to the device from a tensor on the CPU, in every step.
+        """
         model, found = reward_model(tmp_path), []
         settings = {"height": 32, "width": 32, "branch_start_step": 0, "logging_strategy": "no"}
         for num_inference_steps in (4, 8):
-            pipeline = tiny_sd3_pipeline(tmp_path)
             trainer = spo_trainer(
-                tmp_path, model, pipeline, num_inference_steps=num_inference_steps, max_steps=1, **settings
+                tmp_path,
+                model,
+                make_pipeline(tmp_path),
+                num_inference_steps=num_inference_steps,
+                max_steps=1,
+                **settings,
             )
+            trainer.rollout(PROMPTS)
+            calls, predict = [], trainer.pipeline.predict
+            trainer.pipeline.predict = lambda *args, calls=calls, predict=predict: calls.append(1) or predict(*args)
+            rollouts = counting(gpu, trainer, "rollout")
+            trainer.rollout(PROMPTS)
+            found.append(len(rollouts[0]) - waits_per_call * len(calls))
+            trainer.pipeline.predict = predict
+        assert found[0] == found[1] <= 4, rollouts
+        micro_steps = counting(gpu, trainer, "training_step")
+        trainer.train()
+        assert [len(waits) for waits in micro_steps] == [2 * waits_per_call]  # policy and reference
+
+    @pytest.mark.parametrize("make_pipeline", [tiny_sd_pipeline, tiny_sdxl_pipeline], ids=["sd", "sdxl"])
+    def test_a_latent_reward_waits_no_more_for_more_steps(self, gpu, tmp_path, make_pipeline):
+        """Regression: the size that SDXL is told went to the device at every score."""
+        model, found = LatentRewardModel.from_pipeline(make_pipeline(tmp_path)), []
+        for num_inference_steps in (4, 8):
+            trainer = spo_trainer(
+                tmp_path, model, make_pipeline(tmp_path), num_inference_steps=num_inference_steps, height=16, width=16,
+                reward_batch_size=3,
+            )  # fmt: skip
             trainer.rollout(PROMPTS)
             rollouts = counting(gpu, trainer, "rollout")
             trainer.rollout(PROMPTS)
             found.append(Counter(wait.kind for wait in rollouts[0]))
-        assert found[0] == found[1], found
-        micro_steps = counting(gpu, trainer, "training_step")
-        trainer.train()
-        assert micro_steps == [[]]
+        assert found[0] == found[1] and found[0]["read"] <= 2, found
 
 
 class TestStepReward:

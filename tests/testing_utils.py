@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -244,3 +245,16 @@ def changed(before: dict[str, torch.Tensor], module: torch.nn.Module) -> set[str
     """Names of the entries of `before` that no longer have the same bits."""
     after = module.state_dict()
     return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def image_pairs() -> list[dict]:
+    """Prompts with a reddish image that is preferred to a bluish one."""
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        red, blue = Image.new("RGB", (16, 16), (200 + i, 40, 0)), Image.new("RGB", (16, 16), (0, 40, 200 + i))
+        rows.append({"prompt": prompt, "chosen": red, "rejected": blue})
+    return rows
+
+
+def train_logs(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]

@@ -22,7 +22,9 @@ are unpickled with `weights_only=True`, and tokenizers are loaded without remote
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -192,14 +194,45 @@ def load_pretrained(loader, path: str | Path, what: str):
         raise ValueError(f"The weights in {path!r} were refused: they are not plain tensors: {error}") from error
 
 
-def load_tokenizer(path: str | Path):
-    """The tokenizer of a folder or Hub id, or `None` if it holds none."""
+def load_tokenizer(path: str | Path, subfolder: str = ""):
+    """The tokenizer of a folder or Hub id, or of a folder in it; `None` if it holds none."""
     path = str(path)
     require_existing(path, "processor")
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-    if all(optional_file(path, name) is None for name in names):
+    if all(optional_file(path, f"{subfolder}/{name}".lstrip("/")) is None for name in names):
         return None
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # the default asks on the terminal
+    # Of remote code the default asks on the terminal.
+    return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+
+
+def load_whole(from_pretrained: Callable, path: str | Path, what: str, *args, **kwargs) -> tuple[nn.Module, dict]:
+    """
+    A transformers model all of whose weights are in its files.
+
+    Args:
+        from_pretrained (`Callable`): of the model's base class.
+        path (`str` or `Path`): folder or Hub id.
+        what (`str`): what should be there, such as `"step-aware reward model"`.
+        args, kwargs: passed to `from_pretrained`.
+
+    Returns:
+        `tuple` of the model and what transformers says about its loading.
+
+    Raises:
+        ValueError: if weights cannot be read, are not plain tensors, are missing, or belong to something else.
+    """
+    try:
+        model, info = from_pretrained(str(path), *args, **kwargs, output_loading_info=True)
+    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The weights in {str(path)!r} were refused: they cannot be read, or are not plain tensors: {error}"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {str(path)!r} cannot be read, or do not fit the {what}: {error}") from error
+    problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
+    if problems:
+        raise ValueError(f"The weights in {str(path)!r} do not fit the {what}: {problems}.")
+    return model, info
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -254,6 +287,26 @@ def image_settings(path: str | Path) -> dict:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
+def read_plain(path: str) -> Any:
+    """
+    What a `.safetensors` or torch file holds: tensors, numbers, and lists and dictionaries of them. Runs no code from it.
+
+    Raises:
+        ValueError: if the file holds other objects, or cannot be read.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(
+            f"{path!r} was refused: it is not a file of plain tensors (it holds other objects, or is not a checkpoint "
+            f"at all): {error}"
+        ) from error
+    except Exception as error:  # what a reader raises depends on where the bytes break off
+        raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
+
+
 def read_state_dict(path: str, key: str | None = None) -> dict[str, torch.Tensor]:
     """
     The state dict in a `.safetensors` or torch file. Runs no code from the file.
@@ -265,19 +318,7 @@ def read_state_dict(path: str, key: str | None = None) -> dict[str, torch.Tensor
     Raises:
         ValueError: if the file holds anything but named tensors, cannot be read, or has no such entry.
     """
-    try:
-        if path.endswith(".safetensors"):
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(
-            f"{path!r} was refused: it is not a file of plain tensors (it holds other objects, or is not a checkpoint "
-            f"at all): {error}"
-        ) from error
-    except Exception as error:  # what a reader raises depends on where the bytes break off
-        raise ValueError(f"{path!r} cannot be read, the download may be incomplete: {error}") from error
-
+    content = read_plain(path)
     if key is not None:
         if not isinstance(content, dict) or key not in content:
             found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__

@@ -62,7 +62,7 @@ def generate_images(
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         with pipeline.encoders_on_device():
-            embeds = pipeline.encode_prompt(batch, negative_prompt, **_size(height, width))
+            embeds = pipeline.encode_prompt(batch, negative_prompt, **given_size(height, width))
         images.append(
             pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
             .div(2)
@@ -75,7 +75,8 @@ def generate_images(
     return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
 
 
-def _size(height: int | None, width: int | None) -> dict:
+def given_size(height: int | None, width: int | None) -> dict[str, int]:
+    """Those of the two that are given, as arguments of `encode_prompt`, which has the model's own for the others."""
     return {name: value for name, value in (("height", height), ("width", width)) if value is not None}
 
 

@@ -33,7 +33,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging
 
-from .step_distribution import SamplingCode, StepDistribution, StepRule
+from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over
 
 
 logger = logging.get_logger(__name__)
@@ -46,13 +46,6 @@ def _check_timestep(timestep: int | torch.Tensor, sample: torch.Tensor) -> torch
             f"`timestep` must be an int, a 0-d tensor or have shape ({len(sample)},), got {tuple(timestep.shape)}."
         )
     return timestep
-
-
-def _like(sample: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Schedule values shaped to broadcast against `sample`; a 0-d one does so from any device."""
-    if values.ndim == 0:
-        return values
-    return values.to(sample.device, non_blocking=sample.device.type != "cpu").reshape(-1, *(1,) * (sample.ndim - 1))
 
 
 def _schedule(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -71,7 +64,7 @@ def ddim_predict(
     dtype = torch.promote_types(torch.float32, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
     timestep = _check_timestep(timestep, sample)
-    alpha_prod_t = _like(sample, _schedule(scheduler.alphas_cumprod, timestep)[timestep])
+    alpha_prod_t = broadcast_over(_schedule(scheduler.alphas_cumprod, timestep)[timestep], sample)
     beta_prod_t = 1 - alpha_prod_t
 
     config = scheduler.config
@@ -127,13 +120,13 @@ def ddim_step_stats(
     timestep = _check_timestep(timestep, sample)
     prev_timestep = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alphas_cumprod = _schedule(scheduler.alphas_cumprod, timestep)
-    alpha_prod_t = _like(sample, alphas_cumprod[timestep])
+    alpha_prod_t = broadcast_over(alphas_cumprod[timestep], sample)
     alpha_prod_t_prev = torch.where(
         prev_timestep >= 0,
         alphas_cumprod[prev_timestep.clamp(min=0)],
         _schedule(scheduler.final_alpha_cumprod, timestep),
     )
-    alpha_prod_t_prev = _like(sample, alpha_prod_t_prev)
+    alpha_prod_t_prev = broadcast_over(alpha_prod_t_prev, sample)
 
     pred_original_sample, pred_epsilon = ddim_predict(scheduler, model_output, timestep, sample)
     variance = (1 - alpha_prod_t_prev) / (1 - alpha_prod_t) * (1 - alpha_prod_t / alpha_prod_t_prev)

@@ -42,7 +42,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from .step_distribution import SamplingCode, StepDistribution, StepRule
+from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over
 
 
 logger = logging.get_logger(__name__)
@@ -129,14 +129,6 @@ def _as_sigmas(value: float | torch.Tensor, sample: torch.Tensor, name: str) -> 
     return value
 
 
-def _like(values: torch.Tensor, sample: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers of a step, shaped to broadcast against the sample; a 0-d one does so from any device."""
-    values = values.to(dtype)
-    if values.ndim == 0:
-        return values
-    return values.to(sample.device, non_blocking=sample.device.type != "cpu").reshape(-1, *(1,) * (sample.ndim - 1))
-
-
 def flow_step_stats(
     model_output: torch.Tensor,
     sigma: float | torch.Tensor,
@@ -179,7 +171,9 @@ def _gaussian_step(model_output, sample, sigma, next_sigma, factor, std) -> Step
     """N((1 - t') x_0 + k e, s^2), in the dtype of `sample` or float32. The numbers have one value, or one per row."""
     dtype = torch.promote_types(torch.float32, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    level, following, factor, std = (_like(values, sample, dtype) for values in (sigma, next_sigma, factor, std))
+    level, following, factor, std = (
+        broadcast_over(values.to(dtype), sample) for values in (sigma, next_sigma, factor, std)
+    )
     pred_original_sample = sample - level * model_output
     noise = sample + (1 - level) * model_output
     return StepDistribution((1 - following) * pred_original_sample + factor * noise, std, pred_original_sample)
@@ -187,7 +181,7 @@ def _gaussian_step(model_output, sample, sigma, next_sigma, factor, std) -> Step
 
 def flow_add_noise(sample: torch.Tensor, noise: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
     """x_t = (1 - t) x_0 + t e, for `sample` and `noise` of shape `(batch_size, ...)` and t of shape `(batch_size,)`."""
-    level = _like(_as_sigmas(sigma, sample, "sigma"), sample, sample.dtype)
+    level = broadcast_over(_as_sigmas(sigma, sample, "sigma").to(sample.dtype), sample)
     return (1 - level) * sample + level * noise
 
 
@@ -362,7 +356,7 @@ class FlowStepRule(StepRule):
     ) -> torch.Tensor:
         """x_0 = x_t - t v at any training timestep, float32."""
         dtype = torch.promote_types(torch.float32, latents.dtype)
-        level = _like(self._look_up("sigma", dtype, timesteps)[0], latents, dtype)
+        level = broadcast_over(self._look_up("sigma", dtype, timesteps)[0], latents)
         return latents.to(dtype) - level * model_output.to(dtype)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,8 @@ class SPOConfig(StepTrainingArguments):
         memory_budget (`float`, *optional*):
             GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
             `None` are then computed from the networks. Without a budget they depend on the image size and, on CUDA, on
-            the memory that is free before the first rollout. Either way activations do not grow with K or the number of prompts; what is kept of each candidate (two latents) does.
+            the memory that is free before the first rollout. Either way activations do not grow with K or the number of
+            prompts; what is kept of each candidate (two latents) does.
         defer_scoring (`bool`, *optional*, defaults to `True`):
             Score the candidates of all steps together after the rollout, in full batches. The same scores; with
             `resample` other than `"random"` the next step needs them and they are scored step by step.
@@ -133,7 +134,8 @@ class SPOConfig(StepTrainingArguments):
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             `"none"` is the paper's loss, in which the step before the last weighs many times as much as any other: a
             log-ratio is proportional to c / sigma, the change of the step mean by the prediction over the noise.
-            `"even"` scales log-ratios by the inverse, so that all steps weigh the same (as much as their median did).
+            `"even"` scales log-ratios by the inverse, so that all steps weigh the same: as much as the middle one of
+            Stable Diffusion 1 does without weights, whatever the family is.
         train_cfg (`bool`, *optional*, defaults to `True`):
             Whether the log-probabilities of the loss use the guidance of the rollout.
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -147,8 +149,9 @@ class SPOConfig(StepTrainingArguments):
         > Parameters that control the model
 
         use_peft (`bool`, *optional*, defaults to `True`):
-            Train an adapter (`peft_config` of the trainer; rank 4 by default, SDXL: 64) or, if `False`, the whole
-            denoiser against a frozen copy of it.
+            Train an adapter (`peft_config` of the trainer; by default that of the family, rank 4 for Stable Diffusion
+            and 32 for flow-matching models; the paper's SDXL: 64) or, if `False`, the whole denoiser against a frozen
+            copy of it.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
             `{"torch_dtype": "float16", "vae": "madebyollin/sdxl-vae-fp16-fix"}`.
@@ -156,7 +159,8 @@ class SPOConfig(StepTrainingArguments):
         > Parameters that control the data
 
         dataset_name (`str`, *optional*):
-            Path or Hub name of the prompt dataset (split `"train"`), used when the trainer is given none.
+            File of prompts, or folder or Hub id of a dataset (split `"train"`), used when the trainer is given none; see
+            [`load_prompts`].
         dataset_prompt_column (`str`, *optional*):
             Column with the prompts. Defaults to `"prompt"` or `"caption"`, whichever exists.
 
@@ -262,7 +266,7 @@ class SPOConfig(StepTrainingArguments):
     )
 
     # Parameters that control the data
-    dataset_name: str | None = _field(None, "Path or Hub name of the prompt dataset.")
+    dataset_name: str | None = _field(None, "File of prompts, or folder or Hub id of a dataset.")
     dataset_prompt_column: str | None = _field(None, "Column with the prompts.")
 
     # Parameters that control logging and evaluation

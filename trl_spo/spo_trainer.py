@@ -46,13 +46,12 @@ from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import branch_lengths, stepwise_rollout
 from .rollout_settings import RolloutSettings
-from .sampling import generate_images, score_images
+from .sampling import generate_images, given_size, score_images
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback
-from .training.checkpointing import write_text
 from .training.compilation import compile_blocks, reference_on_same_code
 from .training.memory import (
     busy_chunk_sizes,
@@ -127,7 +126,8 @@ class SPOTrainer(StepTrainer):
             Further scores for evaluation, each `(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`; logged as
             `eval_{name}_mean` and `eval_{name}_std`.
         peft_config (`peft.PeftConfig`, *optional*):
-            The adapter. Defaults to LoRA with rank 4 on the attention projections.
+            The adapter. Defaults to that of the family: LoRA on the attention projections, with rank 4 for Stable
+            Diffusion and 32 for flow-matching models.
         scoring_vae (`AutoencoderTiny`, path or Hub id, *optional*):
             A small decoder for scoring, of the same latent space as the pipeline's VAE; instead of
             `config.scoring_vae`. Images that are evaluated or kept still come from the pipeline's VAE.
@@ -158,6 +158,7 @@ class SPOTrainer(StepTrainer):
 
     _tag_names = ["trl", "spo", "diffusers", "text-to-image"]
     _name = "SPO"
+    _nonfinite_metric = "pairs/nonfinite"
 
     def __init__(
         self,
@@ -211,11 +212,7 @@ class SPOTrainer(StepTrainer):
         elif config.eval_strategy != "no":
             raise ValueError(f"`eval_strategy={str(config.eval_strategy)!r}` needs prompts: pass `eval_dataset`.")
         if not isinstance(reward_model, (str, Path)):
-            reward = wrap_reward(reward_model)
-            if reward.module is None and config.reward_dtype is not None:
-                raise ValueError(
-                    "`reward_dtype` casts a reward model; a reward function takes care of its own precision."
-                )
+            wrap_reward(reward_model).check_dtype(config.reward_dtype)
         return prompts, eval_dataset
 
     def _load(self, config: SPOConfig, pipeline, reward_model, scoring_vae, prompts: Sequence[str]) -> None:
@@ -394,9 +391,10 @@ class SPOTrainer(StepTrainer):
 
     def _encode(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of prompts; the most recent ones are kept, so that an epoch does not encode them twice."""
-        size = {k: v for k, v in (("height", self.args.height), ("width", self.args.width)) if v is not None}
+        args = self.args
+        size = given_size(args.height, args.width)
         with self.accelerator.autocast():  # always the same, whoever asks first
-            return self._encodings.encode_prompts(self.pipeline, prompts, self.args.negative_prompt, **size)
+            return self._encodings.encode_prompts(self.pipeline, prompts, args.negative_prompt, **size)
 
     def rollout(self, prompts: list[str], seed: int = 0, return_trajectory: bool = False) -> StepPairs:
         """
@@ -500,12 +498,6 @@ class SPOTrainer(StepTrainer):
             f"{math.tanh(self._largest_gap / 2):.3g}; none exceeds `preference_threshold={threshold}`. Lower the "
             "threshold, raise the scale of the reward, or branch at other steps."
         )
-
-    def record_step(self, num_nonfinite: int, skipped: bool):
-        """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
-        skipped = skipped and self.args.process_index == 0  # all processes skip together
-        self._metrics.add("pairs/nonfinite", num_nonfinite, reduce="sum")
-        self._metrics.add("skipped_steps", int(skipped), reduce="sum")
 
     def _record_rollout(self, pairs: StepPairs):
         scores = torch.cat([branch.scores for branch in pairs.branches])
@@ -849,12 +841,11 @@ class SPOTrainer(StepTrainer):
             self._save(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
-    def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
-        """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""
-        pipeline, output_dir = self.pipeline, output_dir or folder
-        card = spo_model_card(
+    def _model_card(self, name: str, output_dir: Path) -> str:
+        pipeline = self.pipeline
+        return spo_model_card(
             self.args,
-            name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
+            name=name,
             base_model=getattr(pipeline.sd_pipeline, "name_or_path", None),
             step_rule=pipeline.step_rule,
             guidance=pipeline.call_arguments(self.args.guidance_scale, self.args.negative_prompt),
@@ -869,7 +860,6 @@ class SPOTrainer(StepTrainer):
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )
-        write_text(folder / "README.md", card)
 
 
 def _with_reductions(metrics: dict[str, list]) -> dict[str, list]:

@@ -41,6 +41,17 @@ class StepDistribution(NamedTuple):
     pred_original_sample: torch.Tensor
 
 
+def broadcast_over(values: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """
+    Numbers of a schedule, `()` or `(batch_size,)`, shaped to broadcast against `sample` `(batch_size, ...)` and where it is.
+    One number does so from any device, and moving the others waits for none.
+    """
+    if values.ndim == 0:
+        return values
+    values = values.to(sample.device, non_blocking=sample.device.type != "cpu")
+    return values.reshape(-1, *(1,) * (sample.ndim - 1))
+
+
 class SamplingCode(NamedTuple):
     """
     How to sample in plain diffusers what was trained, in the words of a model card's example.

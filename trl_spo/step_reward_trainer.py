@@ -35,7 +35,6 @@ from .preference_labels import preference_labels, score_clean_images
 from .rewards.step_aware_clip import StepAwareRewardModel, StepRewardOutput
 from .step_reward_config import StepRewardConfig
 from .training.base import StepTrainer
-from .training.checkpointing import write_text
 from .training.model_card import step_reward_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
 from .training.running_means import RunningMeans, gather_from_processes
@@ -134,6 +133,7 @@ class StepRewardTrainer(StepTrainer):
 
     _tag_names = ["trl", "spo", "step-aware-reward-model"]
     _name = "SPO step-aware reward model"
+    _nonfinite_metric = "nonfinite_pairs"
 
     def __init__(
         self,
@@ -280,7 +280,7 @@ class StepRewardTrainer(StepTrainer):
             )
 
     def _prepare_metrics(self):
-        self._train_means = RunningMeans()
+        self._metrics = RunningMeans()
         self._eval_means = RunningMeans()
         # Accuracy is logged for ranges of timesteps of equal width, each with the first one after it.
         count = self.args.accuracy_timestep_bins
@@ -363,17 +363,17 @@ class StepRewardTrainer(StepTrainer):
             self.guard.watch("scores", losses.isfinite(), timesteps, inputs["prompts"], again=True)
         if self.args.caption_loss_coef > 0:
             caption_losses = self._caption_losses(output, inputs)
-            self._train_means.add("preference_loss", losses, weights)
-            self._train_means.add("caption_loss", caption_losses, weights)
+            self._metrics.add("preference_loss", losses, weights)
+            self._metrics.add("caption_loss", caption_losses, weights)
             losses = losses + self.args.caption_loss_coef * caption_losses
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
         loss = (weights * losses).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
 
         pairs = torch.stack([scores_0, scores_1, label_0, label_1, weights], dim=-1).detach()
-        correct, untied = self._record(self._train_means, pairs)
+        correct, untied = self._record(self._metrics, pairs)
         timesteps = timesteps.to(correct.device)
         for name, (low, high) in self._bins.items():
-            self._train_means.add(name, correct, untied & (timesteps >= low) & (timesteps < high))
+            self._metrics.add(name, correct, untied & (timesteps >= low) & (timesteps < high))
         return (loss, output) if return_outputs else loss
 
     def _caption_losses(self, output: StepRewardOutput, inputs: dict[str, Any]) -> torch.Tensor:
@@ -410,14 +410,8 @@ class StepRewardTrainer(StepTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:  # a logging step of the training loop, not its summary and not an evaluation
-            logs.update({"nonfinite_pairs": 0, "skipped_steps": 0, **self._train_means.pop()})
+            logs.update({"nonfinite_pairs": 0, "skipped_steps": 0, **self._metrics.pop()})
         super().log(logs, *args, **kwargs)
-
-    def record_step(self, num_nonfinite: int, skipped: bool):
-        """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
-        skipped = skipped and self.args.process_index == 0  # all processes skip together
-        self._train_means.add("nonfinite_pairs", num_nonfinite, reduce="sum")
-        self._train_means.add("skipped_steps", int(skipped), reduce="sum")
 
     # ---- saving and loading ----
 
@@ -439,7 +433,7 @@ class StepRewardTrainer(StepTrainer):
             self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:
-        own = {"loss": float(self._position.loss), "metrics": self._train_means.state_dict()}
+        own = {"loss": float(self._position.loss), "metrics": self._metrics.state_dict()}
         processes = gather_from_processes(own)
         if not self.args.should_save:
             return
@@ -454,7 +448,7 @@ class StepRewardTrainer(StepTrainer):
     def _read_state(self, folder: str | None) -> bool:
         self._last_step = self._micro_step = -1
         self._position.start()
-        self._train_means.clear()
+        self._metrics.clear()
         if folder is None:
             return False
         if not (Path(folder) / STATE_NAME).is_file():
@@ -465,7 +459,7 @@ class StepRewardTrainer(StepTrainer):
         mine = processes[self.args.process_index :: self.args.world_size]  # of several, if there are fewer now
         loss = sum(process["loss"] for process in mine or processes) / len(mine or processes)
         self._position.start(state["epoch"], state["first_step_of_epoch"], state["last_logged_step"], loss)
-        self._train_means.load_state_dict(*[_metrics_of(process, state) for process in mine])
+        self._metrics.load_state_dict(*[_metrics_of(process, state) for process in mine])
         if self._is_streamed and state["epoch"] > 0 and not hasattr(Trainer, "_init_training_state"):
             raise ValueError(
                 f"{folder!r} is in pass {state['epoch'] + 1} over a stream, and this version of transformers resumes in "
@@ -489,13 +483,11 @@ class StepRewardTrainer(StepTrainer):
         steps = self.state.global_step - self._position.first_step
         return self._position.epoch, steps * self.args.gradient_accumulation_steps
 
-    def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
-        """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""
-        output_dir = output_dir or folder
+    def _model_card(self, name: str, output_dir: Path) -> str:
         model = self.accelerator.unwrap_model(self.model)
-        card = step_reward_model_card(
+        return step_reward_model_card(
             self.args,
-            name=(self.args.hub_model_id or output_dir.name).split("/")[-1],
+            name=name,
             base_model=model.config.name_or_path,
             pipeline=getattr(self.pipeline.sd_pipeline, "name_or_path", None),
             num_train_timesteps=model.config.num_train_timesteps,
@@ -504,7 +496,6 @@ class StepRewardTrainer(StepTrainer):
             log_history=self.state.log_history,
             tags=self._tag_names,
         )
-        write_text(folder / "README.md", card)
 
     # ---- evaluation ----
 

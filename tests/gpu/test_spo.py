@@ -37,6 +37,7 @@ from ..testing_utils import (
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
     tiny_spo_config,
+    train_logs,
 )
 
 
@@ -77,10 +78,6 @@ def weights(trainer) -> torch.Tensor:
     """All trained weights as one vector on the CPU."""
     trained = [p.detach().float().cpu().flatten() for p in trainer.model.parameters() if p.requires_grad]
     return torch.cat(trained)
-
-
-def train_logs(trainer) -> list[dict]:
-    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])

@@ -23,20 +23,18 @@ import warnings
 
 import pytest
 import torch
-from PIL import Image
 
 from trl_spo import EMACallback, StepAwareRewardModel, StepRewardTrainer
 
-from ..testing_utils import PROMPTS, device_settings, tiny_clip, tiny_sd_pipeline, tiny_step_reward_config
-
-
-def image_pairs() -> list[dict]:
-    """Prompts with a reddish image that is preferred to a bluish one."""
-    rows = []
-    for i, prompt in enumerate(PROMPTS):
-        red, blue = Image.new("RGB", (16, 16), (200 + i, 40, 0)), Image.new("RGB", (16, 16), (0, 40, 200 + i))
-        rows.append({"prompt": prompt, "chosen": red, "rejected": blue})
-    return rows
+from ..testing_utils import (
+    PROMPTS,
+    device_settings,
+    image_pairs,
+    tiny_clip,
+    tiny_sd_pipeline,
+    tiny_step_reward_config,
+    train_logs,
+)
 
 
 def make_trainer(folder, device, dtype=torch.float32, output="out", **settings) -> StepRewardTrainer:
@@ -55,10 +53,6 @@ def make_trainer(folder, device, dtype=torch.float32, output="out", **settings) 
 def weights(trainer) -> torch.Tensor:
     """All trained weights as one vector on the CPU."""
     return torch.cat([p.detach().cpu().flatten() for p in trainer.model.parameters() if p.requires_grad])
-
-
-def train_logs(trainer) -> list[dict]:
-    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 @pytest.mark.parametrize("autocast", [{}, {"bf16": True}, {"fp16": True}], ids=["float32", "bf16", "fp16"])

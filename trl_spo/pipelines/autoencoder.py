@@ -36,8 +36,8 @@ def scale_and_shift(
     What lies between the latents of a VAE and those of a denoiser: `latents = (vae_latents - shift) * scale`.
 
     Returns:
-        `tuple` of two numbers, or of two float32 tensors of shape `(channels, 1, 1)` on `device` where the VAE has a mean and a
-        standard deviation per channel.
+        `tuple` of two numbers, or of two float32 tensors of shape `(channels, 1, 1)` on `device` where the VAE has a
+        mean and a standard deviation per channel.
     """
     config = vae.config
     scale = getattr(config, "scaling_factor", None) or 1.0
@@ -45,8 +45,10 @@ def scale_and_shift(
     mean = getattr(config, "latents_mean", None)
     std = getattr(config, "latents_std", None)
     if mean is not None and std is not None:
-        shift = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
-        scale = scale / torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
+        shift, deviation = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+        if device is not None:  # without a wait for the device
+            shift, deviation = shift.to(device, non_blocking=True), deviation.to(device, non_blocking=True)
+        scale = scale / deviation
     return scale, shift
 
 

@@ -129,6 +129,7 @@ class SPOPipeline:
     denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
     required_components: tuple[str, ...] = ()
     unguided_scale = 1.0  # the guidance scale that switches guidance off
+    patch_size = 1  # latent pixels per side that become one token: sizes must be multiples of it
     step_rule: StepRule = None
 
     def __init__(self, pipeline, use_lora: bool = True):
@@ -164,7 +165,7 @@ class SPOPipeline:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype in which the denoiser takes its inputs: see [`compute_dtype_of`]."""
-        # Asked for at every step, and answered by a walk over all modules: kept until the denoiser is moved or cast.
+        # Asked for at every step, and answered by a walk over all modules: kept until the denoiser is replaced or cast.
         key = (self.denoiser, next(self.denoiser.parameters()).dtype)
         if self._compute_dtype is None or self._compute_dtype[0] != key:
             self._compute_dtype = (key, compute_dtype_of(self.denoiser))
@@ -295,12 +296,40 @@ class SPOPipeline:
     # --- to be implemented by a model family -------------------------------------------------------------------------
 
     def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
-        """Text features of `prompts`, and of `negative_prompt` once per prompt."""
+        """
+        Args:
+            prompts (`list[str]`): B prompts.
+            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance.
+            size: `height` and `width` of the images in pixels, for models that are told.
+
+        Returns:
+            [`PromptEmbeds`] of B rows.
+        """
         raise NotImplementedError
 
     def predict(self, latents, timesteps, prompt_embeds: PromptEmbeds, guidance_scale: float, denoiser=None):
-        """Guided prediction of the denoiser (or of `denoiser`, its wrapped version), float32."""
+        """
+        Guided prediction of the denoiser.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
+            timesteps (`int` or `torch.Tensor` of shape `(batch_size,)`)
+            prompt_embeds ([`PromptEmbeds`]): one row per sample.
+            guidance_scale (`float`): what the diffusers pipeline of the family calls so.
+            denoiser (`torch.nn.Module`, *optional*): call this instead of the denoiser, such as its DDP wrapper.
+
+        Returns:
+            `torch.Tensor` of the shape of `latents`, float32.
+        """
         raise NotImplementedError
+
+    def check_negative(self, embeds: PromptEmbeds) -> None:
+        """
+        Raises:
+            ValueError: if there is guidance and nothing to guide away from.
+        """
+        if embeds.negative_prompt_embeds is None:
+            raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """
@@ -429,12 +458,12 @@ class SPOPipeline:
     def check_size(self, height: int | None, width: int | None) -> None:
         """
         Raises:
-            ValueError: if height or width is not a positive multiple of what one latent pixel stands for.
+            ValueError: if height or width is not a positive multiple of what one patch of latent pixels stands for.
         """
-        factor = self.spatial_factor
+        step = self.spatial_factor * self.patch_size
         for name, value in (("height", height), ("width", width)):
-            if value is not None and (value <= 0 or value % factor):
-                raise ValueError(f"`{name}` must be a positive multiple of {factor} (the VAE's factor), got {value}.")
+            if value is not None and (value <= 0 or value % step):
+                raise ValueError(f"`{name}` must be a positive multiple of {step} pixels, got {value}.")
 
     def num_pixels(self, height: int | None = None, width: int | None = None) -> int:
         """Number of pixels of an image of this size, by default of the model's own."""
@@ -473,6 +502,13 @@ class SPOPipeline:
         Sample images with the step distributions that the rollout uses.
 
         With one generator per prompt, an image depends on its own seed alone, not on the batch it is in.
+
+        Args:
+            prompt_embeds ([`PromptEmbeds`]): B rows.
+            generators (`torch.Generator` or list of B of them, *optional*): source of all noise.
+            num_inference_steps (`int`, *optional*, defaults to `20`), guidance_scale (`float`, *optional*, defaults to
+                `5.0`), eta (`float`, *optional*, defaults to `1.0`): the sampler.
+            height, width (`int`, *optional*): pixels; the model's own size by default.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, 3, height, width)` in [-1, 1].

@@ -33,6 +33,13 @@ from .conditioning import LongPrompts, PromptEmbeds
 
 logger = logging.get_logger(__name__)
 
+# Attention of transformers that see image and text as two streams: of the image, then of the text. These layers are what
+# diffusers' training scripts and Flow-GRPO adapt.
+TWO_STREAM_ATTENTION = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
 
 def flow_scheduler(scheduler) -> FlowMatchEulerDiscreteScheduler:
     """
@@ -60,6 +67,26 @@ def linear_mu(num_tokens: int, config) -> float:
     return low + (num_tokens - first) * (high - low) / (last - first)
 
 
+def with_masks(
+    positive: torch.Tensor, mask: torch.Tensor, negative: torch.Tensor, negative_mask: torch.Tensor
+) -> PromptEmbeds:
+    """
+    Prompts of different lengths, and one negative prompt for all of them.
+
+    Args:
+        positive (`torch.Tensor` of shape `(B, L, dim)`), mask (`torch.Tensor` of shape `(B, L)`): of the prompts.
+        negative (`torch.Tensor` of shape `(1, M, dim)`), negative_mask (`torch.Tensor` of shape `(1, M)`): of the
+            negative prompt.
+    """
+    count = len(positive)
+    return PromptEmbeds(
+        positive,
+        negative.expand(count, -1, -1),
+        prompt_mask=mask,
+        negative_prompt_mask=negative_mask.expand(count, -1),
+    )
+
+
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """`(B, C, h, w)` -> one token per 2 x 2 latent pixels, `(B, h/2 * w/2, 4 C)`."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
@@ -79,6 +106,8 @@ class SPOFlowPipeline(SPOPipeline):
         pipeline: a diffusers pipeline; its components are used, not copied.
         use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole transformer.
         sampler (`str`, *optional*, defaults to `"ddim"`): steps of rollouts, see `scheduling_flow`.
+        max_sequence_length (`int`, *optional*): tokens that the text encoder reads (the T5 encoder, where there are
+            several); by default what the family's diffusers pipeline takes.
 
     Attributes:
         sd_pipeline: the wrapped diffusers pipeline.
@@ -92,10 +121,12 @@ class SPOFlowPipeline(SPOPipeline):
     denoiser_name = "transformer"
     required_components: tuple[str, ...] = ("transformer", "vae", "scheduler")
     lora_target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    patch_size = 2  # latent pixels per side that become one token: sizes must be multiples of it
+    patch_size = 2
+    max_sequence_length = 512
 
-    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim"):
+    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int | None = None):
         super().__init__(pipeline, use_lora)
+        self.max_sequence_length = max_sequence_length or self.max_sequence_length
         self.step_rule = FlowStepRule(flow_scheduler(pipeline.scheduler), sampler)
         self.long_prompts = LongPrompts()
         self._check_networks()
@@ -200,14 +231,6 @@ class SPOFlowPipeline(SPOPipeline):
         """
         raise NotImplementedError
 
-    def check_negative(self, embeds: PromptEmbeds) -> None:
-        """
-        Raises:
-            ValueError: if there is guidance and nothing to guide away from.
-        """
-        if embeds.negative_prompt_embeds is None:
-            raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
-
     # --- latents -----------------------------------------------------------------------------------------------------
 
     def latent_channels(self) -> int:
@@ -217,12 +240,6 @@ class SPOFlowPipeline(SPOPipeline):
     def default_latent_size(self) -> int:
         """Latent pixels per side of the model's own image size."""
         return self.sd_pipeline.default_sample_size
-
-    def check_size(self, height: int | None, width: int | None) -> None:
-        step = self.spatial_factor * self.patch_size
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (value <= 0 or value % step):
-                raise ValueError(f"`{name}` must be a positive multiple of {step} pixels, got {value}.")
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         self.check_size(height, width)

@@ -17,7 +17,7 @@
 import torch
 
 from .conditioning import PromptEmbeds
-from .flow import SPOFlowPipeline, pack, unpack
+from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline, pack, unpack
 
 
 def image_ids(height: int, width: int, num_axes: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -49,14 +49,7 @@ class SPOFluxPipeline(SPOFlowPipeline):
         "tokenizer_2",
         "scheduler",
     )
-    lora_target_modules = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
-
-    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 512):
-        self.max_sequence_length = max_sequence_length
-        super().__init__(pipeline, use_lora, sampler)
+    lora_target_modules = TWO_STREAM_ATTENTION
 
     @property
     def is_distilled(self) -> bool:

@@ -19,13 +19,15 @@ import torch.nn.functional as F
 
 from .autoencoder import own_precision, shrink_latents
 from .conditioning import PromptEmbeds
-from .flow import SPOFlowPipeline
+from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline
 
 
 def position_ids(height: int, width: int, length: int, batch_size: int, device: torch.device) -> torch.Tensor:
     """Positions of tokens on the axes (time, row, column, place in the text): `(batch_size, tokens, 4)`."""
-    axes = (torch.zeros(1), torch.arange(height), torch.arange(width), torch.arange(length))
-    ids = torch.cartesian_prod(*(axis.to(device).long() for axis in axes))
+    axes = (
+        torch.arange(size, device=device) for size in (1, height, width, length)
+    )  # counted there: no copy to wait for
+    ids = torch.cartesian_prod(*axes)
     return ids.expand(batch_size, -1, -1)
 
 
@@ -48,10 +50,7 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
 
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     # Attention of both kinds of blocks; in single blocks one projection makes queries, keys, values and the MLP's input.
-    lora_target_modules = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "to_qkv_mlp_proj",
-    )  # fmt: skip
+    lora_target_modules = (*TWO_STREAM_ATTENTION, "to_qkv_mlp_proj")
     patch_size = 1  # patches are pixels of the latents already
 
     def __init__(
@@ -59,11 +58,10 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
         pipeline,
         use_lora: bool = True,
         sampler: str = "ddim",
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
         text_encoder_out_layers: tuple[int, ...] | None = None,
     ):
-        self.max_sequence_length = max_sequence_length
-        super().__init__(pipeline, use_lora, sampler)
+        super().__init__(pipeline, use_lora, sampler, max_sequence_length)
         num_layers = pipeline.text_encoder.config.num_hidden_layers
         quarters = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
         self.text_encoder_out_layers = tuple(text_encoder_out_layers or quarters)
@@ -164,13 +162,17 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
         return normalised, torch.zeros_like(normalised)
 
     def vae_decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        with own_precision(vae):
-            return vae.decode(self.vae_latents(latents.float()).to(vae.dtype), return_dict=False)[0].float()
+        return _decode(vae, self.vae_latents(latents.float()))
 
     @torch.no_grad()
     def decode_for_scoring(self, latents: torch.Tensor, image_size: int | None = None) -> torch.Tensor:
         """See [`SPOPipeline.decode_for_scoring`]. Patches cannot be interpolated; the latents of the VAE can."""
         vae = self.vae if self.scoring_vae is None else self.scoring_vae
         small = shrink_latents(self.vae_latents(latents.float()), image_size, self.sd_pipeline.vae_scale_factor)
-        with own_precision(vae):
-            return vae.decode(small.to(vae.dtype), return_dict=False)[0].float()
+        return _decode(vae, small)
+
+
+def _decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Images `(B, 3, H, W)` of what the VAE itself makes, `(B, C, h, w)`."""
+    with own_precision(vae):
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()

@@ -20,7 +20,7 @@ import torch
 
 from .autoencoder import own_precision, scale_and_shift
 from .conditioning import PromptEmbeds
-from .flow import SPOFlowPipeline, pack, unpack
+from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline, pack, unpack, with_masks
 
 
 class SPOQwenImagePipeline(SPOFlowPipeline):
@@ -36,14 +36,7 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
     """
 
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    lora_target_modules = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
-
-    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 512):
-        self.max_sequence_length = max_sequence_length
-        super().__init__(pipeline, use_lora, sampler)
+    lora_target_modules = TWO_STREAM_ATTENTION
 
     def _check_networks(self) -> None:
         for name in ("latents_mean", "latents_std"):
@@ -65,14 +58,7 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
             [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: prompts differ in length.
         """
         positive, mask = self._encode_texts(list(prompts))
-        negative, negative_mask = self._encode_texts([negative_prompt or " "])
-        count = len(positive)
-        return PromptEmbeds(
-            positive,
-            negative.expand(count, -1, -1),
-            prompt_mask=mask,
-            negative_prompt_mask=negative_mask.expand(count, -1),
-        )
+        return with_masks(positive, mask, *self._encode_texts([negative_prompt or " "]))
 
     def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         pipeline = self.sd_pipeline

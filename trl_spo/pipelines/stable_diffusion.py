@@ -148,8 +148,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         conditioning = self._conditioning(prompt_embeds, negative=False)
         if guidance_scale <= 1:
             return denoiser(latents, timesteps, **conditioning, return_dict=False)[0].float()
-        if prompt_embeds.negative_prompt_embeds is None:
-            raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
+        self.check_negative(prompt_embeds)
         conditioning = _cat_conditioning(self._conditioning(prompt_embeds, negative=True), conditioning)
         output = denoiser(torch.cat([latents, latents]), timesteps.repeat(2), **conditioning, return_dict=False)[0]
         uncond, cond = output.float().chunk(2)

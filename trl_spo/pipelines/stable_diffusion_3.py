@@ -17,7 +17,7 @@
 import torch
 
 from .conditioning import PromptEmbeds
-from .flow import SPOFlowPipeline
+from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline, linear_mu
 
 
 class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
@@ -42,16 +42,12 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
         "tokenizer_2",
         "scheduler",
     )
-    # Those of diffusers' training script and of Flow-GRPO: attention of image and of text.
-    lora_target_modules = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_target_modules = TWO_STREAM_ATTENTION
+    max_sequence_length = 256
 
-    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 256):
-        self.max_sequence_length = max_sequence_length
-        super().__init__(pipeline, use_lora, sampler)
-        self.patch_size = pipeline.transformer.config.patch_size
+    @property
+    def patch_size(self) -> int:
+        return self.denoiser.config.patch_size
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
@@ -108,18 +104,11 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
         config = self.scheduler.config
         if not config.use_dynamic_shifting:
             return {}
-        # diffusers' default of the upper point differs by a digit between its pipelines.
-        return {"mu": linear_mu_sd3(self.num_tokens(latent_shape), config)}
+        # diffusers' pipeline of this family has 1.16 where those of the others have 1.15.
+        return {"mu": linear_mu(self.num_tokens(latent_shape), {"max_shift": 1.16, **dict(config)})}
 
     def latent_channels(self) -> int:
         return self.denoiser.config.in_channels
 
     def default_latent_size(self) -> int:
         return self.denoiser.config.sample_size
-
-
-def linear_mu_sd3(num_tokens: int, config) -> float:
-    """[`~trl_spo.pipelines.flow.linear_mu`] with the default of diffusers' SD3 pipeline, 1.16 instead of 1.15."""
-    from .flow import linear_mu
-
-    return linear_mu(num_tokens, {"max_shift": 1.16, **dict(config)})

@@ -17,7 +17,7 @@
 import torch
 
 from .conditioning import PromptEmbeds
-from .flow import SPOFlowPipeline
+from .flow import SPOFlowPipeline, with_masks
 
 
 def pad_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,10 +43,6 @@ class SPOZImagePipeline(SPOFlowPipeline):
     unguided_scale = 0.0
     lora_target_modules = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
-    def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int = 512):
-        self.max_sequence_length = max_sequence_length
-        super().__init__(pipeline, use_lora, sampler)
-
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
         """
@@ -58,14 +54,7 @@ class SPOZImagePipeline(SPOFlowPipeline):
             [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: captions differ in length.
         """
         positive, mask = pad_rows(self._encode_texts(list(prompts)))
-        negative, negative_mask = pad_rows(self._encode_texts([negative_prompt]))
-        count = len(positive)
-        return PromptEmbeds(
-            positive,
-            negative.expand(count, -1, -1),
-            prompt_mask=mask,
-            negative_prompt_mask=negative_mask.expand(count, -1),
-        )
+        return with_masks(positive, mask, *pad_rows(self._encode_texts([negative_prompt])))
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
         pipeline = self.sd_pipeline
@@ -101,5 +90,8 @@ class SPOZImagePipeline(SPOFlowPipeline):
 
 
 def _rows(embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The features that are there, row by row. Lengths become numbers here: the transformer takes lists."""
+    """
+    The features that are there, row by row. The transformer takes lists, so lengths become numbers here: on a GPU the host
+    waits once for the prompts of a call, and once more for negative ones.
+    """
     return [row[:length] for row, length in zip(embeds, mask.sum(1).tolist(), strict=True)]

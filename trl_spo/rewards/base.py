@@ -79,20 +79,27 @@ class Reward:
     def check_pipeline(self, pipeline) -> None:
         """Raises an error if the reward cannot judge what this pipeline makes, such as latents of another space."""
 
+    def check_dtype(self, dtype: torch.dtype | str | None) -> None:
+        """
+        Raises:
+            ValueError: if a `dtype` is asked for and there is no network to cast.
+        """
+        if dtype is not None and self.module is None:
+            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
+
     def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Reward":
         """
         Freeze the network, put it into evaluation mode, and move and cast it.
 
         Raises:
-            ValueError: if a `dtype` is asked for and there is no network.
+            ValueError: see [`~Reward.check_dtype`].
         """
+        self.check_dtype(dtype)
         if self.module is not None:
             self.module.requires_grad_(False).eval().to(device)
             if dtype is not None:
                 cast = getattr(self.module, "cast", self.module.to)  # a model's own cast spares what must stay float32
                 cast(dtype)
-        elif dtype is not None:
-            raise ValueError("`reward_dtype` casts a reward model; a reward function takes care of its own precision.")
         return self
 
     @property

@@ -44,10 +44,20 @@ import torch.nn.functional as F
 import transformers
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from ..hub_files import load_diffusers_pipeline, load_strictly, locate_checkpoint, optional_file, require_existing
+from ..hub_files import (
+    load_diffusers_pipeline,
+    load_strictly,
+    load_tokenizer,
+    load_whole,
+    locate_checkpoint,
+    optional_file,
+    read_plain,
+    require_existing,
+)
 from ..pipelines.conditioning import PromptEmbeds
+from .inputs import check_texts, checked_timesteps
 
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -193,7 +203,7 @@ class LatentRewardModel(PreTrainedModel):
     Example:
 
     ```python
-    >>> reward_model = LatentRewardModel.from_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    >>> reward_model = LatentRewardModel.from_original_checkpoint("casiatao/LRM", "lrm_sd15")
     >>> trainer = SPOTrainer(config, pipeline, reward_model, train_dataset=prompts)
     ```
     """
@@ -251,8 +261,7 @@ class LatentRewardModel(PreTrainedModel):
                 "This latent reward model has no tokenizer, so it cannot read prompts. Set `tokenizers` to those of its "
                 "pipeline, as `[pipeline.tokenizer]`, or train with a pipeline that has them."
             )
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("`prompts` must be a list of strings.")
+        check_texts(prompts)
         found = []
         for tokenizer in self.tokenizers:
             encoded = tokenizer(
@@ -318,7 +327,8 @@ class LatentRewardModel(PreTrainedModel):
         if self.backbone.unet.config.addition_embed_type != "text_time":
             return None
         side = 8 * self.backbone.unet.config.sample_size
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], device=pooled.device, dtype=pooled.dtype)
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype)
+        time_ids = time_ids.to(pooled.device, non_blocking=pooled.device.type != "cpu")  # asked at every score
         return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
 
     def score(
@@ -360,7 +370,7 @@ class LatentRewardModel(PreTrainedModel):
         text = self.encode_prompts(prompts) if text_features is None else text_features
         if len(text) != len(latents):
             raise ValueError(f"Got {len(latents)} latents and {len(text)} prompts.")
-        timesteps = self._check_timesteps(timesteps, len(latents))
+        timesteps = checked_timesteps(timesteps, len(latents), self.config.num_train_timesteps, self.device)
 
         visual = self.visual_projection(self.visual_features(latents, timesteps, text.to(self.device)))
         pooled = text.pooled_prompt_embeds.to(self.device, self.dtype)
@@ -370,22 +380,6 @@ class LatentRewardModel(PreTrainedModel):
         return self.logit_scale.float().exp() * cosine
 
     forward = score
-
-    def _check_timesteps(self, timesteps: torch.Tensor | int | None, batch_size: int) -> torch.Tensor:
-        timesteps = torch.as_tensor(0 if timesteps is None else timesteps)
-        if timesteps.is_floating_point() or timesteps.shape not in ((), (batch_size,)):
-            raise ValueError(
-                f"`timesteps` must be an integer or {batch_size} of them, got shape {tuple(timesteps.shape)} and dtype "
-                f"{timesteps.dtype}."
-            )
-        known = self.config.num_train_timesteps
-        if (
-            timesteps.device.type == "cpu"
-            and timesteps.numel()
-            and not 0 <= timesteps.min() <= timesteps.max() < known
-        ):
-            raise ValueError(f"`timesteps` must lie in [0, {known}), got {timesteps.tolist()}.")
-        return timesteps.to(self.device).expand(batch_size)
 
     def check_pipeline(self, pipeline) -> None:
         """
@@ -522,10 +516,7 @@ class LatentRewardModel(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         require_existing(path, "latent reward model")
         return_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
-        if problems:
-            raise ValueError(f"The weights in {path!r} do not fit the latent reward model: {problems}.")
+        model, info = load_whole(super().from_pretrained, path, "latent reward model", *model_args, **kwargs)
         if model.tokenizers is None:
             model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
         return (model, info) if return_info else model
@@ -560,11 +551,10 @@ def load_tokenizers(path: str, folder: str | None, count: int) -> list | None:
     """`tokenizer/` and `tokenizer_2/` of a folder or Hub id, `None` if they are not there."""
     found = []
     for name in ("tokenizer", "tokenizer_2")[:count]:
-        place = f"{folder}/{name}" if folder else name
-        names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-        if all(optional_file(path, f"{place}/{file}") is None for file in names):
+        tokenizer = load_tokenizer(path, f"{folder}/{name}" if folder else name)
+        if tokenizer is None:
             return None
-        found.append(AutoTokenizer.from_pretrained(path, subfolder=place, trust_remote_code=False))
+        found.append(tokenizer)
     return found
 
 
@@ -576,10 +566,7 @@ def read_heads(path: str) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: if the file holds anything but tensors and numbers.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a reader raises depends on where the bytes break off
-        raise ValueError(f"{path!r} was refused: it is not a file of plain tensors, or incomplete: {error}") from error
+    content = read_plain(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path!r} must hold a dictionary, got a {type(content).__name__}.")
     flat = {}

@@ -42,12 +42,10 @@ the names of their parameters did not. So the names below `model.` are those of 
 """
 
 import copy
-import pickle
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -59,10 +57,12 @@ from ..hub_files import (
     load_pretrained,
     load_strictly,
     load_tokenizer,
+    load_whole,
     locate_checkpoint,
     read_model_type,
     read_state_dict,
 )
+from .inputs import check_texts, checked_timesteps
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -397,8 +397,7 @@ class StepAwareRewardModel(PreTrainedModel):
                 "This reward model has no tokenizer, so it cannot read prompts. Load it with "
                 "`from_clip(..., processor=...)`, set `reward_model.tokenizer`, or pass `input_ids`."
             )
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("`prompts` must be a list of strings.")
+        check_texts(prompts)
         max_length = min(self.tokenizer.model_max_length, self.config.clip_config.text_config.max_position_embeddings)
         encoded = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
@@ -465,7 +464,9 @@ class StepAwareRewardModel(PreTrainedModel):
             )
         step_embedding = None
         if self.config.step_conditioning:
-            step_embedding = self.model.t_embedder(self._check_timesteps(timesteps, pixel_values.shape[0]))
+            step_embedding = self.model.t_embedder(
+                checked_timesteps(timesteps, len(pixel_values), self.config.num_train_timesteps, self.device)
+            )
         vision_model = self.model.vision_model
         hidden_states = vision_model.embeddings(pixel_values.to(self.device, self.dtype))
         hidden_states = vision_model.pre_layrnorm(hidden_states)  # (B, N, d)
@@ -476,23 +477,6 @@ class StepAwareRewardModel(PreTrainedModel):
             shift, scale = vision_model.adaLN_modulation(step_embedding)
             pooled = pooled * (1 + scale) + shift
         return self.model.visual_projection(pooled)
-
-    def _check_timesteps(self, timesteps, batch_size: int) -> torch.Tensor:
-        """Timesteps as an int64 tensor of shape `(batch_size,)` on the model's device."""
-        timesteps = torch.as_tensor(0 if timesteps is None else timesteps)
-        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-            raise ValueError(f"`timesteps` must be integers, got {timesteps.dtype}.")
-        if timesteps.ndim > 1 or (timesteps.ndim == 1 and timesteps.shape[0] != batch_size):
-            raise ValueError(
-                f"`timesteps` must be one integer or have shape ({batch_size},), one per image, got shape "
-                f"{tuple(timesteps.shape)}."
-            )
-        limit = self.config.num_train_timesteps
-        # Values are checked where they can be read without waiting: timesteps already on an accelerator are trusted.
-        on_host = timesteps.device.type == "cpu"
-        if on_host and batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < limit)).all()):
-            raise ValueError(f"`timesteps` must lie in [0, {limit}), got {timesteps.tolist()}.")
-        return timesteps.long().to(self.device, non_blocking=on_host).expand(batch_size)
 
     def forward(
         self,
@@ -685,19 +669,7 @@ class StepAwareRewardModel(PreTrainedModel):
                     "`StepAwareRewardModel.from_clip`."
                 )
         return_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"The weights in {path!r} were refused: they cannot be read, or are not plain tensors: {error}"
-            ) from error
-        except RuntimeError as error:
-            raise ValueError(
-                f"The weights in {path!r} cannot be read, or do not fit the step-aware reward model: {error}"
-            ) from error
-        problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
-        if problems:
-            raise ValueError(f"The weights in {path!r} do not fit the step-aware reward model: {problems}.")
+        model, info = load_whole(super().from_pretrained, path, "step-aware reward model", *model_args, **kwargs)
         model._freeze_unused_step_parameters()  # loading in transformers 5 switches gradients on again
         if model.tokenizer is None:
             model.tokenizer = load_tokenizer(path)
@@ -720,6 +692,4 @@ def _is_step_parameter(name: str) -> bool:
 
 
 AutoConfig.register(StepAwareRewardModelConfig.model_type, StepAwareRewardModelConfig, exist_ok=True)
-
-
 AutoModel.register(StepAwareRewardModelConfig, StepAwareRewardModel, exist_ok=True)

@@ -36,6 +36,18 @@ def train_and_save(trainer, config):
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()
+    leave_process_group()
+
+
+def leave_process_group():
+    """
+    Called last by programs that may run in several processes: threads of an open group can abort a process that ends, and
+    the launcher then reports a run as failed that has written everything.
+    """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass
@@ -131,7 +143,7 @@ class RewardModelArguments:
 
     Args:
         reward_model_name_or_path (`str`, *optional*):
-            Folder or Hub id of a saved `StepAwareRewardModel`. Goes before the other forms.
+            Folder or Hub id of a saved `StepAwareRewardModel` or `LatentRewardModel`. Goes before the other forms.
         reward_checkpoint (`str`, *optional*):
             File in the format of the SPO authors, or the Hub id of a repository of such files.
         reward_checkpoint_filename (`str`, *optional*):
@@ -144,7 +156,7 @@ class RewardModelArguments:
     """
 
     reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a saved StepAwareRewardModel."}
+        default=None, metadata={"help": "Folder or Hub id of a saved reward model."}
     )
     reward_checkpoint: str | None = field(
         default=None, metadata={"help": "File in the format of the SPO authors, or the Hub id of its repository."}
@@ -160,11 +172,12 @@ class RewardModelArguments:
     )
 
     def load(self):
-        """The [`StepAwareRewardModel`] that the arguments name."""
+        """The reward model that the arguments name: a [`StepAwareRewardModel`], or of the class of a saved one."""
+        from ..rewards.base import load_reward_model
         from ..rewards.step_aware_clip import StepAwareRewardModel
 
         if self.reward_model_name_or_path is not None:
-            return StepAwareRewardModel.from_pretrained(self.reward_model_name_or_path)
+            return load_reward_model(self.reward_model_name_or_path)
         if self.reward_checkpoint is not None:
             return StepAwareRewardModel.from_original_checkpoint(
                 self.reward_checkpoint,

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from .arguments import PipelineArguments, RewardModelArguments, SamplerArguments
+from .arguments import PipelineArguments, RewardModelArguments, SamplerArguments, leave_process_group
 
 
 STEP_REWARD = "step_reward"
@@ -158,6 +158,7 @@ def main(
     )
     print(result.table())
     print(f"{protocol.in_words()} Written to {sampler_args.output_dir}.")
+    leave_process_group()
     return result
 
 

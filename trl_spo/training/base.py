@@ -28,12 +28,16 @@ from pathlib import Path
 from transformers import Trainer
 
 from .arguments import StepTrainingArguments
-from .checkpointing import CheckpointingMixin, check_output_dir
+from .checkpointing import CheckpointingMixin, check_output_dir, write_text
 
 
 class StepTrainer(CheckpointingMixin, Trainer):
-    """A `Trainer` whose checkpoints exist whole or not at all, and whose model card is its own."""
+    """
+    A `Trainer` whose checkpoints exist whole or not at all, and whose model card is its own. A subclass keeps its metrics
+    between two logs in `_metrics` ([`RunningMeans`]).
+    """
 
+    _nonfinite_metric: str  # name of the metric that counts pairs that are not finite
     _paper = {
         "title": "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step Preference "
         "Optimization",
@@ -71,4 +75,16 @@ class StepTrainer(CheckpointingMixin, Trainer):
 
     def _write_model_card(self, folder: Path, output_dir: Path | None = None) -> None:
         """The card of the model in `output_dir`, into `folder`: what will be moved there, or `output_dir` itself."""
+        output_dir = output_dir or folder
+        name = (self.args.hub_model_id or output_dir.name).split("/")[-1]
+        write_text(folder / "README.md", self._model_card(name, output_dir))
+
+    def _model_card(self, name: str, output_dir: Path) -> str:
+        """The text of the card of the model `name` in `output_dir`."""
         raise NotImplementedError
+
+    def record_step(self, num_nonfinite: int, skipped: bool) -> None:
+        """Called before each optimizer step with what [`NonFiniteGuard`] saw of it."""
+        skipped = skipped and self.args.process_index == 0  # all processes skip together
+        self._metrics.add(self._nonfinite_metric, num_nonfinite, reduce="sum")
+        self._metrics.add("skipped_steps", int(skipped), reduce="sum")

@@ -42,9 +42,8 @@ STAGING_NAME = "_saving"  # pushes to the Hub leave out what begins with an unde
 TRAINER_STATE_NAME = "trainer_state.json"
 SPO_STATE_FILES = ("spo_state.json", "spo_pairs.safetensors")
 WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "model.safetensors", "model.safetensors.index.json")
-STATE_NAME = re.compile(
-    r"(optimizer|scheduler|scaler|rng_state|pytorch_model)[\w-]*\.(pt|pth|bin)"
-)  # what is unpickled
+# What is unpickled.
+STATE_NAME = re.compile(r"(optimizer|scheduler|scaler|rng_state|pytorch_model)[\w-]*\.(pt|pth|bin)")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "basic_ios")  # what torch's errors of writing name
 REPLACED, DELETED = "replaced-", "deleted-"  # prefixes of checkpoints on their way out

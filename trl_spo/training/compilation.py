@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-
 """
 Regional compilation: the blocks that a network repeats are compiled, not the network around them.
 
@@ -37,9 +36,9 @@ import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny
-from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from transformers.utils import logging
 
 from ..pipelines.base import SPOPipeline
 

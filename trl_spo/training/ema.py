@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Callbacks that transformers, TRL and diffusers do not have: an exponential moving average of what is trained. The average
-itself is `diffusers.training_utils.EMAModel`.
+An exponential moving average of what is trained, as a callback, which transformers and TRL do not have. The average itself
+is `diffusers.training_utils.EMAModel`.
 """
 
 import contextlib

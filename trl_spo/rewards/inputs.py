@@ -1,0 +1,62 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What every reward model asks of its inputs: texts, and the timesteps of the samples."""
+
+from typing import Any
+
+import torch
+
+
+def check_texts(prompts: Any) -> None:
+    """
+    Raises:
+        ValueError: if `prompts` is not a list of strings. A single string would count as a list of its letters.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("`prompts` must be a list of strings.")
+
+
+def checked_timesteps(
+    timesteps: torch.Tensor | int | None, batch_size: int, num_train_timesteps: int, device: torch.device
+) -> torch.Tensor:
+    """
+    One timestep per sample, where the model is.
+
+    Args:
+        timesteps (`torch.Tensor` of shape `(batch_size,)` or `()`, or `int`, *optional*): integers in
+            `[0, num_train_timesteps)`; `None` stands for finished samples, timestep 0.
+        batch_size (`int`): B.
+        num_train_timesteps (`int`): those that the model knows.
+        device (`torch.device`): of the model.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: int64.
+
+    Raises:
+        ValueError: if they are no integers, of another number, or out of range. The range is checked where timesteps are
+            numbers or on the CPU; those on an accelerator are trusted, as reading them would wait for it.
+    """
+    timesteps = torch.as_tensor(0 if timesteps is None else timesteps)
+    if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+        raise ValueError(f"`timesteps` must be integers, got {timesteps.dtype}.")
+    if timesteps.shape not in ((), (batch_size,)):
+        raise ValueError(
+            f"`timesteps` must be one integer or have shape ({batch_size},), one per sample, got shape "
+            f"{tuple(timesteps.shape)}."
+        )
+    on_host = timesteps.device.type == "cpu"
+    if on_host and batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < num_train_timesteps)).all()):
+        raise ValueError(f"`timesteps` must lie in [0, {num_train_timesteps}), got {timesteps.tolist()}.")
+    return timesteps.long().to(device, non_blocking=on_host).expand(batch_size)
