@@ -12,11 +12,35 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What every reward model asks of its inputs: texts, and the timesteps of the samples."""
+"""What reward models take, texts and the timesteps of the samples, and what they return."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class StepRewardOutput(ModelOutput):
+    r"""
+    Output of the reward models that compare a sample with its text, which are those that [`StepRewardTrainer`] trains.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size,)`):
+            `exp(logit_scale) * cos(image, text)`, float32.
+        image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised features of the samples, float32.
+        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
+            Normalised features of the texts, float32.
+        logit_scale (`torch.Tensor` of shape `()`):
+            `exp(logit_scale)`, the factor in front of the cosine, float32.
+    """
+
+    scores: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
 
 
 def check_texts(prompts: Any) -> None:

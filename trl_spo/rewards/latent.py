@@ -57,7 +57,7 @@ from ..hub_files import (
     require_existing,
 )
 from ..pipelines.conditioning import PromptEmbeds
-from .inputs import check_texts, checked_timesteps
+from .inputs import StepRewardOutput, check_texts, checked_timesteps
 
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -331,16 +331,17 @@ class LatentRewardModel(PreTrainedModel):
         time_ids = time_ids.to(pooled.device, non_blocking=pooled.device.type != "cpu")  # asked at every score
         return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
 
-    def score(
+    def forward(
         self,
         latents: torch.Tensor,
         prompts: list[str] | None = None,
         timesteps: torch.Tensor | int | None = None,
         *,
         text_features: PromptEmbeds | None = None,
-    ) -> torch.Tensor:
+    ) -> StepRewardOutput:
         r"""
-        Scores noisy latents against their prompts at their timesteps. Differentiable in the latents.
+        Scores noisy latents against their prompts at their timesteps, and returns the normalised features with the
+        scores. Differentiable in the latents.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, C, h, w)`):
@@ -353,8 +354,7 @@ class LatentRewardModel(PreTrainedModel):
                 From [`~LatentRewardModel.encode_prompts`], instead of `prompts`.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size,)`: float32. The probability that humans prefer one of two latents is
-            the softmax over their scores.
+            [`StepRewardOutput`].
 
         Raises:
             `ValueError`: If latents are of another space, lengths do not fit, a timestep is out of range, or the text is
@@ -376,10 +376,32 @@ class LatentRewardModel(PreTrainedModel):
         pooled = text.pooled_prompt_embeds.to(self.device, self.dtype)
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
-        cosine = (F.normalize(visual.float(), dim=-1) * F.normalize(pooled.float(), dim=-1)).sum(-1)
-        return self.logit_scale.float().exp() * cosine
+        image_embeds = F.normalize(visual.float(), dim=-1)
+        text_embeds = F.normalize(pooled.float(), dim=-1)
+        logit_scale = self.logit_scale.float().exp()
+        scores = logit_scale * (image_embeds * text_embeds).sum(-1)
+        return StepRewardOutput(scores, image_embeds, text_embeds, logit_scale)
 
-    forward = score
+    def score(
+        self,
+        latents: torch.Tensor,
+        prompts: list[str] | None = None,
+        timesteps: torch.Tensor | int | None = None,
+        *,
+        text_features: PromptEmbeds | None = None,
+    ) -> torch.Tensor:
+        r"""
+        The scores alone, `torch.Tensor` of shape `(batch_size,)`, float32. Arguments and errors as in
+        [`~LatentRewardModel.forward`]. The probability that humans prefer one of two latents is the softmax over their
+        scores.
+        """
+        return self(latents, prompts, timesteps, text_features=text_features).scores
+
+    def freeze_text_tower(self) -> None:
+        """Stops training the text encoders and the projection of their output; backbone and visual head go on alone."""
+        for module in (self.text_encoders, self.text_projection):
+            if module is not None:
+                module.requires_grad_(False)
 
     def check_pipeline(self, pipeline) -> None:
         """

@@ -42,14 +42,12 @@ the names of their parameters did not. So the names below `model.` are those of 
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.utils import ModelOutput
 
 from ..hub_files import (
     canonical_name,
@@ -62,7 +60,7 @@ from ..hub_files import (
     read_model_type,
     read_state_dict,
 )
-from .inputs import check_texts, checked_timesteps
+from .inputs import StepRewardOutput, check_texts, checked_timesteps
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -251,28 +249,6 @@ class StepAwareCLIPEncoderLayer(CLIPEncoderLayer):
         hidden_states = hidden_states + gate_a * attention_output
         mlp_input = self.layer_norm2(hidden_states) * (1 + scale_m) + shift_m
         return hidden_states + gate_m * self.mlp(mlp_input)
-
-
-@dataclass
-class StepRewardOutput(ModelOutput):
-    r"""
-    Output of [`StepAwareRewardModel`].
-
-    Args:
-        scores (`torch.Tensor` of shape `(batch_size,)`):
-            `exp(logit_scale) * cos(image, text)`, float32.
-        image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-            Normalised image features, float32.
-        text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
-            Normalised text features, float32.
-        logit_scale (`torch.Tensor` of shape `()`):
-            `exp(logit_scale)`, the factor in front of the cosine, float32.
-    """
-
-    scores: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    logit_scale: torch.Tensor | None = None
 
 
 class StepAwareRewardModel(PreTrainedModel):
