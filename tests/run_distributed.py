@@ -37,7 +37,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import CLIPTextModel, TrainerCallback
 
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config, tiny_step_reward_config
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
+from trl_spo import LatentRewardModel, SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
+from trl_spo.rewards.inputs import StepRewardOutput
 from trl_spo.step_pairs import StepPairs
 
 
@@ -346,7 +347,7 @@ class OneProcessOfTwo(StepRewardTrainer):
         return super()._generator(*numbers)
 
 
-def reward_trainer(folder: Path, dataset, num_ranks=1, **settings) -> StepRewardTrainer:
+def reward_trainer(folder: Path, dataset, num_ranks=1, reward_model=None, **settings) -> StepRewardTrainer:
     defaults = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": num_ranks,
@@ -358,13 +359,14 @@ def reward_trainer(folder: Path, dataset, num_ranks=1, **settings) -> StepReward
         "max_bad_image_fraction": 1.0,
         "use_cpu": True,
     }
-    torch.manual_seed(0)  # for the timestep embedder, the one part of a fresh model that is random
+    if reward_model is None:
+        torch.manual_seed(0)  # for the timestep embedder, the one part of a fresh model that is random
+        # `save_pretrained` is silent on rank 1: made by the test
+        reward_model = StepAwareRewardModel.from_clip(folder.parent / "clip")
     trainer = OneProcessOfTwo(
         tiny_step_reward_config(folder / "reward_out", **{**defaults, **settings}),
         tiny_sd_pipeline(folder / f"tokenizer_{RANK}"),
-        StepAwareRewardModel.from_clip(
-            folder.parent / "clip"
-        ),  # `save_pretrained` is silent on rank 1: made by the test
+        reward_model,
         train_dataset=dataset,
         eval_dataset=preference_pairs(folder),
     )
@@ -405,6 +407,44 @@ def step_reward_broken_images(folder: Path, num_ranks: int = 1) -> dict:
     trainer.__class__ = InOrder
     trainer.train()
     return reward_result(trainer)
+
+
+def caption_loss(folder: Path, num_ranks: int = 1) -> dict:
+    """
+    The contrastive loss of five pairs, of which rank 0 has two and rank 1 three, one of them without an image. Gradients
+    of what the features are made of, averaged over processes as DDP does.
+    """
+    trainer = reward_trainer(folder, preference_pairs(folder), num_ranks, caption_loss_coef=1.0)
+    features = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(3))  # pairs, two images and a text
+    weight = torch.eye(6).requires_grad_(True)
+    prompts, present = [*PROMPTS[:3], PROMPTS[0], ""], torch.tensor([1, 1, 1, 1, 0])
+    own = slice(0, 5) if trainer.args.world_size == 1 else (slice(0, 2), slice(2, 5))[RANK]
+    first, second, text = torch.nn.functional.normalize(features[own] @ weight, dim=-1).unbind(1)
+    output = StepRewardOutput(None, torch.cat([first, second]), torch.cat([text, text]), torch.tensor(3.0))
+    labels = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.5])[own]
+    inputs = {"label_0": labels, "label_1": 1 - labels, "prompts": prompts[own]}
+    losses = trainer._caption_losses(output, inputs, present[own] > 0)
+    (losses * present[own]).sum().backward()
+    gradient = trainer.accelerator.reduce(weight.grad, reduction="sum")
+    return {"losses": losses.detach(), "gradient": gradient}
+
+
+def latent_reward(folder: Path, num_ranks: int = 1) -> dict:
+    """A latent reward model with the contrastive loss, and a batch of rank 1 without a readable image."""
+    torch.manual_seed(0)
+    model = LatentRewardModel.from_pipeline(tiny_sd_pipeline(folder / f"tokenizer_of_reward_{RANK}"))
+    trainer = reward_trainer(
+        folder,
+        preference_pairs(folder, broken=(2, 3)),
+        num_ranks,
+        reward_model=model,
+        caption_loss_coef=0.5,
+        num_checked_rows=0,
+    )
+    trainer.__class__ = InOrder
+    trainer.train()
+    trainer.save_model()
+    return {**reward_result(trainer), "evaluation": trainer.evaluate()}
 
 
 # --- a rank that dies ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import torch
 import yaml
 from PIL import Image, ImageChops
 
-from trl_spo import StepAwareRewardModel
+from trl_spo import LatentRewardModel, StepAwareRewardModel
 
 from . import run_distributed
 from .testing_utils import tiny_clip, tiny_sd_pipeline
@@ -117,7 +117,7 @@ def assert_logs_close(first: list[dict], second: list[dict]):
 
 SCENARIOS = (
     "accumulation_1 accumulation_2 one_rank_without_pairs late_pairs uneven_prompts writing step_reward "
-    "step_reward_broken_images"
+    "step_reward_broken_images caption_loss latent_reward"
 ).split()
 
 
@@ -269,6 +269,29 @@ class TestARankThatDies:
         assert run.seconds < bound
         assert not processes_of(tmp_path)
         assert not list(tmp_path.glob("*.pt"))
+
+
+class TestLatentReward:
+    def test_captions_of_all_processes_are_negatives(self, two_processes, tmp_path):
+        """Two processes with two and three pairs have the losses and the gradient of one with five."""
+        first, second = results(two_processes, "caption_loss")
+        tiny_clip(tmp_path)
+        alone = run_distributed.caption_loss(tmp_path / "alone")
+        torch.testing.assert_close(torch.cat([first["losses"], second["losses"]]), alone["losses"])
+        assert alone["losses"][-1] == 0 and (alone["losses"][:-1] > 0).all()
+        for rank in (first, second):
+            torch.testing.assert_close(rank["gradient"], alone["gradient"])
+
+    def test_both_processes_train_the_same_model(self, two_processes):
+        first, second = results(two_processes, "latent_reward")
+        assert [rank["bad"] for rank in (first, second)] == [0, 2]
+        for a, b in zip(first["gradients"], second["gradients"], strict=True):
+            assert_same_bits(a, b)
+        assert_same_bits(first["weights"], second["weights"])
+        assert first["logs"] == second["logs"]
+        assert first["evaluation"]["eval_accuracy"] == second["evaluation"]["eval_accuracy"]
+        saved = LatentRewardModel.from_pretrained(two_processes / "latent_reward" / "reward_out")
+        assert_same_bits([p.detach() for p in saved.parameters()], first["weights"])
 
 
 def adjusted(name: str, folder: Path, **changes) -> Path:

@@ -27,12 +27,12 @@ import trl_spo
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "training.arguments step_distribution scheduling_ddim scheduling_flow rollout_settings spo_config step_reward_config pair_selection losses "
-    "training.numerics training.running_means images prompts hub_files "
+    "training.numerics training.running_means training.gather images prompts hub_files "
     "pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
     "rewards.inputs rewards.step_aware_clip rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling "
-    "preference_dataset preference_collator preference_labels "
+    "preference_dataset preference_collator preference_labels preference_filters "
     "training.checkpointing training.base training.model_card training.memory training.compilation training.ema training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
     "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"

@@ -34,11 +34,11 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
-from trl_spo import StepAwareRewardModel
+from trl_spo import LatentRewardModel, StepAwareRewardModel
 from trl_spo.prompts import load_prompts
-from trl_spo.scripts.arguments import leave_process_group, resume_from
+from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group, resume_from
 
-from .testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
+from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -144,6 +144,26 @@ class TestTraining:
         start = StepAwareRewardModel.from_clip(toy / "clip", processor=toy / "clip")
         image = torch.rand(1, 3, 16, 16)
         assert not torch.equal(trained.score(image, PROMPTS[:1], 501), start.score(image, PROMPTS[:1], 501))
+
+    def test_a_latent_reward_is_trained_and_used(self, toy, tmp_path):
+        """Fresh from the pipeline, trained on the pairs of a file, and then the reward of a run of SPO."""
+        run(
+            SCRIPTS / "step_reward.py",
+            *step_reward_arguments(toy),
+            *["--reward_type", "latent", "--output_dir", tmp_path / "reward"],
+        )
+        fresh = LatentRewardModel.from_pipeline(tiny_sd_pipeline(tmp_path / "fresh"))
+        trained = LatentRewardModel.from_pretrained(tmp_path / "reward")
+        assert changed(state_of(fresh.backbone), trained.backbone)
+        arguments = ["--model_name_or_path", toy / "sd", "--reward_model_name_or_path", tmp_path / "reward"]
+        run(SCRIPTS / "spo.py", *arguments, *spo_arguments(toy), "--output_dir", tmp_path / "spo")
+        check_lora(tiny_sd_pipeline(tmp_path / "again"), tmp_path / "spo")
+
+    def test_a_fresh_latent_reward_is_no_reward(self):
+        with pytest.raises(SystemExit, match="heads of a fresh latent reward model are random: name a trained one"):
+            RewardModelArguments(reward_type="latent").load()
+        with pytest.raises(ValueError, match="must be 'step_aware' or 'latent', got 'lrm'"):
+            RewardModelArguments(reward_type="lrm")
 
     def test_two_processes_started_by_the_console_command(self, toy, reward_model, tmp_path):
         """

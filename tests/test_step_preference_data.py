@@ -33,7 +33,7 @@ from PIL import Image
 
 from trl_spo import StepAwareRewardModel, wrap_pipeline
 from trl_spo.images import image_to_tensor
-from trl_spo.noised_pairs import noised_pair_images
+from trl_spo.noised_pairs import noised_pairs
 from trl_spo.pipelines.encoding_cache import EncodingCache
 from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.preference_dataset import (
@@ -281,14 +281,14 @@ class TestNoisedPairs:
             outputs = [sd.unet(noised, 601, text.expand(2, -1, -1)).sample for text in (uncond, cond)]
             predicted = (noised - (1 - a).sqrt() * (outputs[0] + 3 * (outputs[1] - outputs[0]))) / a.sqrt()
             expected = sd.vae.decode(predicted / sd.vae.config.scaling_factor).sample
-        images = noised_pair_images(pipeline, batch, t, 3.0, seeded(), negative_prompt="a blue dog")
+        images = noised_pairs(pipeline, batch, t, 3.0, seeded(), negative_prompt="a blue dog")
         torch.testing.assert_close(torch.cat(images), expected, rtol=1e-4, atol=1e-4)
 
     def test_both_images_of_a_pair_see_the_same_noise_and_timestep(self, pipeline, monkeypatch):
         calls = []
         add_noise = pipeline.add_noise
         monkeypatch.setattr(pipeline, "add_noise", lambda *args: calls.append(args) or add_noise(*args))
-        noised_pair_images(pipeline, batch_of(3), torch.tensor([1, 501, 999]), 5.0, seeded())
+        noised_pairs(pipeline, batch_of(3), torch.tensor([1, 501, 999]), 5.0, seeded())
         ((_, noise, timesteps),) = calls
         assert torch.equal(noise[0::2], noise[1::2])
         assert timesteps.tolist() == [1, 1, 501, 501, 999, 999]
@@ -301,15 +301,15 @@ class TestNoisedPairs:
         monkeypatch.setattr(
             pipeline, "encode_images", lambda images, generator=None: encode(images).latent_dist.mode()
         )
-        images_0, images_1 = noised_pair_images(pipeline, batch, torch.tensor([300, 800]), 5.0, seeded())
+        images_0, images_1 = noised_pairs(pipeline, batch, torch.tensor([300, 800]), 5.0, seeded())
         torch.testing.assert_close(images_0, images_1)
 
     def test_timestep_zero_is_the_clean_image(self, pipeline):
         batch = batch_of(2)
-        images_0, images_1 = noised_pair_images(pipeline, batch, torch.tensor([0, 400]), 5.0, seeded())
+        images_0, images_1 = noised_pairs(pipeline, batch, torch.tensor([0, 400]), 5.0, seeded())
         assert torch.equal(images_0[0], batch["images_0"][0]) and torch.equal(images_1[0], batch["images_1"][0])
         assert not torch.allclose(images_0[1], batch["images_0"][1], atol=0.1)
-        clean = noised_pair_images(pipeline, batch, torch.tensor([0, 0]), 5.0, seeded())
+        clean = noised_pairs(pipeline, batch, torch.tensor([0, 0]), 5.0, seeded())
         assert torch.equal(clean[0], batch["images_0"])
 
     def test_the_batch_is_left_alone_and_the_seed_decides(self, pipeline):
@@ -317,9 +317,9 @@ class TestNoisedPairs:
         before = {name: value.clone() for name, value in batch.items() if name != "prompts"}
         weights = state_of(pipeline.denoiser)
         t = torch.tensor([900, 900])
-        first = noised_pair_images(pipeline, batch, t, 5.0, seeded(1))
-        again = noised_pair_images(pipeline, batch, t, 5.0, seeded(1))
-        other = noised_pair_images(pipeline, batch, t, 5.0, seeded(2))
+        first = noised_pairs(pipeline, batch, t, 5.0, seeded(1))
+        again = noised_pairs(pipeline, batch, t, 5.0, seeded(1))
+        other = noised_pairs(pipeline, batch, t, 5.0, seeded(2))
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
         assert not torch.equal(first[0], other[0])
         assert all(torch.equal(batch[name], value) for name, value in before.items())
@@ -328,14 +328,14 @@ class TestNoisedPairs:
 
     def test_small_chunks_give_the_same_images(self, pipeline):
         batch, t = batch_of(3), torch.tensor([700, 0, 200])
-        whole = noised_pair_images(pipeline, batch, t, 5.0, seeded())
-        chunked = noised_pair_images(pipeline, batch, t, 5.0, seeded(), prediction_batch_size=1)
+        whole = noised_pairs(pipeline, batch, t, 5.0, seeded())
+        chunked = noised_pairs(pipeline, batch, t, 5.0, seeded(), prediction_batch_size=1)
         torch.testing.assert_close(whole[0], chunked[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(whole[1], chunked[1], rtol=1e-4, atol=1e-4)
 
     def test_sdxl(self, tmp_path):
         pipeline = wrap_pipeline(tiny_sdxl_pipeline(tmp_path))
-        images_0, images_1 = noised_pair_images(pipeline, batch_of(2), torch.tensor([5, 990]), 5.0, seeded())
+        images_0, images_1 = noised_pairs(pipeline, batch_of(2), torch.tensor([5, 990]), 5.0, seeded())
         assert images_0.shape == images_1.shape == (2, 3, 16, 16)
         assert images_0.isfinite().all() and not torch.allclose(images_0, images_1)
 
@@ -345,7 +345,7 @@ class TestNoisedPairs:
     )
     def test_wrong_timesteps_are_named(self, pipeline, timesteps, message):
         with pytest.raises(ValueError, match=message):
-            noised_pair_images(pipeline, batch_of(2), timesteps)
+            noised_pairs(pipeline, batch_of(2), timesteps)
 
 
 class TestLoading:
@@ -580,7 +580,7 @@ def keyed(batch):
 class TestCache:
     def predict(self, pipeline, batch, cache, seed=0, **kwargs):
         timesteps = torch.tensor([501] * len(batch["prompts"]))
-        return torch.cat(noised_pair_images(pipeline, batch, timesteps, 5.0, seeded(seed), cache=cache, **kwargs))
+        return torch.cat(noised_pairs(pipeline, batch, timesteps, 5.0, seeded(seed), cache=cache, **kwargs))
 
     @pytest.mark.parametrize("make", [tiny_sd_pipeline, tiny_sdxl_pipeline])
     def test_images_and_prompts_are_encoded_once_and_the_result_is_that_without_a_cache(self, tmp_path, make):

@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
 from trl_spo.losses import caption_contrastive_loss
-from trl_spo.noised_pairs import noised_pair_images
+from trl_spo.noised_pairs import noised_pairs
 from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.preference_labels import relabel_preferences
 
@@ -149,7 +149,7 @@ class TestLoss:
 
         generator = trainer._generator(0, 0, 0)
         timesteps = torch.randint(0, 1000, (3,), generator=generator)
-        images = noised_pair_images(pipeline, batch, timesteps, 5.0, generator)
+        images = noised_pairs(pipeline, batch, timesteps, 5.0, generator)
         s0, s1 = (trainer.model.score(x, batch["prompts"], timesteps).tolist() for x in images)
         win = math.log1p(math.exp(s1[0] - s0[0]))
         lose = math.log1p(math.exp(s0[1] - s1[1]))

@@ -24,7 +24,11 @@ import torch.nn.functional as F
 
 
 def caption_contrastive_loss(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, prompts: list[str]
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    prompts: list[str],
+    present: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     CLIP's symmetric contrastive loss (https://huggingface.co/papers/2103.00020, section 2.3) per pair: each image must
@@ -40,6 +44,9 @@ def caption_contrastive_loss(
             Factor of the cosines.
         prompts (`list[str]`):
             The captions, to tell which are equal.
+        present (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            Boolean. A pair that is not there, such as one with an unreadable image, is nobody's negative; its own loss is
+            0.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`.
@@ -47,8 +54,11 @@ def caption_contrastive_loss(
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     ids = torch.tensor([numbers[prompt] for prompt in prompts], device=image_embeds.device)
     targets = torch.arange(len(ids), device=ids.device)
-    repeats = (ids[:, None] == ids) & (targets[:, None] != targets)
-    logits = (logit_scale * image_embeds @ text_embeds.T).masked_fill(repeats, float("-inf"))  # (images, captions)
+    masked = ids[:, None] == ids
+    if present is not None:
+        masked = masked | ~present[:, None] | ~present
+    masked = masked & (targets[:, None] != targets)
+    logits = (logit_scale * image_embeds @ text_embeds.T).masked_fill(masked, float("-inf"))  # (images, captions)
     image_losses = F.cross_entropy(logits, targets, reduction="none")
     text_losses = F.cross_entropy(logits.T, targets, reduction="none")
     return (image_losses + text_losses) / 2

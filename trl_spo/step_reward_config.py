@@ -22,7 +22,7 @@ class StepRewardConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`StepRewardTrainer`].
 
-    This class includes only the parameters that are specific to training a step-aware reward model. For a full list of
+    This class includes only the parameters that are specific to training a reward model for denoising steps. For a full list of
     training arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Defaults are those of
     the [SPO paper](https://huggingface.co/papers/2406.04314) for Stable Diffusion 1.5, on one device.
 
@@ -35,7 +35,8 @@ class StepRewardConfig(StepTrainingArguments):
 
         guidance_scale (`float`, *optional*, defaults to `5.0`):
             Classifier-free guidance of the one-step prediction of the clean images. The reward model learns to judge
-            predictions of this strength: use the same value in [`SPOConfig`].
+            predictions of this strength: use the same value in [`SPOConfig`]. Without effect on a latent reward model,
+            which judges noised latents.
         negative_prompt (`str`, *optional*, defaults to `""`):
             Prompt of the unconditional half of the guidance.
         min_timestep (`int`, *optional*, defaults to `0`):
@@ -45,6 +46,9 @@ class StepRewardConfig(StepTrainingArguments):
         timesteps (`list[int]`, *optional*):
             Draw from these timesteps instead of from the whole range. SPO asks the reward model only about the
             timesteps of its schedule; with 20 steps these are 951, 901, ..., 1, and 0.
+        independent_noise (`bool`, *optional*, defaults to `False`):
+            Draw a noise for each image of a pair, as the published latent reward models were trained, instead of one for
+            both.
         resolution (`int`, *optional*, defaults to `512`):
             Side in pixels to which the images of a pair are brought (short side, then centre crop) before the VAE.
             512 suits Stable Diffusion 1.5, 1024 SDXL.
@@ -154,6 +158,9 @@ class StepRewardConfig(StepTrainingArguments):
     max_timestep: int = field(default=999, metadata={"help": "Largest timestep drawn in training, inclusive."})
     timesteps: list[int] | None = field(
         default=None, metadata={"help": "Draw from these timesteps instead of from the whole range."}
+    )
+    independent_noise: bool = field(
+        default=False, metadata={"help": "Draw a noise for each image of a pair instead of one for both."}
     )
     resolution: int = field(
         default=512, metadata={"help": "Side in pixels to which the images are brought before the VAE."}

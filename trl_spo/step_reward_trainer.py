@@ -12,7 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Training of the step-aware reward model of SPO (https://huggingface.co/papers/2406.04314, section 3.2)."""
+"""
+Training of the reward models that judge single denoising steps: the step-aware reward model of SPO
+(https://huggingface.co/papers/2406.04314, section 3.2) and the latent reward model of LPO
+(https://huggingface.co/papers/2502.01051, section 4).
+"""
 
 import copy
 import json
@@ -22,19 +26,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .losses import caption_contrastive_loss, step_preference_loss
-from .noised_pairs import noised_pair_images
+from .noised_pairs import noised_pairs
 from .pipelines.auto import wrap_pipeline
 from .pipelines.encoding_cache import EncodingCache
 from .preference_collator import StepPreferenceCollator
 from .preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
 from .preference_labels import preference_labels, score_clean_images
-from .rewards.step_aware_clip import StepAwareRewardModel, StepRewardOutput
+from .rewards.base import is_reward_model, load_reward_model, wrap_reward
+from .rewards.inputs import StepRewardOutput
 from .step_reward_config import StepRewardConfig
 from .training.base import StepTrainer
+from .training.gather import gather_rows
 from .training.model_card import step_reward_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
 from .training.running_means import RunningMeans, gather_from_processes
@@ -75,11 +81,12 @@ class _PositionCallback(TrainerCallback):
 
 class StepRewardTrainer(StepTrainer):
     r"""
-    Trainer of the step-aware reward model of [SPO](https://huggingface.co/papers/2406.04314): preferences between
-    finished images, learnt on what the diffusion model predicts of them at a random timestep.
+    Trainer of reward models for single denoising steps: preferences between finished images, learnt on what these look
+    like at a random timestep.
 
-    For each pair one timestep and one noise are drawn; both noised images pass the frozen diffusion model in one batch
-    and become predictions of the clean image, which the reward model scores. The loss is the cross entropy of the two
+    For each pair one timestep and one noise are drawn. A [`LatentRewardModel`] scores the two noised latents. For a
+    [`StepAwareRewardModel`], the reward model of [SPO](https://huggingface.co/papers/2406.04314), both pass the frozen
+    diffusion model in one batch and become predictions of the clean image. The loss is the cross entropy of the two
     scores against the label ([`step_preference_loss`]), each pair weighted by `1 / num_example_per_prompt`. Weights
     are normalised over the whole optimizer step, accumulation and processes included, so that splitting a batch
     differently does not change the gradient.
@@ -91,11 +98,11 @@ class StepRewardTrainer(StepTrainer):
         config ([`StepRewardConfig`]):
             Configuration of the training.
         pipeline:
-            The diffusion model whose predictions are to be judged; anything [`wrap_pipeline`] accepts. It is not
-            changed.
-        reward_model ([`StepAwareRewardModel`] or `str`):
-            The model to train, or the folder or Hub id of one. Start from [`StepAwareRewardModel.from_clip`]. Trained
-            in float32 (under autocast with `bf16` or `fp16`), since steps of 3e-6 vanish in half precision weights.
+            The diffusion model whose predictions, or latents, are to be judged; anything [`wrap_pipeline`] accepts. It is
+            not changed.
+        reward_model ([`StepAwareRewardModel`], [`LatentRewardModel`] or `str`):
+            The model to train, or the folder or Hub id of one. Start from [`StepAwareRewardModel.from_clip`] or
+            [`LatentRewardModel.from_pipeline`]. Trained in float32 (under autocast with `bf16` or `fp16`), since steps of 3e-6 vanish in half precision weights.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`, *optional*):
             Image pairs in Pick-a-Pic's or TRL's preference format. Defaults to `config.dataset_name`.
         eval_dataset (the same or a `dict` of them, *optional*):
@@ -107,9 +114,9 @@ class StepRewardTrainer(StepTrainer):
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler.
         preference_model ([`StepAwareRewardModel`] or `Callable`, *optional*):
-            With `config.relabel_preferences`, whose preferences become the labels: a reward model, asked at timestep
-            0, or a callable `(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)`. Defaults to a frozen copy of
-            `reward_model` as it is given; one fresh from PickScore labels as PickScore does. It is not trained.
+            With `config.relabel_preferences`, whose preferences become the labels: a reward model of images, asked at
+            timestep 0, or a callable `(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)`. Defaults to a frozen copy
+            of `reward_model` as it is given; one fresh from PickScore labels as PickScore does. It is not trained.
 
     Example:
 
@@ -139,7 +146,7 @@ class StepRewardTrainer(StepTrainer):
         self,
         config: StepRewardConfig,
         pipeline: Any,
-        reward_model: StepAwareRewardModel | str,
+        reward_model: PreTrainedModel | str,
         train_dataset: Any | None = None,
         eval_dataset: Any | None = None,
         data_collator: Any | None = None,
@@ -177,9 +184,11 @@ class StepRewardTrainer(StepTrainer):
                 "Set it to false, as in the configuration 'fsdp' of `trl-spo step-reward --accelerate_config`."
             )
         self.check_output(config)
-        if not isinstance(reward_model, (str, Path, StepAwareRewardModel)):
+        trainable = isinstance(reward_model, PreTrainedModel) and is_reward_model(reward_model)
+        if not isinstance(reward_model, (str, Path)) and not trainable:
             raise ValueError(
-                f"`reward_model` must be a StepAwareRewardModel or a path, got {type(reward_model).__name__}."
+                "`reward_model` must be a StepAwareRewardModel, a LatentRewardModel or a path, got "
+                f"{type(reward_model).__name__}."
             )
         if train_dataset is None and eval_dataset is None and config.dataset_name is None:
             raise ValueError("There are no image pairs: pass `train_dataset` or set `dataset_name` in the config.")
@@ -191,12 +200,17 @@ class StepRewardTrainer(StepTrainer):
                 f"{type(preference_model).__name__}."
             )
 
-    def _load(self, config: StepRewardConfig, pipeline, reward_model) -> StepAwareRewardModel:
+    def _load(self, config: StepRewardConfig, pipeline, reward_model) -> PreTrainedModel:
         """Reward model and pipeline, and whether they fit the settings and each other."""
         if isinstance(reward_model, (str, Path)):
-            reward_model = StepAwareRewardModel.from_pretrained(reward_model)
+            reward_model = load_reward_model(reward_model)
         self.pipeline = wrap_pipeline(pipeline)
         self.pipeline.check_weights()
+        reward = wrap_reward(reward_model)
+        reward.check_pipeline(self.pipeline)
+        self.sees = reward.sees
+        if self.sees != "images":
+            self._tag_names, self._name = ["trl", "spo", "latent-reward-model"], "LPO latent reward model"
         self._check_timesteps(config, reward_model)
         try:
             self.pipeline.latent_shape(config.resolution, config.resolution)
@@ -204,8 +218,13 @@ class StepRewardTrainer(StepTrainer):
             raise ValueError(f"`resolution={config.resolution}` does not suit the pipeline: {error}") from error
         return reward_model
 
-    def _prepare(self, config: StepRewardConfig, reward_model: StepAwareRewardModel, preference_model) -> None:
+    def _prepare(self, config: StepRewardConfig, reward_model: PreTrainedModel, preference_model) -> None:
         """Precision and frozen parts of the reward model, and the model whose preferences become labels."""
+        if config.relabel_preferences and preference_model is None and self.sees != "images":
+            raise ValueError(
+                "`relabel_preferences` asks the model that is trained for labels unless another is given, and this "
+                f"{type(reward_model).__name__} judges latents, not finished images. Pass a `preference_model` of images."
+            )
         reward_model.float()
         if config.relabel_preferences and (preference_model is None or preference_model is reward_model):
             preference_model = copy.deepcopy(reward_model)
@@ -246,13 +265,17 @@ class StepRewardTrainer(StepTrainer):
         # FSDP and DeepSpeed cannot shard parameters without dimensions, so `logit_scale` has shape (1,) in training and is
         # saved as ().
         self._lends_dimension = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._scalars = [name for name, value in self.model.named_parameters() if value.ndim == 0]
         if self._lends_dimension:
-            scale = self.model.model.logit_scale
-            scale.data = scale.data.reshape(1)
+            for name in self._scalars:
+                scale = self.model.get_parameter(name)
+                scale.data = scale.data.reshape(1)
         # `compute_loss` divides by `num_items_in_batch` itself, see `_get_num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
-        self.pipeline.to(self.accelerator.device)
+        # Noised latents need the VAE alone; the denoiser and the text encoders would take memory for nothing.
+        needed = self.pipeline.vae if self.sees == "noisy_latents" else self.pipeline
+        needed.to(self.accelerator.device)
         for module in (self.pipeline.denoiser, *self.pipeline.frozen_modules().values()):
             module.eval()
         self.guard = NonFiniteGuard(
@@ -269,7 +292,7 @@ class StepRewardTrainer(StepTrainer):
         self._position = _PositionCallback(self)
         self.add_callback(self._position)
 
-    def _check_timesteps(self, config: StepRewardConfig, reward_model: StepAwareRewardModel):
+    def _check_timesteps(self, config: StepRewardConfig, reward_model: PreTrainedModel):
         limit = min(self.pipeline.num_train_timesteps, reward_model.config.num_train_timesteps)
         drawn = [config.max_timestep] if config.timesteps is None else config.timesteps
         largest = max(*drawn, *config.eval_timesteps)
@@ -317,13 +340,13 @@ class StepRewardTrainer(StepTrainer):
         self, model, inputs: dict[str, Any], timesteps: torch.Tensor, generator: torch.Generator
     ) -> tuple[StepRewardOutput, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Noises, predicts and scores both images of each pair. Returns the output on (2B) images, two (B,) scores, and
-        whether both images of each pair are finite (B,); the reward model sees blank images instead of those that
-        are not.
+        Noises and scores both images of each pair, and predicts them where the reward model judges predictions. Returns
+        the output on (2B) samples, two (B,) scores, and whether both samples of each pair are finite (B,); the reward
+        model sees blank ones instead of those that are not.
         """
         # The pipeline computes in its own precision, as it does in SPO's rollout.
         with torch.autocast(self.accelerator.device.type, enabled=False):
-            images = noised_pair_images(
+            samples = noised_pairs(
                 self.pipeline,
                 inputs,
                 timesteps,
@@ -332,12 +355,24 @@ class StepRewardTrainer(StepTrainer):
                 negative_prompt=self.args.negative_prompt,
                 prediction_batch_size=self.args.prediction_batch_size,
                 cache=self.encoding_cache,
+                sees=self.sees,
+                independent_noise=self.args.independent_noise,
             )
-        images = torch.cat(images)
-        finite = is_finite(images)
-        images = torch.where(finite[:, None, None, None], images, 0.0)
-        output = model(images, prompts=inputs["prompts"] * 2, timesteps=timesteps.repeat(2))
+        samples = torch.cat(samples)
+        finite = is_finite(samples)
+        samples = torch.where(finite[:, None, None, None], samples, 0.0)
+        output = model(samples, timesteps=timesteps.repeat(2), **self._texts(inputs["prompts"]))
         return output, *output.scores.chunk(2), finite.view(2, -1).all(0)
+
+    def _texts(self, prompts: list[str]) -> dict[str, Any]:
+        """What the reward model is given to read, twice: the prompts, or their features if these never change."""
+        if self.encoding_cache is None or not self.args.freeze_text_tower:
+            return {"prompts": prompts * 2}
+        model = self.accelerator.unwrap_model(self.model)
+        with torch.no_grad(), torch.autocast(self.accelerator.device.type, enabled=False):
+            features = self.encoding_cache.encode_texts(model, prompts)
+        rows = torch.arange(len(prompts), device=model.device).repeat(2)
+        return {"text_features": features[rows]}
 
     def _relabel(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch with the labels of the preference model, if the config asks for them."""
@@ -362,7 +397,7 @@ class StepRewardTrainer(StepTrainer):
             self.guard.watch("predicted images", finite, timesteps, inputs["prompts"])
             self.guard.watch("scores", losses.isfinite(), timesteps, inputs["prompts"], again=True)
         if self.args.caption_loss_coef > 0:
-            caption_losses = self._caption_losses(output, inputs)
+            caption_losses = self._caption_losses(output, inputs, weights > 0)
             self._metrics.add("preference_loss", losses, weights)
             self._metrics.add("caption_loss", caption_losses, weights)
             losses = losses + self.args.caption_loss_coef * caption_losses
@@ -376,12 +411,24 @@ class StepRewardTrainer(StepTrainer):
             self._metrics.add(name, correct, untied & (timesteps >= low) & (timesteps < high))
         return (loss, output) if return_outputs else loss
 
-    def _caption_losses(self, output: StepRewardOutput, inputs: dict[str, Any]) -> torch.Tensor:
-        """Contrastive loss of the preferred image of each pair (image 0 of a tie), shape (B,)."""
+    def _caption_losses(self, output: StepRewardOutput, inputs: dict[str, Any], present: torch.Tensor) -> torch.Tensor:
+        """
+        Contrastive loss of the preferred image of each pair (image 0 of a tie), shape (B,). The pairs of all processes
+        are each other's negatives, so that the loss does not depend on the number of processes.
+        """
         embeds_0, embeds_1 = output.image_embeds.chunk(2)
         preferred = torch.where((inputs["label_1"] > inputs["label_0"])[:, None], embeds_1, embeds_0)
         text_embeds = output.text_embeds.chunk(2)[0]
-        return caption_contrastive_loss(preferred, text_embeds, output.logit_scale, inputs["prompts"])
+        prompts = inputs["prompts"]
+        if self.args.world_size == 1:
+            return caption_contrastive_loss(preferred, text_embeds, output.logit_scale, prompts, present)
+
+        own = torch.stack([preferred, text_embeds], dim=1)
+        everything, first = gather_rows(own)
+        present, _ = gather_rows(present)
+        prompts = [prompt for part in gather_from_processes(prompts) for prompt in part]
+        losses = caption_contrastive_loss(*everything.unbind(1), output.logit_scale, prompts, present)
+        return losses[first : first + len(own)]
 
     def _record(self, means: RunningMeans, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -427,7 +474,7 @@ class StepRewardTrainer(StepTrainer):
         """What the parent saves, and a model card."""
         if self._lends_dimension and self.args.should_save:
             state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
-            state_dict["model.logit_scale"] = state_dict["model.logit_scale"].reshape(())
+            state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
         Trainer._save(self, str(folder), state_dict)
         if self.args.should_save:
             self._write_model_card(folder, output_dir)
@@ -485,13 +532,17 @@ class StepRewardTrainer(StepTrainer):
 
     def _model_card(self, name: str, output_dir: Path) -> str:
         model = self.accelerator.unwrap_model(self.model)
+        latent_shape = None
+        if self.sees != "images":
+            latent_shape = self.pipeline.latent_shape(self.args.resolution, self.args.resolution)
         return step_reward_model_card(
             self.args,
             name=name,
             base_model=model.config.name_or_path,
             pipeline=getattr(self.pipeline.sd_pipeline, "name_or_path", None),
             num_train_timesteps=model.config.num_train_timesteps,
-            step_conditioning=model.config.step_conditioning,
+            step_conditioning=getattr(model.config, "step_conditioning", True),
+            latent_shape=latent_shape,
             global_step=self.state.global_step,
             log_history=self.state.log_history,
             tags=self._tag_names,

@@ -30,7 +30,7 @@ from scipy.stats import t as student_t
 from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.preferences import _denoise, encode_prompts
-from trl_spo.noised_pairs import noised_pair_images
+from trl_spo.noised_pairs import noised_pairs
 from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.sampling import score_images
 
@@ -151,7 +151,7 @@ def label_accuracy(pipeline, reward_model, dataset, timesteps: list[int], batch_
         for timestep in timesteps:
             steps = torch.full((len(prompts),), timestep, dtype=torch.long)
             generator = torch.Generator().manual_seed(start)
-            images = noised_pair_images(pipeline, batch, steps, guidance_scale=1.0, generator=generator)
+            images = noised_pairs(pipeline, batch, steps, guidance_scale=1.0, generator=generator)
             scores = [reward_model.score(image, prompts, steps) for image in images]
             first = (scores[0] > scores[1])[decided]
             agree[timestep].append(first == (batch["label_0"] > batch["label_1"])[decided])
@@ -189,7 +189,7 @@ def prediction_order(pipeline, reward_models: dict, dataset, timesteps: list[int
         for timestep in timesteps:
             steps = torch.full((len(prompts),), timestep, dtype=torch.long)
             generator = torch.Generator().manual_seed(start)
-            images = noised_pair_images(pipeline, batch, steps, guidance_scale=1.0, generator=generator)
+            images = noised_pairs(pipeline, batch, steps, guidance_scale=1.0, generator=generator)
             exact = [exact_scores((image / 2 + 0.5).clamp(0, 1), prompts) for image in images]
             for name, model in reward_models.items():
                 scores = [model.score(image, prompts, steps) for image in images]

@@ -69,7 +69,7 @@ class EncodingCache:
             pipeline:
                 An SPO pipeline.
             images (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
-                In [-1, 1].
+                In [-1, 1], on the device where latents are wanted.
             keys (`list[str]`):
                 One per image: equal keys stand for equal images.
             generator (`torch.Generator`, *optional*):
@@ -79,7 +79,7 @@ class EncodingCache:
             `torch.Tensor` of shape `(batch_size, channels, latent_height, latent_width)`.
         """
         parts = [self._posterior(pipeline, image, key) for image, key in zip(images, keys, strict=True)]
-        mean, std = torch.stack(parts, dim=1).to(pipeline.device)  # each (B, C, h, w)
+        mean, std = torch.stack(parts, dim=1).to(images.device)  # each (B, C, h, w)
         return pipeline.draw_latents(mean, std, generator)
 
     def _posterior(self, pipeline, image: torch.Tensor, key: str) -> torch.Tensor:
@@ -124,6 +124,30 @@ class EncodingCache:
         for key, row in zip(keys, rows, strict=True):
             self._keep(key, row)
         return PromptEmbeds.cat(rows).to(pipeline.device)
+
+    @torch.no_grad()
+    def encode_texts(self, reward_model: Any, prompts: list[str]) -> Any:
+        r"""
+        What `reward_model.encode_prompts(prompts)` returns, for a model whose text encoders are not trained.
+
+        Args:
+            reward_model:
+                A reward model; one cache serves one of them.
+            prompts (`list[str]`):
+                Prompts, repeats allowed.
+
+        Returns:
+            Text features, one row per prompt: a tensor or [`PromptEmbeds`].
+        """
+        rows = []
+        for prompt in prompts:
+            key = ("text of the reward model", prompt)
+            if key not in self._prompts:
+                self._keep(key, reward_model.encode_prompts([prompt]))
+                self.num_prompts_encoded += 1
+            self._prompts.move_to_end(key)
+            rows.append(self._prompts[key])
+        return torch.cat(rows) if torch.is_tensor(rows[0]) else PromptEmbeds.cat(rows)
 
     def _keep(self, key: tuple, row: PromptEmbeds) -> None:
         """Make a row the most recent one, and drop the oldest where there are too many or they are too large."""

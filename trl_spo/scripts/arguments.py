@@ -139,15 +139,21 @@ class EvaluationDataArguments:
 @dataclass
 class RewardModelArguments:
     r"""
-    Which reward model, in one of three forms.
+    Which reward model, in one of three forms: a saved one, a checkpoint of its authors, or a fresh one.
 
     Args:
         reward_model_name_or_path (`str`, *optional*):
             Folder or Hub id of a saved `StepAwareRewardModel` or `LatentRewardModel`. Goes before the other forms.
+        reward_type (`str`, *optional*, defaults to `"step_aware"`):
+            What checkpoint or fresh model the other arguments mean: `"step_aware"` (a CLIP, judges predicted images) or
+            `"latent"` (the diffusion model's own backbone, judges noisy latents).
         reward_checkpoint (`str`, *optional*):
-            File in the format of the SPO authors, or the Hub id of a repository of such files.
+            File in the format of the SPO authors, or the Hub id of a repository of such files; of a latent reward, folder
+            or Hub id in the format of the LPO authors.
         reward_checkpoint_filename (`str`, *optional*):
             Name of the file in that repository.
+        reward_checkpoint_subfolder (`str`, *optional*):
+            Folder of a latent reward in its repository, such as `"lrm_sd15"`.
         clip_name_or_path (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
             Folder or Hub id of the CLIP that a fresh reward model starts from, and that tells a checkpoint's
             architecture.
@@ -158,11 +164,18 @@ class RewardModelArguments:
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a saved reward model."}
     )
+    reward_type: str = field(
+        default="step_aware", metadata={"help": "What checkpoint or fresh model is meant: step_aware or latent."}
+    )
     reward_checkpoint: str | None = field(
-        default=None, metadata={"help": "File in the format of the SPO authors, or the Hub id of its repository."}
+        default=None,
+        metadata={"help": "File of the SPO authors, folder of the LPO authors, or the Hub id of its repository."},
     )
     reward_checkpoint_filename: str | None = field(
         default=None, metadata={"help": "Name of the file in that repository."}
+    )
+    reward_checkpoint_subfolder: str | None = field(
+        default=None, metadata={"help": "Folder of a latent reward in that repository."}
     )
     clip_name_or_path: str = field(
         default="yuvalkirstain/PickScore_v1", metadata={"help": "CLIP that a fresh reward model starts from."}
@@ -171,13 +184,35 @@ class RewardModelArguments:
         default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", metadata={"help": "Its tokenizer and image settings."}
     )
 
-    def load(self):
-        """The reward model that the arguments name: a [`StepAwareRewardModel`], or of the class of a saved one."""
+    def __post_init__(self):
+        if self.reward_type not in ("step_aware", "latent"):
+            raise ValueError(f"`reward_type` must be 'step_aware' or 'latent', got {self.reward_type!r}.")
+
+    def load(self, pipeline=None):
+        """
+        The reward model that the arguments name.
+
+        Args:
+            pipeline ([`SPOPipeline`], *optional*): where a fresh latent reward, which is to be trained, takes its weights
+                from.
+        """
         from ..rewards.base import load_reward_model
+        from ..rewards.latent import LatentRewardModel
         from ..rewards.step_aware_clip import StepAwareRewardModel
 
         if self.reward_model_name_or_path is not None:
             return load_reward_model(self.reward_model_name_or_path)
+        if self.reward_type == "latent":
+            if self.reward_checkpoint is not None:
+                return LatentRewardModel.from_original_checkpoint(
+                    self.reward_checkpoint, self.reward_checkpoint_subfolder
+                )
+            if pipeline is None:
+                raise SystemExit(
+                    "The heads of a fresh latent reward model are random: name a trained one with "
+                    "--reward_model_name_or_path or --reward_checkpoint."
+                )
+            return LatentRewardModel.from_pipeline(pipeline)
         if self.reward_checkpoint is not None:
             return StepAwareRewardModel.from_original_checkpoint(
                 self.reward_checkpoint,

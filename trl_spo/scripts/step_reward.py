@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Train the step-aware reward model of SPO on preference images.
+Train the reward model of SPO, or the latent one of LPO, on preference images.
 
 ```bash
 trl-spo step-reward --config examples/configs/step_reward_sd15.yaml
@@ -45,11 +45,12 @@ def main(
     from ..preference_dataset import load_preference_dataset
     from ..step_reward_trainer import StepRewardTrainer
 
-    set_seed(config.seed)  # a fresh reward model draws its timestep embedding
+    set_seed(config.seed)  # a fresh reward model draws its timestep embedding, or its heads
     evaluation = None
     if data_args.eval_dataset_name is not None:
         evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
-    trainer = StepRewardTrainer(config, model_args.load_pipeline(), reward_args.load(), eval_dataset=evaluation)
+    pipeline = model_args.load_pipeline()
+    trainer = StepRewardTrainer(config, pipeline, reward_args.load(pipeline), eval_dataset=evaluation)
     train_and_save(trainer, config)
 
 

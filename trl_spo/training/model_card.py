@@ -33,6 +33,7 @@ from ..step_distribution import StepRule
 
 
 PAPER = "2406.04314"
+LPO_PAPER = "2502.01051"
 FOLDER = "path/to/this/folder"  # where the card's examples load from if the model has no Hub id
 SAMPLES_NAME = "samples.json"  # written by `ImageLoggingCallback`
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)  # so no markup, and no "user:password@host/"
@@ -46,7 +47,7 @@ SPO_RECIPE = (
 REWARD_RECIPE = (
     "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
     "gradient_accumulation_steps world_size resolution guidance_scale min_timestep max_timestep timesteps "
-    "eval_timesteps only_different max_pairs_per_prompt freeze_text_tower caption_loss_coef relabel_preferences "
+    "eval_timesteps independent_noise only_different max_pairs_per_prompt freeze_text_tower caption_loss_coef relabel_preferences "
     "bf16 fp16 seed"
 ).split()
 SPO_LIMITATIONS = (
@@ -184,6 +185,7 @@ def step_reward_model_card(
     pipeline: str | None = None,
     num_train_timesteps: int = 1000,
     step_conditioning: bool = True,
+    latent_shape: tuple[int, ...] | None = None,
     global_step: int = 0,
     log_history: Iterable[dict] = (),
     tags: Iterable[str] = (),
@@ -195,9 +197,10 @@ def step_reward_model_card(
         args ([`StepRewardConfig`]): the settings of the run.
         name (`str`): heading.
         base_model (`str`, *optional*): Hub id of the model training started from; a local path is left out.
-        pipeline (`str`, *optional*): Hub id of the diffusion model whose predictions it judges.
+        pipeline (`str`, *optional*): Hub id of the diffusion model whose predictions or latents it judges.
         num_train_timesteps (`int`, *optional*, defaults to `1000`): timesteps it knows.
         step_conditioning (`bool`, *optional*, defaults to `True`): whether the timestep reaches the vision tower.
+        latent_shape (`tuple[int, ...]`, *optional*): of a latent reward model: shape of one of the latents it judges.
         global_step, log_history, tags: as in [`spo_model_card`].
 
     Returns:
@@ -220,21 +223,14 @@ def step_reward_model_card(
     timesteps = "at any timestep"
     if step_conditioning:
         timesteps = f"and takes the timestep (0 to {num_train_timesteps - 1}) as an input"
+    about, code, complete = _reward_model_in_words(args, latent_shape, global_step, where)
     parts = [
         f"# {name}",
-        f"Step-aware reward model for [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO), "
-        f"trained for {global_step} steps. It scores what {judged} predicts of the finished image {timesteps}; a higher "
-        "score is preferred, and only differences between images of one prompt mean something.",
+        f"{about} of {judged} {timesteps}; a higher score is preferred, and only differences between images of one prompt "
+        "mean something.",
         "## Use",
-        "```python\n"
-        "import torch\n"
-        "from trl_spo import StepAwareRewardModel\n\n"
-        f'model = StepAwareRewardModel.from_pretrained("{where}")\n'
-        f"images = torch.rand(2, 3, {args.resolution}, {args.resolution}) * 2 - 1  # in [-1, 1]\n"
-        'scores = model.score(images, ["a red cat", "a red cat"], timesteps=torch.tensor([0, 501]))\n'
-        "```",
-        "The folder is complete: weights, configuration, tokenizer and image settings. In training, "
-        "`SPOTrainer(config, pipeline, model, ...)`.",
+        f"```python\n{code}\n```",
+        f"The folder is complete: {complete}. In training, `SPOTrainer(config, pipeline, model, ...)`.",
         "## Recipe",
         _settings(args, REWARD_RECIPE),
         *_evaluation(log_history, ("_loss", "_accuracy", "_margin"), "/t_"),
@@ -244,6 +240,39 @@ def step_reward_model_card(
         _versions("transformers", "diffusers", "torch"),
     ]
     return _join(header, parts)
+
+
+def _reward_model_in_words(
+    args, latent_shape: tuple[int, ...] | None, global_step: int, where: str
+) -> tuple[str, str, str]:
+    """Of a reward model: the start of a sentence about what it scores, its use as code, and what its folder holds."""
+    spo, lpo = (f"https://huggingface.co/papers/{paper}" for paper in (PAPER, LPO_PAPER))
+    if latent_shape is None:
+        about = (
+            f"Step-aware reward model for [Step-aware Preference Optimization]({spo}) (SPO), trained for {global_step} "
+            "steps. It scores predictions of the finished image"
+        )
+        model, variable, complete = (
+            "StepAwareRewardModel",
+            "images",
+            "weights, configuration, tokenizer and image settings",
+        )
+        samples = f"torch.rand(2, 3, {args.resolution}, {args.resolution}) * 2 - 1  # in [-1, 1]"
+    else:
+        about = (
+            f"Latent reward model for [Latent Preference Optimization]({lpo}) (LPO), trained for {global_step} steps. It "
+            "scores noisy latents"
+        )
+        model, variable, complete = "LatentRewardModel", "latents", "weights, configuration and tokenizers"
+        samples = f"torch.randn(2, {', '.join(map(str, latent_shape))})  # in the scale of the denoiser"
+    code = (
+        "import torch\n"
+        f"from trl_spo import {model}\n\n"
+        f'model = {model}.from_pretrained("{where}")\n'
+        f"{variable} = {samples}\n"
+        f'scores = model.score({variable}, ["a red cat", "a red cat"], timesteps=torch.tensor([0, 501]))'
+    )
+    return about, code, complete
 
 
 def _join(header: ModelCardData, parts: list[str]) -> str:
