@@ -35,7 +35,10 @@ from trl_spo import SPOStableDiffusionPipeline, SPOStableDiffusionXLPipeline, wr
 from trl_spo.pipelines.base import compute_dtype_of
 from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
+from trl_spo.pipelines.encoding_cache import EncodingCache
+from trl_spo.sampling import generate_images
 
+from .flow_testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from .testing_utils import (
     PROMPTS,
     changed,
@@ -59,6 +62,17 @@ def reference_call(pipe, prompts, generators, **kwargs):
     return pipe(prompts, generator=generators, output_type="np", **kwargs).images
 
 
+def encode_but_the_last_layer(pipe, prompts, negative_prompts) -> dict:
+    """The final norm on the features before the last layer; the negative prompt passes all layers."""
+    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    norm = dict(pipe.text_encoder.named_modules())
+    norm = norm.get("final_layer_norm") or norm["text_model.final_layer_norm"]
+    with torch.no_grad():
+        hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        negative = pipe.encode_prompt(negative_prompts, "cpu", 1, do_classifier_free_guidance=False)[0]
+        return {"prompt_embeds": norm(hidden), "negative_prompt_embeds": negative}
+
+
 class TestSampling:
     @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
     @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -80,6 +94,27 @@ class TestSampling:
         images = spo_pipeline.sample(embeds, generators[1], **settings)
         assert images.shape == (1, 3, 24, 8)
         np.testing.assert_allclose((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), expected, atol=2e-5)
+
+    @pytest.mark.parametrize("options", [{"guidance_rescale": 0.7}, {"clip_skip": 1}])
+    def test_options_mean_what_they_mean_in_diffusers(self, pipe, options):
+        """With a negative prompt: layers are skipped for the prompt alone."""
+        wrapped = wrap_pipeline(pipe)
+        pipe.scheduler = wrapped.scheduler
+        arguments = {"num_inference_steps": 3, "guidance_scale": 4.0, "eta": 1.0, "negative_prompt": "dog"}
+        seeds, own = range(2), {**arguments, "batch_size": 2, "seeds": range(2)}
+        plain = generate_images(wrapped, PROMPTS[:2], **own)
+        ours = generate_images(wrapped, PROMPTS[:2], **own, **options)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        told = {**arguments, "negative_prompt": ["dog"] * 2, **options}
+        prompts = PROMPTS[:2]
+        if "clip_skip" in options and wrapped.denoiser.config.addition_embed_type is None:
+            # By hand: diffusers 0.42 fails at the text encoders of transformers 5.
+            prompts, told = None, {**arguments, **encode_but_the_last_layer(pipe, PROMPTS[:2], ["dog"] * 2)}
+            del told["negative_prompt"]
+        theirs = reference_call(pipe, prompts, generators, **told)
+        np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), theirs, atol=1e-5)
+        assert (ours - plain).abs().max() > 1e-3
+        assert torch.equal(generate_images(wrapped, PROMPTS[:2], **own), plain)  # an option of one call stays there
 
     def test_image_depends_on_its_own_seed_only(self, pipe):
         spo_pipeline = wrap_pipeline(pipe)
@@ -180,6 +215,45 @@ class TestWrapPipeline:
         pipe.unet.register_to_config(time_cond_proj_dim=32)
         with pytest.raises(ValueError, match="`time_cond_proj_dim=32`.*not on classes, images or guidance"):
             wrap_pipeline(pipe)
+
+
+def test_options_out_of_range_or_without_meaning_are_refused(tmp_path):
+    wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+    for options, message in (
+        ({"guidance_rescale": 1.1}, "in .0, 1."),
+        ({"clip_skip": -1}, "0 or more layers"),
+        ({"clip_skip": 2}, "below 2, the layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrapped.configure(**options)
+    assert (wrapped.guidance_rescale, wrapped.clip_skip) == (0.0, 0)
+    for options in ({"guidance_rescale": 0.7}, {"clip_skip": 1}):
+        with pytest.raises(ValueError, match=f"FluxPipeline` knows no `{next(iter(options))}`"):
+            wrap_pipeline(tiny_flux_pipeline(tmp_path)).configure(**options)
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline` knows no `guidance_rescale`"):
+        wrap_pipeline(tiny_sd3_pipeline(tmp_path)).configure(guidance_rescale=0.7)
+
+
+def test_stable_diffusion_3_skips_layers_as_diffusers_does(tmp_path):
+    pipe = tiny_sd3_pipeline(tmp_path)
+    wrapped = wrap_pipeline(pipe)
+    wrapped.configure(clip_skip=1)
+    ours = wrapped.encode_prompt(PROMPTS[:2], "dog")
+    expected, negative, pooled, negative_pooled = pipe.encode_prompt(
+        PROMPTS[:2], None, None, negative_prompt=["dog"] * 2, clip_skip=1, max_sequence_length=256
+    )
+    torch.testing.assert_close(ours.prompt_embeds, expected)
+    torch.testing.assert_close(ours.negative_prompt_embeds, negative)
+    torch.testing.assert_close(ours.pooled_prompt_embeds, pooled)
+    wrapped.configure(clip_skip=0)
+    assert not torch.equal(wrapped.encode_prompt(PROMPTS[:2], "dog").prompt_embeds, ours.prompt_embeds)
+
+
+def test_the_prompt_cache_tells_options_apart(tmp_path):
+    wrapped, cache = wrap_pipeline(tiny_sd_pipeline(tmp_path)), EncodingCache()
+    plain = cache.encode_prompts(wrapped, ["a cat"])
+    wrapped.configure(clip_skip=1)
+    assert not torch.equal(cache.encode_prompts(wrapped, ["a cat"]).prompt_embeds, plain.prompt_embeds)
 
 
 class TestScheduler:

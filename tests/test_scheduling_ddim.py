@@ -196,6 +196,68 @@ def test_errors_name_the_problem():
         ddim_step_stats(scheduler, zeros, 1, zeros, 1.0)
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_terminal_snr_is_finite_at_every_number_of_steps(prediction_type):
+    """
+    By hand: at t = 999 no signal is left, so x_{t-1} at eta 1 is sqrt(a_prev) x_0 plus noise of variance 1 - a_prev, and
+    nothing of x_t. Regression: rounding put a number below zero under a root for 39 of the first 100 numbers of steps.
+    """
+    scheduler = make_scheduler(prediction_type=prediction_type, **ZERO_SNR)
+    output = torch.full((1, 1, 1, 1), -2.0 if prediction_type == "v_prediction" else 2.0)
+    for steps in range(2, 101):
+        scheduler.set_timesteps(steps)
+        first, second = scheduler.timesteps[:2]
+        assert first == 999
+        mean, std, original = ddim_step_stats(scheduler, output, first, torch.ones_like(output), 1.0)
+        a_prev = scheduler.alphas_cumprod[999 - 1000 // steps]
+        assert original.item() == 2.0
+        torch.testing.assert_close(std, (1 - a_prev) ** 0.5)
+        assert mean.item() == pytest.approx(2 * a_prev.item() ** 0.5, abs=1e-3)
+        rest = ddim_step_stats(scheduler, output, second, torch.ones_like(output), 1.0)
+        assert rest.prev_sample_mean.isfinite() and rest.std_dev_t.isfinite()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("eta", [0.0, 0.999, 1.0])
+def test_no_schedule_has_a_step_that_is_not_finite(schedule, eta):
+    """A cosine schedule ends within rounding of no signal without being told to."""
+    for spacing in ("leading", "trailing", "linspace"):
+        scheduler = DDIMScheduler(beta_schedule=schedule, timestep_spacing=spacing, prediction_type="v_prediction")
+        for steps in range(1, 101):
+            scheduler.set_timesteps(steps)
+            sample = torch.ones(len(scheduler.timesteps), 1, 1, 1)
+            stats = ddim_step_stats(scheduler, sample, scheduler.timesteps, sample, eta)
+            assert all(value.isfinite().all() for value in stats), (spacing, steps)
+
+
+def test_predicted_noise_without_signal_is_refused_where_it_is_asked_for():
+    rule = DDIMStepRule(make_scheduler(prediction_type="epsilon", **ZERO_SNR))
+    with pytest.raises(ValueError, match="timestep 999 .* set `prediction_type='v_prediction'`"):
+        rule.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        rule.check_predictable([0, 999])
+    rule.check_predictable([0, 998])
+    leading = DDIMStepRule(make_scheduler(prediction_type="epsilon", **{**ZERO_SNR, "timestep_spacing": "leading"}))
+    assert leading.set_timesteps(STEPS)[0] == 900  # never asks about t = 999
+    DDIMStepRule(make_scheduler(prediction_type="v_prediction", **ZERO_SNR)).set_timesteps(STEPS)
+
+
+def test_the_code_of_a_card_samples_finite_images_without_terminal_snr():
+    rule = DDIMStepRule(make_scheduler(prediction_type="v_prediction", **ZERO_SNR))
+    assert rule.sampling_code(1.0).arguments == ["eta=0.999"]
+    assert rule.sampling_code(0.5).arguments == ["eta=0.5"]
+    for eta, finite in ((1.0, False), (0.999, True)):  # the first is why
+        results = []
+        for steps in range(2, 101):
+            rule.scheduler.set_timesteps(steps)
+            sample = torch.ones(1, 1, 1, 1)
+            results.append(rule.scheduler.step(sample, 999, sample, eta=eta, variance_noise=sample).prev_sample)
+        assert torch.cat(results).isfinite().all() == finite
+
+
 def test_scheduler_is_only_read():
     scheduler = make_scheduler(steps_offset=1)
     before = (scheduler.timesteps.clone(), scheduler.alphas_cumprod.clone(), dict(scheduler.config))

@@ -45,6 +45,7 @@ from .testing_utils import (
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
     tiny_spo_config,
+    train_logs,
 )
 
 
@@ -94,6 +95,34 @@ class TestInvariants:
         trainer = make_trainer(tmp_path, pipeline=pipeline, max_steps=1, use_peft=False, learning_rate=1e-5)
         trainer.train()
         assert trainer.state.log_history[0]["ratio/chosen"] == 1.0
+
+    @pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_sdxl_pipeline])
+    def test_options_of_the_pipeline_are_part_of_the_run(self, tmp_path, maker):
+        """Rollout, loss, evaluation and card alike: ratios start at 1, and the card says how to sample."""
+        trainer = make_trainer(tmp_path, pipeline=maker(tmp_path), guidance_rescale=0.7, clip_skip=1, max_steps=1)
+        plain = make_trainer(tmp_path, "plain", pipeline=maker(tmp_path), max_steps=1)
+        assert not torch.equal(trainer.generate(PROMPTS[:1]), plain.generate(PROMPTS[:1]))
+        trainer.train()
+        assert train_logs(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert train_logs(trainer)[0]["ratio/chosen"] == 1
+        trainer.save_model()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "guidance_rescale=0.7" in card and "clip_skip=1" in card
+
+    def test_zero_terminal_snr(self, tmp_path):
+        """25 steps: one of the numbers whose first step was NaN at eta 1."""
+        config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+        pipeline = tiny_sd_pipeline(tmp_path, scheduler=ddim_scheduler(**config))
+        settings = {"num_inference_steps": 25, "branch_start_step": 0, "guidance_rescale": 0.7, "max_steps": 2}
+        trainer = make_trainer(tmp_path, pipeline=pipeline, **settings)
+        trainer.train()
+        logs = train_logs(trainer)
+        assert [log["pairs/nonfinite"] for log in logs] == [0, 0]
+        assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert trainer.generate(PROMPTS[:1]).isfinite().all()
+        config["prediction_type"] = "epsilon"
+        with pytest.raises(ValueError, match="timestep 999"):
+            make_trainer(tmp_path, pipeline=tiny_sd_pipeline(tmp_path, scheduler=ddim_scheduler(**config)))
 
     def test_other_sampling_between_steps_leaves_the_loss_alone(self, tmp_path):
         """Regression: sigma depends on the number of steps the scheduler was last set to."""
@@ -458,6 +487,21 @@ class TestLogging:
         assert set(expected) <= set(log)
         assert log["rewards/margins"] == pytest.approx(log["rewards/chosen"] - log["rewards/rejected"], abs=1e-9)
         assert all(math.isfinite(value) for value in log.values())
+
+    def test_the_deviation_of_a_large_reward(self, tmp_path):
+        """
+        Regression: of float32 squares, the difference from the squared mean had lost a deviation of 0.01 around 1000.
+        """
+
+        def reward(images, prompts, timesteps):
+            return 1000 + 0.01 * torch.arange(len(images), dtype=torch.float32)
+
+        trainer = make_trainer(tmp_path, reward=reward, max_steps=1, reward_batch_size=3, num_candidates=3)
+        pairs = trainer.rollout(PROMPTS[:3], seed=0)
+        expected = pairs.final_scores.double().std(correction=0).item()
+        assert 0 < expected < 0.1
+        trainer.pair_loader.num_prompts_seen = 3
+        assert trainer._pop_metrics()["reward_std"] == pytest.approx(expected, rel=1e-3)
 
     def test_step_reward_metrics_by_hand(self, tmp_path):
         trainer = make_trainer(tmp_path)

@@ -36,7 +36,9 @@ from trl_spo.preference_labels import relabel_preferences
 from .testing_utils import (
     PROMPTS,
     changed,
+    ddim_scheduler,
     device_settings,
+    image_pairs,
     state_of,
     tiny_clip,
     tiny_sd_pipeline,
@@ -374,6 +376,20 @@ def red_preference(images, prompts):
 def test_the_config_of_the_other_trainer():
     with pytest.raises(TypeError, match="`config` must be a `StepRewardConfig`, got `TrainingArguments`"):
         StepRewardTrainer(TrainingArguments(output_dir="unused"), "a/pipeline/never/loaded", None, rows(1))
+
+
+def test_timesteps_that_say_nothing_about_the_image_are_refused(clip_path, tmp_path):
+    """Zero terminal SNR with predicted noise: x_0 at t = 999 would be a division by zero in every batch that draws it."""
+    scheduler = ddim_scheduler(rescale_betas_zero_snr=True)
+    reward_model = StepAwareRewardModel.from_clip(clip_path)
+    for settings in ({}, {"max_timestep": 998, "eval_timesteps": [0, 999]}):
+        with pytest.raises(ValueError, match="timestep 999"):
+            StepRewardTrainer(
+                tiny_step_reward_config(tmp_path, **settings),
+                tiny_sd_pipeline(tmp_path, scheduler=scheduler),
+                reward_model,
+                train_dataset=image_pairs(),
+            )
 
 
 class TestDataOptions:

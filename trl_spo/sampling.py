@@ -34,6 +34,8 @@ def generate_images(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
+    guidance_rescale: float | None = None,
+    clip_skip: int | None = None,
     batch_size: int = 8,
     progress: str | None = None,
 ) -> torch.Tensor:
@@ -47,6 +49,8 @@ def generate_images(
         seeds (iterable of `int`, *optional*): N seeds; 0, 1, 2, ... by default.
         num_inference_steps, guidance_scale, eta, negative_prompt, height, width: the sampler; state them with every
             number you report.
+        guidance_rescale (`float`, *optional*), clip_skip (`int`, *optional*): see [`SPOPipeline.configure`]; what the
+            pipeline is set to by default.
         batch_size (`int`, *optional*, defaults to `8`): images sampled together.
         progress (`str`, *optional*): show a progress bar with this title.
 
@@ -56,21 +60,23 @@ def generate_images(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
+    options = {"guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
     images = []
     bar = tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None)
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        with pipeline.encoders_on_device():
-            embeds = pipeline.encode_prompt(batch, negative_prompt, **given_size(height, width))
-        images.append(
-            pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
-            .div(2)
-            .add(0.5)
-            .clamp(0, 1)
-            .cpu()
-        )
-        bar.update(len(batch))
+    with pipeline.configured(**options):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            with pipeline.encoders_on_device():
+                embeds = pipeline.encode_prompt(batch, negative_prompt, **given_size(height, width))
+            images.append(
+                pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
+                .div(2)
+                .add(0.5)
+                .clamp(0, 1)
+                .cpu()
+            )
+            bar.update(len(batch))
     bar.close()
     return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
 

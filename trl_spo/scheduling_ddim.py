@@ -131,7 +131,9 @@ def ddim_step_stats(
     pred_original_sample, pred_epsilon = ddim_predict(scheduler, model_output, timestep, sample)
     variance = (1 - alpha_prod_t_prev) / (1 - alpha_prod_t) * (1 - alpha_prod_t / alpha_prod_t_prev)
     std_dev_t = eta * variance**0.5
-    pred_sample_direction = (1 - alpha_prod_t_prev - std_dev_t**2) ** 0.5 * pred_epsilon
+    # Where x_t has no signal (zero terminal SNR) and eta is 1 this difference is 0 up to rounding, on either side of it.
+    direction = (1 - alpha_prod_t_prev - std_dev_t**2).clamp(min=0)
+    pred_sample_direction = direction**0.5 * pred_epsilon
     prev_sample_mean = alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
     return StepDistribution(prev_sample_mean, std_dev_t, pred_original_sample)
 
@@ -191,6 +193,7 @@ class DDIMStepRule(StepRule):
     def __init__(self, scheduler):
         self.scheduler = stochastic_ddim_scheduler(scheduler)
         self._stochastic: dict[tuple[int, float], list[bool]] = {}
+        self._pure_noise = set((self.scheduler.alphas_cumprod <= 0).nonzero().flatten().tolist())
 
     @property
     def num_train_timesteps(self) -> int:
@@ -198,7 +201,18 @@ class DDIMStepRule(StepRule):
 
     def set_timesteps(self, num_inference_steps: int) -> list[int]:
         self.scheduler.set_timesteps(num_inference_steps)
-        return self.scheduler.timesteps.tolist()
+        timesteps = self.scheduler.timesteps.tolist()
+        self.check_predictable(timesteps)
+        return timesteps
+
+    def check_predictable(self, timesteps: list[int]) -> None:
+        hopeless = sorted(self._pure_noise.intersection(timesteps))
+        if hopeless and self.scheduler.config.prediction_type == "epsilon":
+            raise ValueError(
+                f"At timestep {hopeless[-1]} the latents are noise alone (zero terminal SNR), from which a predicted noise "
+                "says nothing about the image. Models of this kind predict v: set `prediction_type='v_prediction'` in the "
+                "scheduler, or `rescale_betas_zero_snr=False` if the model was trained without it."
+            )
 
     def snr(self, timestep: int) -> float:
         alpha = self.scheduler.alphas_cumprod[timestep].item()
@@ -231,8 +245,10 @@ class DDIMStepRule(StepRule):
 
     def sampling_code(self, eta: float) -> SamplingCode:
         clip_sample = self.scheduler.config.clip_sample
-        return SamplingCode(
-            imports=["DDIMScheduler"],
-            setup=[f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip_sample})"],
-            arguments=[f"eta={eta:g}"],
-        )
+        setup = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip_sample})"]
+        if self._pure_noise and eta > 0.999:
+            eta = 0.999
+            setup.append(
+                "# With zero terminal SNR the first step of this scheduler is NaN at eta=1 for many step counts."
+            )
+        return SamplingCode(imports=["DDIMScheduler"], setup=setup, arguments=[f"eta={eta:g}"])

@@ -47,6 +47,12 @@ class SPOConfig(StepTrainingArguments):
         guidance_scale (`float`, *optional*, defaults to `5.0`):
             Classifier-free guidance in rollouts, scoring and evaluation; values of 1 and less disable it. Sample with the
             same value later: guidance changes what preference training still has to find.
+        guidance_rescale (`float`, *optional*, defaults to `0.0`):
+            In [0, 1]: how far the standard deviation of guided predictions is brought back to that without guidance, as in
+            diffusers; for models with zero terminal SNR. Stable Diffusion 1, 2 and XL only. Sample with the same value.
+        clip_skip (`int`, *optional*, defaults to `0`):
+            Last layers of the CLIP text encoders that prompts do not pass, counted as in diffusers. Stable Diffusion only,
+            3 included.
         eta (`float`, *optional*, defaults to `1.0`):
             Noise of the steps, above 0, where all candidates would be equal; 1 is the variance of DDPM. The pipeline's
             sampler says how far it goes.
@@ -205,6 +211,8 @@ class SPOConfig(StepTrainingArguments):
     # Parameters that control the rollout
     num_inference_steps: int = _field(20, "Number of denoising steps.")
     guidance_scale: float = _field(5.0, "Classifier-free guidance in rollouts, scoring and evaluation.")
+    guidance_rescale: float = _field(0.0, "Bring the deviation of guided predictions back, as in diffusers.")
+    clip_skip: int = _field(0, "Last layers of the CLIP text encoders that prompts do not pass.")
     eta: float = _field(1.0, "Noise of the steps, above 0.")
     num_candidates: int = _field(4, "Candidates drawn from one latent.")
     num_inner_steps: int = _field(1, "Steps that a candidate goes on alone before it is scored.")
@@ -308,6 +316,8 @@ class SPOConfig(StepTrainingArguments):
             "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "positive, or `max_steps` set"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
+            "guidance_rescale": (0 <= self.guidance_rescale <= 1, "in [0, 1], where 0 is off"),
+            "clip_skip": (self.clip_skip >= 0, "0 or more layers"),
             "eval_seed": (0 <= self.eval_seed < 2**63, "in [0, 2^63)"),
             "epsilon": (0 < self.epsilon < 1, "in (0, 1)"),
             "beta": (self.beta > 0, "positive"),

@@ -221,6 +221,7 @@ class SPOTrainer(StepTrainer):
         self.reward.check_prompts(prompts[:1])
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
+        self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
         self.reward.check_pipeline(self.pipeline)
@@ -517,7 +518,8 @@ class SPOTrainer(StepTrainer):
             self._metrics.add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
         if pairs.final_scores is not None:
             self._metrics.add("reward_mean", pairs.final_scores)
-            self._metrics.add("reward_square", pairs.final_scores**2)
+            # In float64: the standard deviation is a difference of squares, which are much larger than it.
+            self._metrics.add("reward_square", pairs.final_scores.double() ** 2)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 

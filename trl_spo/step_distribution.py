@@ -101,6 +101,12 @@ class StepRule:
         if sampler != "ddim":
             raise ValueError(f"The steps of {self.sampler_name} come with the sampler 'ddim' only, got {sampler!r}.")
 
+    def check_predictable(self, timesteps: list[int]) -> None:
+        """
+        Raises:
+            ValueError: if the prediction of the denoiser at one of these timesteps says nothing about x_0.
+        """
+
     def snr(self, timestep: int) -> float:
         """Signal-to-noise ratio of x_t, the ratio of the variances: what a timestep means, whatever the family is."""
         raise NotImplementedError

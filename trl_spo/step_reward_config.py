@@ -37,6 +37,13 @@ class StepRewardConfig(StepTrainingArguments):
             Classifier-free guidance of the one-step prediction of the clean images. The reward model learns to judge
             predictions of this strength: use the same value in [`SPOConfig`]. Without effect on a latent reward model,
             which judges noised latents.
+        guidance_rescale (`float`, *optional*, defaults to `0.0`):
+            In [0, 1]: how far the standard deviation of guided predictions is brought back to that without guidance, as in
+            diffusers; for models with zero terminal SNR. Stable Diffusion 1, 2 and XL only. Use the value of
+            [`SPOConfig`].
+        clip_skip (`int`, *optional*, defaults to `0`):
+            Last layers of the CLIP text encoders that prompts do not pass, counted as in diffusers. Stable Diffusion only,
+            3 included.
         negative_prompt (`str`, *optional*, defaults to `""`):
             Prompt of the unconditional half of the guidance.
         min_timestep (`int`, *optional*, defaults to `0`):
@@ -153,6 +160,12 @@ class StepRewardConfig(StepTrainingArguments):
     guidance_scale: float = field(
         default=5.0, metadata={"help": "Classifier-free guidance of the one-step prediction of the clean images."}
     )
+    guidance_rescale: float = field(
+        default=0.0, metadata={"help": "Bring the deviation of guided predictions back, as in diffusers."}
+    )
+    clip_skip: int = field(
+        default=0, metadata={"help": "Last layers of the CLIP text encoders that prompts do not pass."}
+    )
     negative_prompt: str = field(default="", metadata={"help": "Prompt of the unconditional half of the guidance."})
     min_timestep: int = field(default=0, metadata={"help": "Smallest timestep drawn in training."})
     max_timestep: int = field(default=999, metadata={"help": "Largest timestep drawn in training, inclusive."})
@@ -237,7 +250,10 @@ class StepRewardConfig(StepTrainingArguments):
         for name in (*at_least_one, "per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("caption_loss_coef", "num_checked_rows", "cache_latents_gb", "learning_rate", "weight_decay"):
+        if self.guidance_rescale > 1:
+            raise ValueError(f"`guidance_rescale` must be in [0, 1], where 0 is off; got {self.guidance_rescale}.")
+        not_negative = ("guidance_rescale", "clip_skip", "caption_loss_coef", "num_checked_rows", "cache_latents_gb")
+        for name in (*not_negative, "learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.relabel_tie_band < 1:

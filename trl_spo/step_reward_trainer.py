@@ -206,6 +206,7 @@ class StepRewardTrainer(StepTrainer):
             reward_model = load_reward_model(reward_model)
         self.pipeline = wrap_pipeline(pipeline)
         self.pipeline.check_weights()
+        self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         reward = wrap_reward(reward_model)
         reward.check_pipeline(self.pipeline)
         self.sees = reward.sees
@@ -301,6 +302,8 @@ class StepRewardTrainer(StepTrainer):
                 f"Timestep {largest} is out of range: pipeline and reward model know timesteps up to {limit - 1}. "
                 "Lower `max_timestep`, `timesteps` or `eval_timesteps`."
             )
+        if self.sees == "images":  # of predictions
+            self.pipeline.step_rule.check_predictable([*drawn, *config.eval_timesteps])
 
     def _prepare_metrics(self):
         self._metrics = RunningMeans()

@@ -44,6 +44,9 @@ from .sheets import before_after_sheet, image_grid
 from .statistics import paired_statistics, statistics_table
 
 
+OPTIONS = ("guidance_rescale", "clip_skip")  # that not every family has; 0 is off
+
+
 # --- a stated protocol -----------------------------------------------------------------------------------------------
 
 
@@ -59,6 +62,8 @@ class EvaluationProtocol:
         num_inference_steps (`int`, *optional*, defaults to `20`): sampling steps, at least 1.
         guidance_scale (`float`, *optional*, defaults to `5.0`): classifier-free guidance; values up to 1 disable it.
         eta (`float`, *optional*, defaults to `0.0`): noise of each step; 0 is deterministic.
+        guidance_rescale (`float`, *optional*, defaults to `0.0`), clip_skip (`int`, *optional*, defaults to `0`): as in
+            diffusers, see [`SPOPipeline.configure`]; 0 is off.
         negative_prompt (`str`, *optional*, defaults to `""`): the same for every prompt.
         height, width (`int`, *optional*): pixels; the model's own size by default.
         seed (`int`, *optional*, defaults to `0`): image number i is drawn from seed `seed + i`.
@@ -73,6 +78,8 @@ class EvaluationProtocol:
     height: int | None = None
     width: int | None = None
     seed: int = 0
+    guidance_rescale: float = 0.0
+    clip_skip: int = 0
 
     def __post_init__(self):
         if self.num_inference_steps < 1:
@@ -85,7 +92,7 @@ class EvaluationProtocol:
     def sampler(self) -> dict[str, Any]:
         """The arguments of [`generate_images`] that this protocol fixes."""
         names = ("num_inference_steps", "guidance_scale", "eta", "negative_prompt", "height", "width")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, *OPTIONS)}
 
     def in_words(self) -> str:
         """One sentence for reports."""
@@ -93,9 +100,10 @@ class EvaluationProtocol:
         if self.height or self.width:
             size = f"{self.height or 'default'} x {self.width or 'default'} pixels (height x width)"
         negative = f"negative prompt {self.negative_prompt!r}" if self.negative_prompt else "empty negative prompt"
+        options = "".join(f"{name} {getattr(self, name):g}, " for name in OPTIONS if getattr(self, name))
         return (
             f"Protocol `{self.name}`: {self.scheduler}, {self.num_inference_steps} steps, guidance scale "
-            f"{self.guidance_scale:g}, eta {self.eta:g}, {negative}, {size}, image i from seed {self.seed} + i."
+            f"{self.guidance_scale:g}, {options}eta {self.eta:g}, {negative}, {size}, image i from seed {self.seed} + i."
         )
 
 
@@ -274,6 +282,8 @@ def _check_sampler(pipeline: SPOPipeline, protocol: EvaluationProtocol) -> None:
             f"a protocol with scheduler={sampler!r} and a name of its own."
         )
     pipeline.step_rule.check_eta(protocol.eta)
+    with pipeline.configured(**{name: getattr(protocol, name) for name in OPTIONS}):
+        pass  # refused before the first image is sampled
 
 
 def evaluate_pipeline(

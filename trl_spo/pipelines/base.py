@@ -121,6 +121,8 @@ class SPOPipeline:
         use_lora (`bool`): whether an adapter is trained.
         scoring_vae (`torch.nn.Module`, *optional*): decodes for the reward instead of the pipeline's VAE.
         offload_text_encoders (`bool`): whether text encoders are on the device only while they encode.
+        guidance_rescale (`float`), clip_skip (`int`): arguments of the same names of the family's diffusers pipeline; see
+            [`SPOPipeline.configure`].
 
     Raises:
         ValueError: if a component is missing.
@@ -130,6 +132,7 @@ class SPOPipeline:
     required_components: tuple[str, ...] = ()
     unguided_scale = 1.0  # the guidance scale that switches guidance off
     patch_size = 1  # latent pixels per side that become one token: sizes must be multiples of it
+    options: tuple[str, ...] = ()  # of `configure`: those that the diffusers pipeline of the family has, too
     step_rule: StepRule = None
 
     def __init__(self, pipeline, use_lora: bool = True):
@@ -143,6 +146,8 @@ class SPOPipeline:
         self.use_lora = use_lora
         self.scoring_vae = None
         self.offload_text_encoders = False
+        self.guidance_rescale = 0.0
+        self.clip_skip = 0
         self._frozen_copy = None
         self._compute_dtype = None
 
@@ -150,6 +155,57 @@ class SPOPipeline:
     def from_pretrained(cls, path: str | Path, use_lora: bool = True, **kwargs) -> "SPOPipeline":
         """Load from a folder or Hub id; `kwargs` go to the diffusers `from_pretrained`."""
         return cls(load_diffusers_pipeline(path, **kwargs), use_lora=use_lora)
+
+    def configure(self, guidance_rescale: float | None = None, clip_skip: int | None = None) -> None:
+        """
+        How prompts are encoded and predictions are guided, wherever the pipeline is used from now on.
+
+        Args:
+            guidance_rescale (`float`, *optional*): phi in [0, 1], how far the standard deviation of a guided prediction is
+                brought back to that of the prediction with the prompt (https://huggingface.co/papers/2305.08891, section
+                3.4). For models with zero terminal SNR, which guidance overexposes. 0 is off.
+            clip_skip (`int`, *optional*): layers of the CLIP text encoders that are left out at the end, as diffusers
+                counts: 1 is what others call "CLIP skip 2". It concerns prompts, not the negative one. 0 is off.
+
+            `None` leaves a value as it is.
+
+        Raises:
+            ValueError: for a value out of range, or one that is not off in a family without the option.
+        """
+        if guidance_rescale is not None and not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must be in [0, 1], where 0 is off; got {guidance_rescale}.")
+        if clip_skip is not None and clip_skip < 0:
+            raise ValueError(f"`clip_skip` must be 0 or more layers; got {clip_skip}.")
+        for name, value in (("guidance_rescale", guidance_rescale), ("clip_skip", clip_skip)):
+            if value and name not in self.options:
+                raise ValueError(
+                    f"A `{type(self.sd_pipeline).__name__}` knows no `{name}`, so images would be made unlike in training; leave "
+                    "it at 0."
+                )
+        layers = [encoder.config.num_hidden_layers for encoder in self.clip_text_encoders()] if clip_skip else []
+        if clip_skip and clip_skip >= min(layers):
+            raise ValueError(
+                f"`clip_skip` must be below {min(layers)}, the layers of the text encoder; got {clip_skip}."
+            )
+        for name, value in (("guidance_rescale", guidance_rescale), ("clip_skip", clip_skip)):
+            if value is not None:
+                setattr(self, name, value)
+
+    def clip_text_encoders(self) -> list[torch.nn.Module]:
+        """The text encoders whose last layers `clip_skip` leaves out."""
+        found = [getattr(self.sd_pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+        return [encoder for encoder in found if encoder is not None]
+
+    @contextlib.contextmanager
+    def configured(self, **options) -> Iterator[None]:
+        """[`SPOPipeline.configure`] inside, and what it was before after that."""
+        before = {name: getattr(self, name) for name in options}
+        self.configure(**options)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     # --- the trained network -----------------------------------------------------------------------------------------
 
@@ -345,6 +401,7 @@ class SPOPipeline:
         arguments = {"guidance_scale": guidance_scale}
         if negative_prompt:
             arguments["negative_prompt"] = negative_prompt
+        arguments.update({name: getattr(self, name) for name in self.options if getattr(self, name)})
         return arguments
 
     # --- the VAE -----------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class EncodingCache:
         Returns:
             [`PromptEmbeds`], one row per prompt.
         """
-        keys = [(prompt, negative_prompt, *sorted(size.items())) for prompt in prompts]
+        keys = [(prompt, negative_prompt, pipeline.clip_skip, *sorted(size.items())) for prompt in prompts]
         missing = {key: key[0] for key in keys if key not in self._prompts}
         home = "cpu" if pipeline.offload_text_encoders else pipeline.device
         fresh = {}

@@ -20,12 +20,34 @@ Stable Diffusion (1.x, 2.x) as SPO trains it: a UNet on VAE latents, stochastic 
 `DDPOStableDiffusionPipeline`, so that the same object trains with TRL's `DDPOTrainer` (TRL <= 0.23.1).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ..scheduling_ddim import DDIMStepRule
 from .base import SPOPipeline
 from .conditioning import LongPrompts, PromptEmbeds
 from .ddpo import DDPOMembers
+
+
+@contextlib.contextmanager
+def without_last_layers(text_encoder: torch.nn.Module, count: int) -> Iterator[None]:
+    """
+    A CLIP text encoder that ends `count` layers earlier, with its final norm: what `clip_skip` of diffusers' pipeline means.
+    That looks for the norm where transformers 5 does not have it any more (diffusers 0.42).
+    """
+    if not count:
+        yield
+        return
+    body = getattr(text_encoder, "text_model", text_encoder).encoder
+    layers = body.layers
+    body.layers = layers[: len(layers) - count]
+    try:
+        yield
+    finally:
+        body.layers = layers
 
 
 class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
@@ -47,6 +69,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
     """
 
     denoiser_name = "unet"
+    options = ("guidance_rescale", "clip_skip")
     required_components = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     accepted_embeddings = {"addition_embed_type": (None, "text"), "encoder_hid_dim_type": (None, "text_proj")}
 
@@ -110,12 +133,12 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         Returns:
             [`PromptEmbeds`] with `prompt_embeds` and `negative_prompt_embeds` of shape `(B, sequence_length, dim)`.
         """
-        positive = self._encode_text(list(prompts))
-        negative = self._encode_text([negative_prompt])
+        positive = self._encode_text(list(prompts), self.clip_skip)
+        negative = self._encode_text([negative_prompt])  # diffusers skips layers of the prompt alone
         return PromptEmbeds(positive, negative.expand_as(positive))
 
-    def _encode_text(self, texts: list[str]) -> torch.Tensor:
-        with self.long_prompts.announced(texts, self.sd_pipeline):
+    def _encode_text(self, texts: list[str], clip_skip: int = 0) -> torch.Tensor:
+        with self.long_prompts.announced(texts, self.sd_pipeline), without_last_layers(self.text_encoder, clip_skip):
             return self.sd_pipeline.encode_prompt(texts, self.device, 1, do_classifier_free_guidance=False)[0]
 
     def _conditioning(self, embeds: PromptEmbeds, negative: bool) -> dict:
@@ -127,7 +150,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
     def predict(self, latents, timesteps, prompt_embeds, guidance_scale: float, denoiser=None) -> torch.Tensor:
         r"""
         Guided noise (or x_0, or v) prediction: uncond + w (cond - uncond). With w <= 1 there is no guidance and only
-        the conditional half is evaluated, as in diffusers.
+        the conditional half is evaluated, as in diffusers; so is `guidance_rescale`, see [`SPOPipeline.configure`].
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
@@ -152,7 +175,8 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         conditioning = _cat_conditioning(self._conditioning(prompt_embeds, negative=True), conditioning)
         output = denoiser(torch.cat([latents, latents]), timesteps.repeat(2), **conditioning, return_dict=False)[0]
         uncond, cond = output.float().chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        guided = uncond + guidance_scale * (cond - uncond)
+        return rescale_noise_cfg(guided, cond, self.guidance_rescale) if self.guidance_rescale else guided
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         unet, factor = self.unet.config, self.spatial_factor

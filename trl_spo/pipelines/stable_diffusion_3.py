@@ -42,6 +42,7 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
         "tokenizer_2",
         "scheduler",
     )
+    options = ("clip_skip",)
     lora_target_modules = TWO_STREAM_ATTENTION
     max_sequence_length = 256
 
@@ -59,11 +60,11 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
         Returns:
             [`PromptEmbeds`] with token features `(B, L, dim)` and pooled features, of both halves.
         """
-        positive, _, pooled, _ = self._encode_texts(list(prompts))
-        negative, _, negative_pooled, _ = self._encode_texts([negative_prompt])
+        positive, _, pooled, _ = self._encode_texts(list(prompts), self.clip_skip)
+        negative, _, negative_pooled, _ = self._encode_texts([negative_prompt])  # of the prompt alone, as in diffusers
         return PromptEmbeds(positive, negative.expand_as(positive), pooled, negative_pooled.expand_as(pooled))
 
-    def _encode_texts(self, texts: list[str]):
+    def _encode_texts(self, texts: list[str], clip_skip: int = 0):
         pipeline = self.sd_pipeline
         reader, limit = pipeline.tokenizer, None
         if pipeline.text_encoder_3 is not None:  # T5 reads on where the CLIPs stop
@@ -75,6 +76,7 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
                 None,
                 device=self.device,
                 do_classifier_free_guidance=False,
+                clip_skip=clip_skip or None,
                 max_sequence_length=self.max_sequence_length,
             )
 

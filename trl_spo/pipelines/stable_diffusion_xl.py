@@ -75,7 +75,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
         Returns:
             [`PromptEmbeds`] with all fields set.
         """
-        positive, _, pooled, _ = self._encode_both(list(prompts), None)
+        positive, _, pooled, _ = self._encode_both(list(prompts), None, self.clip_skip)
         _, negative, _, negative_pooled = self._encode_both([""], negative_prompt or None)
         _, latent_height, latent_width = self.latent_shape(height, width)
         factor = self.spatial_factor
@@ -89,7 +89,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
             time_ids.expand(len(positive), -1),
         )
 
-    def _encode_both(self, prompts: list[str], negative_prompt: str | None):
+    def _encode_both(self, prompts: list[str], negative_prompt: str | None, clip_skip: int = 0):
         """diffusers' own encoding: (prompt, negative, pooled, negative pooled) embeddings."""
         with self.long_prompts.announced([*prompts, negative_prompt or ""], self.sd_pipeline):
             return self.sd_pipeline.encode_prompt(
@@ -98,6 +98,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+                clip_skip=clip_skip or None,
             )
 
     def _conditioning(self, embeds: PromptEmbeds, negative: bool) -> dict:

@@ -247,6 +247,8 @@ class SamplerArguments:
             Classifier-free guidance. `None`: that of the protocol, or 5.0.
         eta (`float`, *optional*):
             Noise of the steps. `None`: that of the protocol, or 1.0.
+        guidance_rescale (`float`, *optional*), clip_skip (`int`, *optional*):
+            As in diffusers, for Stable Diffusion. `None`: those of the protocol, or off.
         negative_prompt (`str`, *optional*):
             Prompt of the unconditional half of the guidance. `None`: that of the protocol, or empty.
         height (`int`, *optional*), width (`int`, *optional*):
@@ -270,6 +272,8 @@ class SamplerArguments:
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
     eta: float | None = field(default=None, metadata={"help": "Noise of the steps."})
+    guidance_rescale: float | None = field(default=None, metadata={"help": "As in diffusers; off by default."})
+    clip_skip: int | None = field(default=None, metadata={"help": "As in diffusers; off by default."})
     negative_prompt: str | None = field(default=None, metadata={"help": "Prompt of the unconditional half."})
     height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Image width in pixels."})
@@ -287,6 +291,7 @@ class SamplerArguments:
     def overrides(self) -> dict:
         """The settings of the sampler that were given, by name."""
         names = ("num_inference_steps", "guidance_scale", "eta", "negative_prompt", "height", "width")
+        names += ("guidance_rescale", "clip_skip")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def read_prompts(self) -> list[str]:
