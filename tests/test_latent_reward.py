@@ -31,6 +31,7 @@ from trl_spo import (
     wrap_pipeline,
     wrap_reward,
 )
+from trl_spo.sampling import score_images
 from trl_spo.scripts.arguments import RewardModelArguments
 
 
@@ -253,3 +254,28 @@ class TestInTheLoop:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert logs[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_evaluation_judges_what_the_vae_makes_of_the_images(self, tmp_path, pipe, model):
+        """`eval_reward` is there for a latent reward too, and may choose the best checkpoint."""
+        config = tiny_spo_config(
+            tmp_path,
+            branch_start_step=0,
+            preference_threshold=0.0,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+        )
+        trainer = SPOTrainer(
+            config, tiny_sd_pipeline(tmp_path / "p"), model, train_dataset=PROMPTS, eval_dataset=PROMPTS[:3]
+        )
+        images = trainer.generate(PROMPTS[:3], [0, 1, 2])
+        mean, _ = trainer.pipeline.image_posterior(images * 2 - 1)
+        with torch.no_grad():
+            expected = model.score(mean, PROMPTS[:3], 0)
+        torch.testing.assert_close(trainer.score(images, PROMPTS[:3])["reward"], expected, rtol=1e-4, atol=1e-4)
+        trainer.train()
+        assert trainer.state.best_metric is not None
+        with pytest.raises(ValueError, match="pass the `pipeline` whose VAE is to encode"):
+            score_images(images, PROMPTS[:3], model)

@@ -77,7 +77,49 @@ STEP_REWARD = {
     "bf16": True,
     "eval_timesteps": [0, 251, 501, 701, 951],
 }
+LPO = {  # https://huggingface.co/papers/2502.01051 and its code
+    **{name: SPO[name] for name in SPO if name not in ("num_train_epochs", "branch_start_step", "beta")},
+    "num_train_epochs": 5,
+    "branch_start_step": 0,
+    "beta": 500.0,
+    "num_candidates": 4,
+    "num_inner_steps": 1,
+    "reward_type": "latent",
+    "reward_checkpoint": "casiatao/LRM",
+}
+LATENT_REWARD = {
+    "reward_type": "latent",
+    "timesteps": [1, *range(51, 1000, 50)],
+    "independent_noise": True,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.3,
+    "max_grad_norm": 1.0,
+    "bf16": True,
+}
 TABLE = {
+    "lpo_sd15": LPO
+    | {
+        "lora_r": 4,
+        "lora_alpha": 4,
+        "learning_rate": 6e-5,
+        "per_device_train_batch_size": 10,
+        "per_device_rollout_batch_size": 5,
+        "preference_threshold": [0.35, 0.5],
+        "reward_checkpoint_subfolder": "lrm_sd15",
+    },
+    "lpo_sdxl": LPO
+    | {
+        "lora_r": 64,
+        "lora_alpha": 64,
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 4,
+        "per_device_rollout_batch_size": 4,
+        "preference_threshold": [0.45, 0.6],
+        "reward_checkpoint_subfolder": "lrm_sdxl",
+        "gradient_checkpointing": True,
+    },
+    "latent_reward_sd15": LATENT_REWARD | {"max_steps": 4000, "warmup_steps": 500, "resolution": 512},
+    "latent_reward_sdxl": LATENT_REWARD | {"max_steps": 8000, "warmup_steps": 1000, "resolution": 1024},
     "spo_sd15": SPO
     | {
         "lora_r": 4,
@@ -131,6 +173,20 @@ TABLE = {
             ("spo_qwen_image", SPOQwenImagePipeline, 64, 4.0),
         )
     },
+    "lpo_sd3": LPO
+    | {
+        "reward_type": "step_aware",  # not used: a saved reward model is named
+        "reward_checkpoint": None,
+        "reward_model_name_or_path": "latent-reward-sd3",
+        "preference_threshold": [0.35, 0.5],
+        "bf16": True,
+        "fp16": False,
+        "timestep_weighting": "even",
+        "sampler": "ddim",
+        "guidance_scale": 4.5,
+        "lora_r": 32,
+        "lora_target_modules": list(SPOStableDiffusion3Pipeline.lora_target_modules),
+    },
     "step_reward_sd15": STEP_REWARD
     | {"learning_rate": 3e-6, "max_steps": 8000, "resolution": 512, "relabel_preferences": False},
     "step_reward_sdxl": STEP_REWARD
@@ -145,7 +201,7 @@ TABLE = {
 
 
 def parse(name, *arguments):
-    config_class = SPOConfig if name.startswith("spo") else StepRewardConfig
+    config_class = SPOConfig if name.startswith(("spo", "lpo")) else StepRewardConfig
     parser = TrlParser((DiffusionModelArguments, RewardModelArguments, config_class))
     path = EXAMPLES / "configs" / f"{name}.yaml"
     return parser.parse_args_and_config(["--config", str(path), "--use_cpu", "--report_to", "none", *arguments])
@@ -156,8 +212,9 @@ def test_published_values(name):
     model, reward, config = parse(name)
     values = vars(model) | vars(reward) | vars(config)
     assert {key: values[key] for key in TABLE[name]} == TABLE[name]
-    published = name in ("spo_sd15", "spo_sdxl")
-    expected = {"spo_sd15": 40, "spo_sdxl": 16}.get(name, 40 if name.startswith("spo") else 64)
+    published = name in ("spo_sd15", "spo_sdxl", "lpo_sd15", "lpo_sdxl")
+    pairs_per_step = {"spo_sdxl": 16, "lpo_sdxl": 16, "latent_reward_sd15": 128, "latent_reward_sdxl": 32}
+    expected = pairs_per_step.get(name, 40 if name.startswith(("spo", "lpo")) else 64)
     assert expected == (
         config.per_device_train_batch_size
         * config.gradient_accumulation_steps

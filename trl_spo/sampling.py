@@ -94,9 +94,11 @@ def score_images(
     timestep: int = 0,
     batch_size: int = 32,
     device: torch.device | str | None = None,
+    pipeline: SPOPipeline | None = None,
 ) -> torch.Tensor:
     """
-    Scores of clean images under a reward model or reward function.
+    Scores of clean images under a reward model or reward function. One that judges latents gets the means of what the
+    VAE makes of them.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, height, width)`): in [0, 1].
@@ -107,21 +109,26 @@ def score_images(
         batch_size (`int`, *optional*, defaults to `32`): images scored together.
         device (`torch.device` or `str`, *optional*): where a callable gets its images, as in rollouts. A reward model
             gets them on its own device.
+        pipeline ([`SPOPipeline`], *optional*): whose VAE encodes the images for a reward that judges latents.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32, on the CPU.
 
     Raises:
-        ValueError: for a reward that scores latents, which finished images are not.
+        ValueError: for a reward that scores latents, without a pipeline to encode images.
     """
     reward = wrap_reward(reward)
-    if reward.sees != "images":
-        raise ValueError("This reward scores latents, so it cannot judge finished images; evaluate with `metrics`.")
+    if reward.sees != "images" and pipeline is None:
+        raise ValueError(
+            "This reward scores latents: pass the `pipeline` whose VAE is to encode the images, or use a reward of images."
+        )
     device = reward.device or device
     scores = [torch.empty(0)]
     for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(device)
+        batch = images[start : start + batch_size].to(device) * 2 - 1
+        if reward.sees != "images":
+            batch, _ = pipeline.image_posterior(batch)
         text = reward.encode_prompts(prompts[start : start + batch_size])
         timesteps = torch.full((len(batch),), timestep, dtype=torch.long, device=device)
-        scores.append(reward.score(batch * 2 - 1, text, timesteps).cpu())
+        scores.append(reward.score(batch, text, timesteps).cpu())
     return torch.cat(scores)

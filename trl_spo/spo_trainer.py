@@ -711,20 +711,13 @@ class SPOTrainer(StepTrainer):
                 progress=progress,
             )
 
-    @property
-    def _score_names(self) -> list[str]:
-        """A reward that scores latents has nothing to say about finished images."""
-        names = ["reward"] if self.reward.sees == "images" else []
-        return names + list(self.metrics)
-
     def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Scores `(N,)` of clean images under the reward model (`reward`) and the trainer's metrics."""
         if not prompts:  # a process without a share of the prompts
-            return {name: torch.empty(0) for name in self._score_names}
-        scores = {}
-        if "reward" in self._score_names:
-            size, device = self.args.per_device_eval_batch_size, self.args.device
-            scores["reward"] = score_images(images, prompts, self.reward, batch_size=size, device=device)
+            return {name: torch.empty(0) for name in ("reward", *self.metrics)}
+        size, device = self.args.per_device_eval_batch_size, self.args.device
+        own = score_images(images, prompts, self.reward, batch_size=size, device=device, pipeline=self.pipeline)
+        scores = {"reward": own}
         for name, metric in self.metrics.items():
             scores[name] = torch.as_tensor(metric(images, prompts)).float().cpu()
         return scores
