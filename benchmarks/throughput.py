@@ -21,8 +21,13 @@ python benchmarks/throughput.py --preset mid --threads 2 --json accumulation.jso
     --against "accumulation 4: gradient_accumulation_steps=4" --against "bf16=true"
 python benchmarks/throughput.py --preset sd15 --device cuda --dtype bfloat16 --json sd15.json \
     --against_command "another trainer: python other_benchmark.py --preset sd15 --device cuda"
+python benchmarks/throughput.py --preset mid --threads 2 --json lpo.json \
+    --against "LPO: reward=latent,branch_start_step=0,beta=500" --against_command "public code: python benchmarks/public_code.py ..."
 python benchmarks/plot_throughput.py accumulation.json --output docs/images/throughput.png
 ```
+
+An arm's options are fields of `SPOConfig`, and `reward`: `pixel`, a step-aware reward model on decoded predictions, or
+`latent`, a latent reward model of the preset's own UNet, which judges candidates as they are.
 
 What is timed is `SPOTrainer.train()`: one rollout of the preset's prompts, then optimizer steps on all its pairs. Every
 pair is valid: `preference_threshold` is 0, and scores that are equal are set apart. Networks are those of `models.py`, with random weights: time and memory do not
@@ -72,7 +77,13 @@ import torch
 from models import PRESETS, build_pipeline, clip_config
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepAwareRewardModelConfig
+from trl_spo import (
+    LatentRewardModel,
+    SPOConfig,
+    SPOTrainer,
+    StepAwareRewardModel,
+    StepAwareRewardModelConfig,
+)
 from trl_spo.pipelines.base import default_lora_config
 
 
@@ -95,6 +106,7 @@ PER_PROMPT = {
 }
 PER_PAIR = ("policy_forward", "policy_backward", "reference_forward")
 MEASURES = ("pairs_per_second", "peak_memory_mib", "peak_memory_above_models_mib")
+REWARDS = ("pixel", "latent")
 DESCRIPTION = ("preset", "device", "dtype", "threads", "hardware", "versions", "options")
 NUM_PROMPTS = 4096  # of the whole data set; a run sees a few of them, another run others
 FIELDS = {  # parsers simplify the types of fields, whoever uses one first, and leave the annotations alone
@@ -136,6 +148,11 @@ def parse_options(settings: list[str]) -> dict:
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not name:
             raise ValueError(f"An option must look like `name=value`, got {setting!r}.")
+        if name == "reward":
+            if value not in REWARDS:
+                raise ValueError(f"`reward` must be one of {REWARDS}, got {value!r}.")
+            options[name] = value
+            continue
         if name in RESERVED:
             raise ValueError(f"`{name}` belongs to the benchmark ({RESERVED[name]}) and cannot be set.")
         if name not in FIELDS:
@@ -161,6 +178,7 @@ def build_config(preset: str, device: str, options: dict, output_dir: str) -> SP
     gradient accumulation; batches that `options` names are taken as they are.
     """
     sizes = PRESETS[preset]
+    options = {name: value for name, value in options.items() if name != "reward"}
     accumulation = options.get("gradient_accumulation_steps", 1)
     if "per_device_train_batch_size" not in options and sizes.pairs_per_batch % accumulation:
         raise ValueError(
@@ -209,11 +227,16 @@ class Profiler:
         self._watch_reference(trainer)
         # Around the decoder, which may be compiled: a hook inside would be compiled with it.
         self._time(pipeline.running_networks()[-1], "decode", "vae_decode", counted=True)
-        for method in ("score", "forward", "get_image_features"):
-            self._time(reward, method, "reward")
-        for method in ("encode_prompts", "get_text_features"):
-            self._time(reward, method, "reward_text")
         self._time(trainer.accelerator, "backward", "policy_backward")
+        for method in ("score", "forward"):
+            self._time(reward, method, "reward")
+        self._time(reward, "encode_prompts", "reward_text")
+        if isinstance(reward, LatentRewardModel):
+            self._count(reward.backbone, "reward")
+            self._count(reward.text_encoders[0], "reward_text")
+            return
+        self._time(reward, "get_image_features", "reward")
+        self._time(reward, "get_text_features", "reward_text")
         self._count(reward.model.vision_model.embeddings, "reward")
         self._count(reward.model.text_model.embeddings, "reward_text")
 
@@ -369,7 +392,7 @@ class _Window(TrainerCallback):
             self.seconds = self.profiler.stop()
 
 
-class DecisiveRewardModel(StepAwareRewardModel):
+class Decisive:
     """
     Its scores get noise, so that no two candidates are equal. A reward model with random weights tells images apart so
     little that half precision often makes them equal, and pairs would be lost that a trained model has.
@@ -380,15 +403,31 @@ class DecisiveRewardModel(StepAwareRewardModel):
         return scores + torch.randn_like(scores)
 
 
+class DecisiveRewardModel(Decisive, StepAwareRewardModel):
+    """A step-aware reward model whose scores get noise."""
+
+
+class DecisiveLatentRewardModel(Decisive, LatentRewardModel):
+    """A latent reward model whose scores get noise."""
+
+
+def build_reward_model(preset: str, pipeline, dtype: str, options: dict, folder: str) -> torch.nn.Module:
+    """The reward model of an arm, with random weights of the preset's shapes."""
+    if options.get("reward") == "latent":
+        reward_model = DecisiveLatentRewardModel.from_pipeline(pipeline)
+    else:
+        clip, tokenizer = clip_config(preset, Path(folder) / "reward_tokenizer")
+        reward_model = DecisiveRewardModel(StepAwareRewardModelConfig(clip_config=clip.to_dict()), tokenizer=tokenizer)
+    return reward_model.eval().to(DTYPES[dtype])
+
+
 def build_trainer(preset: str, device: str, dtype: str, options: dict, folder: str) -> tuple[SPOTrainer, Memory]:
     """The trainer of a preset, and its memory from the moment when all networks were built and nothing else was."""
     sizes = PRESETS[preset]
     config = build_config(preset, device, options, folder)
-    clip, tokenizer = clip_config(preset, Path(folder) / "reward_tokenizer")
     with torch.device(device):  # random numbers of a GPU take a second, those of a CPU a minute
         pipeline = build_pipeline(preset, folder).to(DTYPES[dtype])
-        reward_model = DecisiveRewardModel(StepAwareRewardModelConfig(clip_config=clip.to_dict()), tokenizer=tokenizer)
-        reward_model = reward_model.eval().to(DTYPES[dtype])
+        reward_model = build_reward_model(preset, pipeline, dtype, options, folder)
     memory = Memory(device)
     lora = default_lora_config()
     lora.r = lora.lora_alpha = sizes.lora_rank

@@ -230,6 +230,17 @@ def gpu_report(tmp_path_factory):
     return json.loads(path.read_text()), process.stdout
 
 
+def test_a_latent_reward_costs_half_a_unet_per_candidate(throughput):
+    """One guided prediction per step, both halves of the guidance for each of four candidates, and no decoding."""
+    options = throughput.parse_options(["reward=latent", "branch_start_step=0", "num_inference_steps=5"])
+    assert throughput.build_config("tiny", "cpu", options, "unused").branch_start_step == 0
+    result = throughput.measure("tiny", "cpu", "float32", options)
+    assert result["evals_per_prompt"]["unet"] == 2 * 5
+    assert result["evals_per_prompt"]["vae_decode"] == 0
+    assert result["evals_per_prompt"]["reward_vision"] == 2 * 4 * 5
+    assert result["num_pairs"] == 2 * 5  # two prompts, every step
+
+
 def test_the_gpu_benchmark_runs(gpu_report):
     report, output = gpu_report
     eager, small = report["arms"].values()

@@ -48,9 +48,12 @@ from examples.shapes.settings import (
     REWARD_SETTINGS,
     SAMPLER,
     SPO_SETTINGS,
+    latent_reward_settings,
+    latent_spo_settings,
     lora_config,
 )
 from trl_spo import (
+    LatentRewardModel,
     SPOConfig,
     SPOTrainer,
     StepAwareRewardModel,
@@ -73,7 +76,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", choices=["unet", "flow"], default="unet", help="A UNet with DDIM, or an SD3 of the world."
     )
-    parser.add_argument("--output_dir", type=Path, help="demo_output, or demo_output_flow")
+    parser.add_argument(
+        "--reward",
+        choices=["pixel", "latent"],
+        default="pixel",
+        help="A CLIP that judges predicted images, or the model's own backbone, which judges noisy latents (LPO).",
+    )
+    parser.add_argument("--output_dir", type=Path, help="demo_output, demo_output_flow, demo_output_latent, ...")
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, default=150)
     parser.add_argument("--spo_steps", type=int, default=28)
@@ -83,7 +92,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.output_dir is None:
-        args.output_dir = Path("demo_output" if args.model == "unet" else f"demo_output_{args.model}")
+        parts = ["demo_output", *(part for part in (args.model, args.reward) if part not in ("unet", "pixel"))]
+        args.output_dir = Path("_".join(parts))
     return args
 
 
@@ -145,16 +155,24 @@ def quiet(trainer, keys: list[str]):
     return trainer
 
 
-def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
+def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict]:
+    """The reward model to be trained, and the settings of its training."""
+    if args.reward == "latent":
+        torch.manual_seed(args.seed)  # its heads are random
+        return LatentRewardModel.from_pipeline(pipe, guidance_scale=1.0), latent_reward_settings(args.model)
+    settings = FLOW_REWARD_SETTINGS if args.model == "flow" else REWARD_SETTINGS
+    return StepAwareRewardModel.from_clip(CLIP, processor=CLIP), settings
+
+
+def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict, dict]:
     """Returns the reward model, and its accuracy by timestep before and after training."""
-    reward_settings = FLOW_REWARD_SETTINGS if args.model == "flow" else REWARD_SETTINGS
     preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed, progress="train pairs")
     evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1, progress="fresh pairs")
-    reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
+    reward_model, reward_settings = fresh_reward_model(args, pipe)
     config = StepRewardConfig(
         output_dir=str(args.output_dir / "reward_model"),
         **reward_settings,
-        eval_timesteps=[reward_settings["timesteps"][i] for i in (0, 2, 4, 6, 8)],
+        eval_timesteps=reward_settings["timesteps"][::2],
         max_steps=args.reward_steps,
         per_device_eval_batch_size=128,
         logging_steps=25,
@@ -175,6 +193,8 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel, dict, dict]:
 
 def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoint]:
     settings = dict(FLOW_SPO_SETTINGS if args.model == "flow" else SPO_SETTINGS)
+    if args.reward == "latent":
+        settings = latent_spo_settings(args.model)
     settings |= {"learning_rate": args.spo_lr} if args.spo_lr is not None else {}
     settings |= {"kl_coef": args.kl_coef} if args.kl_coef is not None else {}
     config = SPOConfig(
@@ -217,8 +237,9 @@ def main():
     pipe.vae.to(memory_format=torch.channels_last)
     prompts, seeds = evaluation_set("heldout", repeats=args.eval_repeats)
 
-    with Stage(f"Step-aware reward model from {args.num_pairs} noisy preference pairs"):
-        reward_model, clip_accuracy, reward_accuracy = train_reward_model(args, pipe)
+    kind = {"pixel": "Step-aware", "latent": "Latent"}[args.reward]
+    with Stage(f"{kind} reward model from {args.num_pairs} noisy preference pairs"):
+        reward_model, fresh_accuracy, reward_accuracy = train_reward_model(args, pipe)
     trainer, chooser = make_spo_trainer(args, pipe, reward_model)
     with Stage(f"Base model on {len(prompts)} held-out prompts"):
         images_before = trainer.generate(prompts, seeds, progress="sampling")
@@ -232,11 +253,11 @@ def main():
         images_after = trainer.generate(prompts, seeds, progress="sampling")
         after = trainer.score(images_after, prompts)
     write_results(
-        args, trainer, prompts, (images_before, before), (images_after, after), clip_accuracy, reward_accuracy
+        args, trainer, prompts, (images_before, before), (images_after, after), fresh_accuracy, reward_accuracy
     )
 
 
-def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_accuracy):
+def write_results(args, trainer, prompts, before, after, fresh_accuracy, reward_accuracy):
     (images_before, scores_before), (images_after, scores_after) = before, after
     names = ("aesthetics", "alignment", "reward")
     # Numbers: the samples of one caption are averaged before anything is compared.
@@ -276,8 +297,11 @@ def write_results(args, trainer, prompts, before, after, clip_accuracy, reward_a
         ],
         title="SPO in the shapes world (eval: validation captions)",
     ).savefig(args.output_dir / "curves.png", dpi=120)
+    labels = ("CLIP, before training", "step-aware reward model")
+    if args.reward == "latent":
+        labels = ("before training", "latent reward model")
     plot_accuracy_by_timestep(
-        {"CLIP, before training": clip_accuracy, "step-aware reward model": reward_accuracy},
+        dict(zip(labels, (fresh_accuracy, reward_accuracy), strict=True)),
         title="Agreement with noisy labels, fresh pairs",
     ).savefig(args.output_dir / "reward_accuracy.png", dpi=120)
     captions = len(set(prompts))

@@ -64,6 +64,24 @@ FLOW_SPO_SETTINGS = {
 }
 
 
+# What differs for a latent reward model, which judges noisy latents at every step.
+LATENT_TIMESTEPS = {
+    "unet": [0, 1, 101, 201, 301, 401, 501, 601, 701, 801],
+    "flow": [0, 112, 223, 334, 445, 556, 667, 778, 889],
+}
+
+
+def latent_reward_settings(model: str) -> dict:
+    """Fields of `StepRewardConfig` for a latent reward model of the `"unet"` or of the `"flow"` model."""
+    return {**REWARD_SETTINGS, "timesteps": LATENT_TIMESTEPS[model], "cache_latents": True}
+
+
+def latent_spo_settings(model: str) -> dict:
+    """Fields of `SPOConfig` with such a reward, LPO's loop: all steps branch but the last, which adds no noise."""
+    settings = FLOW_SPO_SETTINGS if model == "flow" else SPO_SETTINGS
+    return {**settings, "branch_start_step": 0, "branch_end_step": 8}
+
+
 def lora_config() -> LoraConfig:
     """The adapter: rank 8 on every attention projection."""
     return LoraConfig(
