@@ -26,7 +26,7 @@ import trl_spo
 
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
-    "training.arguments step_distribution scheduling_ddim scheduling_flow rollout_settings spo_config step_reward_config pair_selection losses "
+    "training.trainer_options training.arguments step_distribution scheduling_ddim scheduling_flow rollout_settings spo_config step_reward_config pair_selection losses "
     "training.numerics training.running_means training.gather images prompts hub_files "
     "pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 
 from .rollout_settings import RolloutSettings
 from .training.arguments import StepTrainingArguments, check_kind
+from .training.trainer_options import REFUSED, SPO_REFUSED
 
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
@@ -282,6 +283,7 @@ class SPOConfig(StepTrainingArguments):
     log_images_steps: int = _field(0, "Log sample images every this many optimizer steps; 0 for never.")
     eval_seed: int = _field(0, "The evaluation image of prompt i starts from seed `eval_seed + i`.")
 
+    _refused = REFUSED | SPO_REFUSED
     _VALID_DICT_FIELDS = [*StepTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
     def __post_init__(self):
@@ -289,11 +291,27 @@ class SPOConfig(StepTrainingArguments):
         self.check_kinds()
         self._check_spo_arguments()
         super().__post_init__()
+        self._check_delegated()
 
     def rollout_settings(self, **changes) -> RolloutSettings:
         """The settings of a rollout, checked; `changes` replace some of them."""
         names = [f.name for f in fields(RolloutSettings)]
         return RolloutSettings(**{name: getattr(self, name) for name in names} | changes)
+
+    def _check_delegated(self):
+        """What transformers hands on to networks and data loaders that are none of ours."""
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name, None)
+            if value and value != {"use_reentrant": False}:
+                raise ValueError(
+                    f"`{name}={value!r}` has no effect: networks of diffusers checkpoint every block, without re-entrance. Leave "
+                    "it at None."
+                )
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"`{name}` of `accelerator_config` has no effect: every process rolls out its own prompts. Leave it out."
+                )
 
     def _check_threshold(self):
         """A number stays a number: the command line gives a list of one, YAML a number or a list of two."""

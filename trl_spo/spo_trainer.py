@@ -52,6 +52,7 @@ from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback
+from .training.checkpointing import global_step_of
 from .training.compilation import compile_blocks, reference_on_same_code
 from .training.memory import (
     busy_chunk_sizes,
@@ -254,6 +255,7 @@ class SPOTrainer(StepTrainer):
         self._encodings = EncodingCache()
         self._metrics = RunningMeans()
         self._last_rollout_metrics: dict[str, float] = {}
+        self._seen_before = (0, 0)  # pairs and steps when this call of `train` began
         self._largest_gap = 0.0  # of scores of one prompt and step, in this process
         self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
@@ -309,16 +311,21 @@ class SPOTrainer(StepTrainer):
                 "SPO rolls out and scores with the whole denoiser between optimizer steps, so its parameters cannot be "
                 "sharded: use plain data parallel training or DeepSpeed ZeRO-1 or 2 instead of FSDP or ZeRO-3."
             )
-        if not config.load_best_model_at_end and config.save_strategy != "best":
+        measured = config.load_best_model_at_end or config.save_strategy == "best"
+        if not measured and config.lr_scheduler_type != "reduce_lr_on_plateau":
             return
         known = [f"{name}_{kind}" for name in ("reward", *metrics) for kind in ("mean", "std")]
         if config.metric_for_best_model in (None, "loss", "eval_loss"):  # there is no evaluation loss
-            config.metric_for_best_model, config.greater_is_better = "reward_mean", True
+            config.metric_for_best_model = "reward_mean"
+            config.greater_is_better = True
         elif config.metric_for_best_model.removeprefix("eval_") not in known:
             raise ValueError(
                 f"`metric_for_best_model` must be one of {known}, got {config.metric_for_best_model!r}. Further metrics "
                 "come with the `metrics` argument of the trainer."
             )
+        if config.lr_scheduler_type == "reduce_lr_on_plateau":  # of itself it waits for a number that falls
+            mode = "max" if config.greater_is_better else "min"
+            config.lr_scheduler_kwargs = {"mode": mode, **(config.lr_scheduler_kwargs or {})}
 
     def _check_reward_timesteps(self, config: SPOConfig, reward: Reward):
         """The reward must know the timesteps it will be asked about. The first one, of pure noise, is never scored."""
@@ -371,9 +378,9 @@ class SPOTrainer(StepTrainer):
             lambda prompts, seed: self.rollout(prompts, seed=seed),
             sizes,
             gather=self._gather_pairs,
-            seed=args.seed,
+            seed=args.seed if args.data_seed is None else args.data_seed,
             why_no_pairs=self.why_no_pairs,
-            pin_memory=args.device.type == "cuda",
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
 
     def _gather_pairs(self, parts: list[StepPairs]) -> list[StepPairs]:
@@ -671,6 +678,12 @@ class SPOTrainer(StepTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._pop_metrics()}
+        elif "train_samples_per_second" in logs:
+            # Of the pairs and steps of this call: what transformers counts is the largest number that there could have been.
+            seconds = max(logs["train_runtime"], 1e-9)
+            pairs, steps = self._seen_before
+            logs["train_samples_per_second"] = round((self.pair_loader.num_pairs_seen - pairs) / seconds, 3)
+            logs["train_steps_per_second"] = round((self.state.global_step - steps) / seconds, 3)
         super().log(logs, start_time)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -802,6 +815,7 @@ class SPOTrainer(StepTrainer):
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
             self._load_metrics(state["metrics"], state["last_rollout_metrics"])
+        self._seen_before = (self.pair_loader.num_pairs_seen, 0 if folder is None else global_step_of(folder))
         return self.pair_loader.exhausted
 
     def load_model(self, directory: str | Path) -> None:

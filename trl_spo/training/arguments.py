@@ -32,6 +32,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from .trainer_options import REFUSED, check_options
+
 
 _KINDS = {  # annotation -> what is accepted for it, in words, and a test
     bool: ("True or False", lambda value: isinstance(value, bool)),
@@ -89,8 +91,14 @@ class StepTrainingArguments(TrainingArguments):
     wait for each other no longer than `ddp_timeout`.
     """
 
+    _refused = REFUSED  # fields of transformers that say nothing here
+
     def check_kinds(self) -> None:
-        """[`check_kind`] of every field that a subclass declares, and of those of transformers that it compares."""
+        """
+        [`check_kind`] of every field that a subclass declares, and of those of transformers that it compares; what has no
+        effect here is refused.
+        """
+        check_options(self, self._refused)
         for name in ("max_steps", "gradient_accumulation_steps", "seed"):
             check_kind(name, getattr(self, name), int)
         for cls in type(self).__mro__[: type(self).__mro__.index(StepTrainingArguments)]:

@@ -181,7 +181,8 @@ def _step_of(folder: Path) -> int:
     return int(CHECKPOINT_NAME.fullmatch(folder.name)[1])
 
 
-def _global_step(folder: str | Path) -> int:
+def global_step_of(folder: str | Path) -> int:
+    """The optimizer steps behind a checkpoint."""
     return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 
@@ -450,7 +451,7 @@ class CheckpointingMixin:
         self.accelerator.wait_for_everyone()
         folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.args.world_size)
         exhausted = self._read_state(folder)
-        self._finished = folder is not None and (exhausted or 0 < self.args.max_steps <= _global_step(folder))
+        self._finished = folder is not None and (exhausted or 0 < self.args.max_steps <= global_step_of(folder))
         eval_on_start = self.args.eval_on_start
         self.args.eval_on_start = eval_on_start and folder is None  # the run has had it
         if self._finished:  # there is no epoch any more, at whose beginning the Trainer would load them
