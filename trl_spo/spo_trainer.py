@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from .losses import spo_loss
 from .pair_loader import LoaderSizes, PairLoader
-from .pipelines.adapters import LORA_NAME
+from .pipelines.adapters import LORA_NAME, switch_dropout
 from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.conditioning import PromptEmbeds
@@ -53,7 +53,7 @@ from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback
 from .training.checkpointing import global_step_of
-from .training.compilation import compile_blocks, reference_on_same_code
+from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.memory import (
     busy_chunk_sizes,
     free_bytes,
@@ -227,9 +227,8 @@ class SPOTrainer(StepTrainer):
         self._check_branches(config)
         self.reward.check_pipeline(self.pipeline)
         self._check_reward_timesteps(config, self.reward)
-        if scoring_vae is not None or config.scoring_vae is not None:
-            vae = config.scoring_vae if scoring_vae is None else scoring_vae
-            self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)
+        vae = config.scoring_vae if scoring_vae is None else scoring_vae
+        self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)  # `None` also ends that of an earlier run
         self.reward_model = reward_model if self.reward.module is None else self.reward.module
 
     def _prepare(self, config: SPOConfig, peft_config) -> torch.nn.Module:
@@ -242,10 +241,7 @@ class SPOTrainer(StepTrainer):
         # DeepSpeed sends weights to the other ranks as plain bytes, which weights in another memory order are not.
         with_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         self.pipeline.optimize(self._stores_channels_last(config) and not with_deepspeed)
-        if config.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+        switch_dropout(model, on=not config.disable_dropout)
         return model
 
     def _start(self, config: SPOConfig, prompts: Sequence[str]) -> None:
@@ -271,9 +267,11 @@ class SPOTrainer(StepTrainer):
         # with `torch_compile` may have left transformers 4's environment variable behind.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         self._compiles_blocks = self._compiles(config)
+        networks = [*self.pipeline.running_networks(), self.reward.module]
+        release_blocks(networks)
         if self._compiles_blocks:
             compile_blocks(
-                [*self.pipeline.running_networks(), self.reward.module],
+                networks,
                 required=config.torch_compile or bool(config.compile_regions),
                 backend=config.torch_compile_backend or "inductor",
                 mode=config.torch_compile_mode,

@@ -37,7 +37,7 @@ from .preference_collator import StepPreferenceCollator
 from .preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
 from .preference_labels import preference_labels, score_clean_images
 from .rewards.base import is_reward_model, load_reward_model, wrap_reward
-from .rewards.inputs import StepRewardOutput
+from .rewards.inputs import StepRewardOutput, freeze, thaw
 from .step_reward_config import StepRewardConfig
 from .training.base import StepTrainer
 from .training.gather import gather_rows
@@ -226,15 +226,15 @@ class StepRewardTrainer(StepTrainer):
                 "`relabel_preferences` asks the model that is trained for labels unless another is given, and this "
                 f"{type(reward_model).__name__} judges latents, not finished images. Pass a `preference_model` of images."
             )
-        reward_model.float()
+        thaw(reward_model.float())  # it may have judged another run, or trained without its text tower
         if config.relabel_preferences and (preference_model is None or preference_model is reward_model):
             preference_model = copy.deepcopy(reward_model)
         if isinstance(preference_model, torch.nn.Module):
-            preference_model.requires_grad_(False).eval().to(config.device)
+            freeze(preference_model).eval().to(config.device)
         self.preference_model = preference_model
         self.encoding_cache = EncodingCache(int(config.cache_latents_gb * 2**30)) if config.cache_latents else None
         if config.freeze_text_tower:
-            reward_model.freeze_text_tower()
+            freeze(reward_model, reward_model.freeze_text_tower)
         if config.accelerator_config.dispatch_batches is None:
             # Every process reads a stream for itself: accelerate's default sends batches of tensors from one process
             # to the others, and ours hold prompts.

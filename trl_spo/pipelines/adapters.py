@@ -66,6 +66,14 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
     return denoiser
 
 
+def switch_dropout(network: torch.nn.Module, on: bool) -> None:
+    """Dropout as the network and its adapter were made with, or none; each run decides for itself."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.own_p = getattr(module, "own_p", module.p)
+            module.p = module.own_p if on else 0.0
+
+
 def save_lora(pipeline: Any, denoiser_name: str, save_directory: str | Path, state_dict: dict | None = None) -> None:
     """
     Write the adapter of a denoiser as `pytorch_lora_weights.safetensors`, its configuration (rank, alpha) inside: plain

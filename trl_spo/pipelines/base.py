@@ -264,6 +264,8 @@ class SPOPipeline:
         if use_lora is not None:
             self.use_lora = use_lora
         self.freeze()
+        # Nothing of an earlier run on this object: its reference was the model as that run found it.
+        self._frozen_copy = None
         self._compute_dtype = None
         if self.use_lora:
             self.add_lora(peft_config)

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from ..hub_files import read_model_type
+from .inputs import freeze
 
 
 SEES = ("images", "latents", "noisy_latents")
@@ -96,7 +97,7 @@ class Reward:
         """
         self.check_dtype(dtype)
         if self.module is not None:
-            self.module.requires_grad_(False).eval().to(device)
+            freeze(self.module).eval().to(device)
             if dtype is not None:
                 cast = getattr(self.module, "cast", self.module.to)  # a model's own cast spares what must stay float32
                 cast(dtype)

@@ -14,10 +14,12 @@
 
 """What reward models take, texts and the timesteps of the samples, and what they return."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput
 
 
@@ -84,3 +86,24 @@ def checked_timesteps(
     if on_host and batch_size > 0 and not bool(((timesteps >= 0) & (timesteps < num_train_timesteps)).all()):
         raise ValueError(f"`timesteps` must lie in [0, {num_train_timesteps}), got {timesteps.tolist()}.")
     return timesteps.long().to(device, non_blocking=on_host).expand(batch_size)
+
+
+def freeze(module: nn.Module, stop: Callable[[], Any] | None = None) -> nn.Module:
+    """Stop training a module, or the part of it that `stop` freezes; [`thaw`] brings back what was trained before."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if stop is None:
+        module.requires_grad_(False)
+    else:
+        stop()
+    for parameter in trained:
+        parameter.frozen_for_a_run = not parameter.requires_grad
+    return module
+
+
+def thaw(module: nn.Module) -> nn.Module:
+    """Train again what [`freeze`] has stopped, for a run that ended: a model may judge first and be trained later."""
+    for parameter in module.parameters():
+        if getattr(parameter, "frozen_for_a_run", False):
+            parameter.requires_grad_(True)
+            parameter.frozen_for_a_run = False
+    return module

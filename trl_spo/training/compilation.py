@@ -148,6 +148,14 @@ def compile_blocks(networks: Iterable[torch.nn.Module | None], required: bool = 
     return count
 
 
+def release_blocks(networks: Iterable[torch.nn.Module | None]) -> None:
+    """Let blocks that an earlier run has compiled run as they are again."""
+    for network in networks:
+        for block in () if network is None else network.modules():
+            if isinstance(getattr(block, "_compiled_call_impl", None), CompiledBlock):
+                block._compiled_call_impl = None
+
+
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
