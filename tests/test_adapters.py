@@ -20,10 +20,10 @@ family. What is saved must load in plain diffusers, and what comes out of a VAE 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from peft import LoraConfig
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from peft.utils import get_peft_model_state_dict
 
-from trl_spo import wrap_pipeline
+from trl_spo import SPOTrainer, wrap_pipeline
 from trl_spo.pipelines.adapters import add_lora, load_lora, save_lora
 from trl_spo.pipelines.autoencoder import decode, encode, scale_and_shift
 
@@ -34,7 +34,15 @@ from .flow_testing import (
     tiny_sd3_pipeline,
     tiny_z_image_pipeline,
 )
-from .testing_utils import changed, state_of, tiny_sd_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    changed,
+    state_of,
+    tiny_sd_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_spo_config,
+)
 
 
 FAMILIES = {
@@ -76,6 +84,46 @@ def test_an_adapter_of_any_family_loads_in_plain_diffusers_and_in_training(famil
     add_lora(other.transformer, LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="does not fit the adapter being trained"):
         load_lora(other, "transformer", tmp_path)
+
+
+TARGETS = ["to_q", "to_k", "to_v"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, alpha=2, target_modules=TARGETS),
+        LoKrConfig(r=2, alpha=2, target_modules=TARGETS),
+        OFTConfig(oft_block_size=2, r=0, target_modules=TARGETS),
+        IA3Config(target_modules=TARGETS, feedforward_modules=[]),
+        AdaLoraConfig(init_r=2, target_r=1, total_step=4, target_modules=TARGETS),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+@pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_flux_pipeline])
+def test_methods_whose_file_nobody_reads_are_not_trained(maker, config, tmp_path):
+    """Regression: they were trained and saved, and `load_lora_weights` refused the result."""
+    pipeline = maker(tmp_path)
+    denoiser = wrap_pipeline(pipeline).denoiser
+    before = state_of(denoiser)
+    with pytest.raises(ValueError, match=f"must be a `peft.LoraConfig`, got `{type(config).__name__}`"):
+        SPOTrainer(tiny_spo_config(tmp_path), pipeline, brightness_reward, train_dataset=PROMPTS, peft_config=config)
+    assert before.keys() == denoiser.state_dict().keys() and not changed(before, denoiser)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "sd", "sdxl"])
+def test_an_adapter_on_every_layer_can_be_delivered(family, tmp_path):
+    """Whatever layer a user names, diffusers reads it back under its name in every family."""
+    make = {**FAMILIES, "sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}[family]
+    wrapped, plain = wrap_pipeline(make(tmp_path)), make(tmp_path)
+    layers = [n for n, m in wrapped.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    wrapped.add_lora(LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False))
+    wrapped.save_lora(tmp_path)
+    plain.load_lora_weights(tmp_path)
+    trained = get_peft_model_state_dict(wrapped.denoiser)
+    read = get_peft_model_state_dict(getattr(plain, wrapped.denoiser_name), adapter_name="default_0")
+    assert len(trained) == 2 * len(layers) and trained.keys() == read.keys()
+    assert all(torch.equal(trained[name], read[name]) for name in trained)
 
 
 def shifted_vae(**config) -> AutoencoderKL:

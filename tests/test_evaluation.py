@@ -324,7 +324,7 @@ def test_a_score_that_is_no_number_is_an_error_with_names(pipeline):
         evaluate_pipeline(pipeline, PROMPTS[:3], {"column": lambda images, prompts: torch.zeros(3, 1)}, SHORT)
 
 
-def test_arguments_are_checked_before_sampling(pipeline):
+def test_arguments_are_checked_before_sampling(pipeline, tmp_path):
     def run(prompts=PROMPTS[:2], metrics=None, protocol=SHORT, **kwargs):
         evaluate_pipeline(pipeline, prompts, metrics or {"redness": redness}, protocol, **kwargs)
 
@@ -352,6 +352,11 @@ def test_arguments_are_checked_before_sampling(pipeline):
         run(protocol=EvaluationProtocol("noisy", eta=1.5))
     with pytest.raises(ValueError, match="batch_size"):
         run(batch_size=0)
+    with pytest.raises(ValueError, match="`clip_skip` must be below 2"):
+        run(protocol=EvaluationProtocol("skips", clip_skip=2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Nothing can be written to `output_dir`"):
+        run(output_dir=tmp_path / "file" / "evaluation")
 
 
 def test_two_processes_share_the_prompts(tmp_path):

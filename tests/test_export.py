@@ -335,6 +335,8 @@ def test_errors_of_the_merge(tmp_path):
         merge_lora(pipeline, tmp_path, tmp_path / "merged")
     with pytest.raises(ValueError, match="does not fit this unet"):
         merge_lora(pipeline, sdxl, tmp_path / "merged")
+    with pytest.raises(OSError, match="Nothing can be written to `output_dir`"):  # before the pipeline is looked for
+        merge_lora("no/such/pipeline", folder, tmp_path / "base" / "model_index.json" / "merged")
     with pytest.raises(ValueError, match="base model itself"):
         merge_lora(tmp_path / "base", folder, tmp_path / "base")
     with pytest.raises(ValueError, match="need a path"):

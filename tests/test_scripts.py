@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 
 from trl_spo import LatentRewardModel, StepAwareRewardModel
 from trl_spo.prompts import load_prompts
+from trl_spo.scripts import cli
 from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group, resume_from
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -231,6 +232,32 @@ def test_headers_are_read_by_tools(path):
         in tomllib.loads("".join(line.removeprefix("# ") for line in head.splitlines(keepends=True)))["dependencies"]
     )
     assert f"examples/scripts/{path.name}" in text.split('"""')[1]
+
+
+class TestNothingIsSampledInVain:
+    """Images of a base model take hours: what keeps the result from being written or compared is found before the first."""
+
+    def arguments(self, toy, *more) -> list[str]:
+        options = {"clip_score": {"model": str(toy / "clip"), "processor": str(toy / "clip")}}
+        arguments = ["--model_name_or_path", toy / "sd", "--base", "--prompts", toy / "prompts.txt", "--device", "cpu"]
+        return [*map(str, [*arguments, "--metrics", "clip_score", "--metric_options", json.dumps(options), *more])]
+
+    @pytest.mark.parametrize("command", ["evaluate", "sample"])
+    def test_a_folder_that_cannot_be_written(self, toy, command, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(
+            "trl_spo.pipelines.base.SPOPipeline.sample", None
+        )  # to call it would be an error of its own
+        target = str(tmp_path / "file" / "out")
+        own = self.arguments(toy, "--lora", toy) if command == "evaluate" else ["--prompt", "a cat"]
+        with pytest.raises(OSError, match="Nothing can be written"):
+            cli.main([command, *own, "--output_dir", target])
+
+    def test_a_lora_that_cannot_be_loaded(self, toy, tmp_path, monkeypatch):
+        monkeypatch.setattr("trl_spo.pipelines.base.SPOPipeline.sample", None)
+        (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"broken")
+        with pytest.raises(Exception, match="(?i)header|safetensors|incomplete|read"):
+            cli.main(["evaluate", *self.arguments(toy, "--lora", tmp_path), "--output_dir", str(tmp_path / "out")])
 
 
 class TestAccelerateConfigs:

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from .hub_files import load_diffusers_pipeline
 from .pipelines.adapters import LORA_NAME
 from .pipelines.base import SPOPipeline
+from .training.checkpointing import check_output_dir
 
 
 logger = logging.get_logger(__name__)
@@ -69,11 +70,13 @@ def merge_lora(
 
     Raises:
         FileNotFoundError: if there is no LoRA file.
+        OSError: if nothing can be written to `output_dir`; found before anything is loaded.
         ValueError: if the file is not a LoRA of a denoiser, or does not fit the pipeline's.
     """
     # The base model.
     output_dir = Path(output_dir)
     source = find_lora(lora)
+    check_output_dir(output_dir, create=False)
     if isinstance(pipeline, (str, Path)):
         if Path(pipeline).resolve() == output_dir.resolve():
             raise ValueError(f"`output_dir` is the base model itself, {str(pipeline)!r}. Write to another folder.")

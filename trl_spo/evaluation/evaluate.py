@@ -40,6 +40,7 @@ from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..rewards.base import is_reward_model
 from ..sampling import generate_images, score_images
+from ..training.checkpointing import check_output_dir
 from .sheets import before_after_sheet, image_grid
 from .statistics import paired_statistics, statistics_table
 
@@ -327,6 +328,7 @@ def evaluate_pipeline(
         [`EvaluationResult`].
 
     Raises:
+        OSError: before sampling, if nothing can be written to `output_dir`.
         ValueError: before sampling, if arguments do not fit together; later, if a metric returns something else than
             one finite number per image, with the names of metric and prompt.
 
@@ -345,6 +347,8 @@ def evaluate_pipeline(
         protocol = _find_protocol(protocol)
     prompts, seeds = _check_prompts(prompts, seeds, protocol)
     _check_the_rest(metrics, base, batch_size, len(prompts))
+    if output_dir is not None and int(os.environ.get("RANK", "0")) == 0:
+        check_output_dir(output_dir)
     pipeline = wrap_pipeline(pipeline)
     _check_sampler(pipeline, protocol)
     if base is not None and not torch.is_tensor(base):

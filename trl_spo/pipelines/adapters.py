@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         `torch.nn.Module`: the denoiser.
 
     Raises:
-        ValueError: if the configuration fits no layer, or the denoiser already carries other adapters. The reference is
+        ValueError: if the configuration is of another method than LoRA or fits no layer, or the denoiser already carries other adapters. The reference is
             the denoiser with adapters off, so they would not be part of it.
     """
     existing = getattr(denoiser, "peft_config", {})
@@ -57,6 +57,12 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             )
         logger.warning("The pipeline already carries this adapter: training continues from it.")
     else:
+        if peft_config.peft_type != PeftType.LORA:
+            raise ValueError(
+                f"`peft_config` must be a `peft.LoraConfig`, got `{type(peft_config).__name__}`: the result is a file that "
+                "`load_lora_weights` of diffusers reads, and it reads no other method. Or train the whole denoiser, with "
+                "`use_peft=False`."
+            )
         denoiser.requires_grad_(False)
         try:
             denoiser.add_adapter(peft_config)

@@ -125,6 +125,7 @@ def main(
     from ..evaluation.evaluate import evaluate_pipeline
     from ..pipelines.auto import wrap_pipeline
     from ..sampling import generate_images
+    from ..training.checkpointing import check_output_dir
 
     if evaluate_args.base and sampler_args.lora is None:
         raise SystemExit(
@@ -135,18 +136,21 @@ def main(
         raise SystemExit("--base and --base_model_name_or_path name two things to compare with; give one of them.")
     protocol = make_protocol(evaluate_args.protocol, sampler_args)
     prompts = sampler_args.read_prompts()
-    pipeline = model_args.load_pipeline()
+    check_output_dir(sampler_args.output_dir)
+    pipeline = sampler_args.place(model_args.load_pipeline())  # with the LoRA: a broken one is found before any image
     device = sampler_args.target_device()
     metrics = load_metrics(evaluate_args, reward_args, device)
     base = None
-    if evaluate_args.base:  # before the LoRA comes, so that one model in memory is enough
+    if evaluate_args.base:  # the model with its LoRA off, so that one model in memory is enough
         seeds = [protocol.seed + i for i in range(len(prompts))]
         settings = {"seeds": seeds, "batch_size": sampler_args.batch_size, **protocol.sampler()}
-        base = generate_images(pipeline.to(device), prompts, progress="base model", **settings)
+        pipeline.sd_pipeline.disable_lora()
+        base = generate_images(pipeline, prompts, progress="base model", **settings)
+        pipeline.sd_pipeline.enable_lora()
     elif evaluate_args.base_model_name_or_path is not None:
         base = wrap_pipeline(evaluate_args.base_model_name_or_path, torch_dtype=model_args.dtype).to(device)
     result = evaluate_pipeline(
-        sampler_args.place(pipeline),
+        pipeline,
         prompts,
         metrics,
         protocol=protocol,

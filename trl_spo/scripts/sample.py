@@ -66,7 +66,9 @@ def main(model_args: PipelineArguments, sampler_args: SamplerArguments, sample_a
     from diffusers.utils import numpy_to_pil
 
     from ..sampling import generate_images
+    from ..training.checkpointing import check_output_dir
 
+    check_output_dir(sampler_args.output_dir)
     prompts = sample_args.prompt or sampler_args.read_prompts()
     prompts = [prompt for prompt in prompts for _ in range(sample_args.images_per_prompt)]
     first = sampler_args.seed or 0
@@ -77,7 +79,6 @@ def main(model_args: PipelineArguments, sampler_args: SamplerArguments, sample_a
         pipeline, prompts, seeds=seeds, batch_size=sampler_args.batch_size, progress="sampling", **sampler
     )
     folder = Path(sampler_args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}_seed{seed}.png" for index, seed in enumerate(seeds)]
     for path, image in zip(paths, numpy_to_pil(images.permute(0, 2, 3, 1).numpy()), strict=True):
         image.save(path)

@@ -49,17 +49,24 @@ TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "basic_ios")  # what
 REPLACED, DELETED = "replaced-", "deleted-"  # prefixes of checkpoints on their way out
 
 
-def check_output_dir(output_dir: str | Path):
+def check_output_dir(output_dir: str | Path, create: bool = True):
     """
     Whether the folder of a run can be written to, asked before any work is done.
+
+    Args:
+        output_dir (`str` or `Path`): the folder.
+        create (`bool`, *optional*, defaults to `True`): make it; otherwise the folder is asked in which it would be made.
 
     Raises:
         OSError: if it cannot, with the reason; `PermissionError` and `NotADirectoryError` are among its kinds.
     """
     output_dir = Path(output_dir)
+    asked = output_dir
+    while not create and not asked.exists() and asked != asked.parent:
+        asked = asked.parent
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
+        asked.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=asked) as file:
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
