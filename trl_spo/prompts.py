@@ -14,16 +14,35 @@
 
 """Prompts from anywhere: found by [`load_prompts`], checked and read by [`read_prompts`]."""
 
+import codecs
+import csv
+import functools
+import io
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+try:
+    from datasets import Column
+except ImportError:  # before version 4 a column was a list
+    Column = ()
+
+
+SAVED_MARKS = ("dataset_info.json", "dataset_dict.json")  # files of `save_to_disk`
+LINE_END = re.compile(r"\r\n|\n|\r")
+BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's spaces, control and format characters
 
 
@@ -40,10 +59,14 @@ def load_prompts(name: str, split: str = "train"):
     """
     Prompts from where users keep them.
 
+    A file is UTF-8, or has a byte order mark that says otherwise, which is no part of the first prompt. Its lines end with
+    a line feed, a carriage return, or both; other separators of Unicode stay in the prompt, as JSON and tables keep them.
+
     Args:
         name (`str`):
-            A `.txt` file with one prompt per line, a `.json` file that holds a list of strings, a `.csv`, `.json`,
-            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, or the folder or Hub id of a dataset.
+            A `.txt` file with one prompt per line, a `.json` file that holds a list of strings, a `.csv`, `.tsv`, `.json`,
+            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, a folder that `Dataset.save_to_disk` wrote, or
+            the folder or Hub id of a dataset.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a dataset; files have none.
 
@@ -52,24 +75,137 @@ def load_prompts(name: str, split: str = "train"):
 
     Raises:
         FileNotFoundError: if the name ends like a file and there is none.
+        ValueError: if a file is in another encoding or of another kind, or breaks the rules of its kind; says where.
     """
     path = Path(name)
-    if path.suffix not in (".txt", *LOADERS):
-        return load_dataset(name, split=split)
+    suffix = path.suffix.lower()
+    if path.is_dir() and any((path / mark).is_file() for mark in SAVED_MARKS):
+        return _saved_dataset(path, split)
+    if suffix not in READERS and not path.is_file():
+        return load_dataset(str(name), split=split)
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no file {name!r}. Name a file of prompts, or a dataset by folder or Hub id."
+            f"There is no file {str(name)!r}. Name a file of prompts, or a dataset by folder or Hub id."
         )
-    if path.suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".json":
+    if suffix not in READERS:
+        raise ValueError(f"{str(name)!r} is no file of prompts: these end in {', '.join(READERS)}.")
+    return READERS[suffix](path)
+
+
+def _saved_dataset(path: Path, split: str) -> Dataset:
+    """What `save_to_disk` wrote: a dataset, or one of its splits."""
+    found = load_from_disk(str(path))
+    if not isinstance(found, DatasetDict):
+        return found
+    if split not in found:
+        raise ValueError(f"{str(path)!r} has no split {split!r}; it has {sorted(found)}.")
+    return found[split]
+
+
+def read_text(path: Path) -> str:
+    """
+    The text of a file, without its byte order mark. Line ends are as they are in the file.
+
+    Raises:
+        ValueError: if it is neither UTF-8 nor begins with a mark.
+    """
+    content = path.read_bytes()
+    encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{str(path)!r} is not text in UTF-8 (line {line}). Convert it, for example with "
+            f"`iconv -f latin1 -t utf-8 {path.name}` if it was written in Latin-1."
+        ) from error
+    if "\0" in text:
+        raise ValueError(
+            f"{str(path)!r} holds characters of value 0, as UTF-16 without a byte order mark does when it is read as UTF-8. "
+            "Save it as UTF-8."
+        )
+    return text
+
+
+def _read_lines(path: Path) -> list[str]:
+    return [line for line in LINE_END.split(read_text(path)) if line.strip()]
+
+
+def _read_json(path: Path):
+    """A list of strings; or rows, as a list or one per line; or columns."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return _read_json_lines(path)
+    if isinstance(content, list) and all(isinstance(prompt, str) for prompt in content):
+        return content
+    if isinstance(content, dict):
+        content = _rows_of(content)
+    return _dataset(path, content)
+
+
+def _rows_of(content: dict) -> list[dict]:
+    """`{"prompt": ["a", "b"]}` as rows; another object is one row."""
+    columns = list(content.values())
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
+    return [content]
+
+
+def _read_json_lines(path: Path):
+    rows = []
+    for number, line in enumerate(LINE_END.split(read_text(path)), start=1):
+        if not line.strip():
+            continue
         try:
-            prompts = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:  # one object per line
-            prompts = None
-        if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
-            return prompts
-    return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{str(path)!r} is neither JSON nor has one JSON value per line (line {number}: {error})."
+            ) from error
+    if rows and all(isinstance(row, str) for row in rows):
+        return rows
+    return _dataset(path, rows)
+
+
+def _dataset(path: Path, rows: Any) -> Dataset:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"{str(path)!r} must hold strings, or objects with a 'prompt' or 'caption'; it holds something else."
+        )
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # of pyarrow, for columns whose values have no common kind
+        raise ValueError(f"The rows of {str(path)!r} are no table: {error}") from error
+
+
+def _read_table(path: Path, delimiter: str) -> Dataset:
+    """Every cell is text: nothing such as "null" or "1" is taken for more. A row that is too long has a comma too many."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, restval="", strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{str(path)!r} has {len(row) - 1 + len(row[None])} cells in line {reader.line_num} and "
+                    f"{len(row) - 1} columns, {reader.fieldnames}. Put quotes around prompts that hold {delimiter!r}, or "
+                    "use a .txt file with one prompt per line."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{str(path)!r} is no table (line {reader.reader.line_num}: {error}).") from error
+    return Dataset.from_list(rows)
+
+
+READERS = {  # ending of a file, in small letters -> how it is read
+    ".txt": _read_lines,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": functools.partial(_read_table, delimiter=","),
+    ".tsv": functools.partial(_read_table, delimiter="\t"),
+    ".parquet": lambda path: load_dataset("parquet", data_files=str(path), split="train"),
+}
 
 
 def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dataset") -> Sequence[str]:
@@ -85,9 +221,13 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
     """
     if isinstance(dataset, PromptColumn):  # what this function returned before
         return dataset
+    if isinstance(dataset, Column):  # `dataset["prompt"]`, whose rows are strings
+        dataset = list(dataset)
     if isinstance(dataset, Dataset):
         candidates = [column] if column else ["prompt", "caption"]
         found = [c for c in candidates if c in dataset.column_names]
+        if not found and not column:  # PartiPrompts has "Prompt"
+            found = [c for c in dataset.column_names if c.lower() in candidates]
         if not found:
             raise ValueError(
                 f"`{name}` needs a column {' or '.join(map(repr, candidates))} with the prompts; it has "

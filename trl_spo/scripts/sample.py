@@ -65,11 +65,15 @@ def main(model_args: PipelineArguments, sampler_args: SamplerArguments, sample_a
     """Samples, writes the images and `samples.json`, and returns the paths of the images."""
     from diffusers.utils import numpy_to_pil
 
+    from ..prompts import read_prompts
     from ..sampling import generate_images
     from ..training.checkpointing import check_output_dir
 
     check_output_dir(sampler_args.output_dir)
-    prompts = sample_args.prompt or sampler_args.read_prompts()
+    if sample_args.prompt:
+        prompts = read_prompts(list(sample_args.prompt), name="prompt")
+    else:
+        prompts = sampler_args.read_prompts()
     prompts = [prompt for prompt in prompts for _ in range(sample_args.images_per_prompt)]
     first = sampler_args.seed or 0
     seeds = list(range(first, first + len(prompts)))
