@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
+from tests.flow_testing import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
+from tests.testing_utils import PROMPTS, changed, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
 from trl_spo import (
     LatentRewardModel,
     LatentRewardModelConfig,
@@ -279,3 +286,117 @@ class TestInTheLoop:
         assert trainer.state.best_metric is not None
         with pytest.raises(ValueError, match="pass the `pipeline` whose VAE is to encode"):
             score_images(images, PROMPTS[:3], model)
+
+
+class TestTransformers:
+    """Rewards on the first blocks of a transformer, whose pipeline reads the prompts."""
+
+    FAMILIES = [tiny_sd3_pipeline, tiny_flux_pipeline, tiny_flux2_klein_pipeline, tiny_qwen_image_pipeline]
+
+    @staticmethod
+    def made(family, folder, **settings):
+        pipeline = wrap_pipeline(family(folder))
+        torch.manual_seed(0)
+        model = LatentRewardModel.from_pipeline(pipeline, projection_dim=12, **settings)
+        latents = torch.randn(2, *pipeline.latent_shape(), generator=torch.Generator().manual_seed(1))
+        return pipeline, model, latents
+
+    @torch.no_grad()
+    def test_sd3_equals_a_hand_computation(self, tmp_path):
+        """Mean image tokens behind both blocks of the pipeline's own, whole transformer; cosine with the pooled text."""
+        pipeline, model, latents = self.made(tiny_sd3_pipeline, tmp_path, blocks=[1, 2])
+        t, pipe = torch.tensor([700, 20]), pipeline.sd_pipeline
+        tokens, _, pooled, _ = pipe.encode_prompt(PROMPTS[:2], None, None, do_classifier_free_guidance=False)
+        found = []
+        for block in pipe.transformer.transformer_blocks:
+            block.register_forward_hook(lambda m, args, output: found.append(output[1].mean(1)))
+        pipe.transformer(latents, tokens, pooled, t.float())
+        visual = torch.cat(found, dim=1) @ model.visual_projection.weight.T
+        expected = torch.tensor(2.6592).exp() * F.cosine_similarity(visual, pooled @ model.text_projection.weight.T)
+        assert torch.allclose(model.score(latents, PROMPTS[:2], t), expected, atol=1e-4)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_saved_alone_and_without_neighbours(self, tmp_path, family):
+        _, model, latents = self.made(family, tmp_path)
+        t = torch.tensor([500, 20])
+        prompts = [PROMPTS[0], " ".join(PROMPTS)]  # of different lengths
+        with torch.no_grad():
+            scores = model.score(latents, prompts, t)
+            torch.testing.assert_close(model.score(latents[:1], prompts[:1], 500), scores[:1], atol=1e-4, rtol=1e-4)
+            model.save_pretrained(tmp_path / "saved")
+            loaded = LatentRewardModel.from_pretrained(tmp_path / "saved")
+            assert torch.equal(loaded.score(latents, prompts, t), scores)
+        last = max(model.config.blocks)
+        assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if f"blocks.{last}." in name]
+
+    @torch.no_grad()
+    def test_without_its_reader_it_asks_for_a_pipeline(self, tmp_path):
+        pipeline, model, latents = self.made(tiny_sd3_pipeline, tmp_path)
+        model.save_pretrained(tmp_path / "saved", save_reader=False)
+        assert not (tmp_path / "saved" / "pipeline").exists()
+        loaded = LatentRewardModel.from_pretrained(tmp_path / "saved")
+        with pytest.raises(
+            ValueError, match="encodes prompts with a StableDiffusion3Pipeline, and its folder holds none"
+        ):
+            loaded.score(latents, PROMPTS[:2], 500)
+        loaded.check_pipeline(pipeline)
+        assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), model.score(latents, PROMPTS[:2], 500))
+
+    def test_lora_weights_in_the_pipeline_are_left_out(self, tmp_path):
+        pipeline, model, latents = self.made(tiny_sd3_pipeline, tmp_path)
+        pipeline.prepare_for_training()
+        torch.manual_seed(0)
+        again = LatentRewardModel.from_pipeline(pipeline, projection_dim=12)
+        with torch.no_grad():
+            assert torch.equal(again.score(latents, PROMPTS[:2], 500), model.score(latents, PROMPTS[:2], 500))
+
+    def test_gradients_also_with_checkpointing(self, tmp_path):
+        _, model, latents = self.made(tiny_sd3_pipeline, tmp_path)
+        gradients = []
+        for checkpointed in (False, True):
+            model.train()
+            if checkpointed:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            given = latents.clone().requires_grad_(True)
+            model.score(given, PROMPTS[:2], 300).sum().backward()
+            weights = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            gradients.append([given.grad, *weights])
+        assert gradients[0][0].abs().sum() > 0 and len(gradients[0]) > 10
+        for plain, recomputed in zip(*gradients, strict=True):
+            torch.testing.assert_close(plain, recomputed)
+
+    def test_lpo_trains_a_flow_model(self, tmp_path):
+        pipeline, model, _ = self.made(tiny_sd3_pipeline, tmp_path)
+        before = state_of(model)
+        evaluations = []
+        model.backbone.register_forward_hook(lambda m, args, output: evaluations.append(len(args[1])))
+        config = tiny_spo_config(
+            tmp_path, branch_start_step=0, beta=500.0, preference_threshold=[0.0, 0.001], memory_budget=1.0
+        )
+        trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS, eval_dataset=PROMPTS[:2])
+        trainer.train()
+        first = next(log for log in trainer.state.log_history if "loss" in log)
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert not changed(before, model) and sum(evaluations) > 0
+        assert trainer.evaluate()["eval_reward_std"] > 0
+
+    @pytest.mark.parametrize("blocks", [[], [0], [3], [1, 1]])
+    def test_blocks_that_are_not_there(self, tmp_path, blocks):
+        with pytest.raises(ValueError, match="must be different numbers from 1 to 2"):
+            LatentRewardModel.from_pipeline(tiny_sd3_pipeline(tmp_path), blocks=blocks)
+
+    def test_other_pipelines_are_refused(self, tmp_path, pipe, model):
+        with pytest.raises(ValueError, match="`ZImageTransformer2DModel` has one stream for text and image"):
+            LatentRewardModel.from_pipeline(tiny_z_image_pipeline(tmp_path / "z"))
+        sd3 = tiny_sd3_pipeline(tmp_path / "sd3")
+        flow_reward = LatentRewardModel.from_pipeline(sd3)
+        with pytest.raises(
+            ValueError, match="made for a StableDiffusion3Pipeline, and the pipeline is a FluxPipeline"
+        ):
+            flow_reward.check_pipeline(tiny_flux_pipeline(tmp_path / "flux"))
+        other = tiny_sd3_pipeline(tmp_path / "other", scaling_factor=0.9)
+        with pytest.raises(ValueError, match="scaling_factor = .*, and the pipeline's have 0.9: it would judge noise"):
+            flow_reward.check_pipeline(other)
+        with pytest.raises(ValueError, match="latents of a UNet's noise schedule, and a StableDiffusion3Pipeline has"):
+            model.check_pipeline(sd3)

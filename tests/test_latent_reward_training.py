@@ -59,7 +59,7 @@ def make_trainer(pipeline, tmp_path):
     def make(reward_model=None, rows=None, trained_on=pipeline, preference_model=None, callbacks=None, **settings):
         if reward_model is None:
             torch.manual_seed(0)
-            reward_model = LatentRewardModel.from_pipeline(trained_on, guidance_scale=settings.pop("vfe", 7.5))
+            reward_model = LatentRewardModel.from_pipeline(trained_on, guidance_scale=7.5)
         return StepRewardTrainer(
             tiny_step_reward_config(tmp_path / "run", **settings),
             trained_on,
@@ -201,6 +201,33 @@ class TestTraining:
         trainer.train()
         moved = changed(start, trainer.model)
         assert any("text_encoders.1" in name for name in moved)
+
+    def test_a_transformer_reads_with_its_pipeline(self, make_trainer, tmp_path):
+        """Blocks and heads move, text encoders do not; each prompt is encoded once, and checkpoints hold no text encoder."""
+        pipe = wrap_pipeline(tiny_sd3_pipeline(tmp_path / "sd3"))
+        resolution = pipe.spatial_factor * pipe.latent_shape()[1]
+        encoder = state_of(pipe.sd_pipeline.text_encoder)
+        trainer = make_trainer(
+            trained_on=pipe,
+            cache_latents=True,
+            resolution=resolution,
+            save_strategy="steps",
+            save_steps=1,
+            max_steps=3,
+        )
+        start = state_of(trainer.model)
+        trainer.train()
+        moved = changed(start, trainer.model)
+        assert any("transformer_blocks.0" in name for name in moved) and "text_projection.weight" in moved
+        assert not changed(encoder, pipe.sd_pipeline.text_encoder)
+        assert trainer.encoding_cache.num_prompts_encoded == len(PROMPTS)
+        assert not (tmp_path / "run" / "checkpoint-1" / "pipeline").exists()
+        trainer.save_model(str(tmp_path / "saved"))
+        loaded = LatentRewardModel.from_pretrained(tmp_path / "saved")
+        latents = torch.randn(2, *pipe.latent_shape(), generator=seeded())
+        with torch.no_grad():
+            expected = trainer.model.eval().score(latents, PROMPTS[:2], 500)
+            assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), expected)
 
     def test_resuming_is_the_same_run(self, make_trainer, tmp_path):
         settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

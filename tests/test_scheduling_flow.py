@@ -24,7 +24,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from trl_spo import flow_step_stats
+from tests.flow_testing import tiny_sd3_pipeline
+from trl_spo import flow_step_stats, wrap_pipeline
 from trl_spo.scheduling_flow import (
     LARGEST_ETA,
     SAMPLERS,
@@ -33,6 +34,7 @@ from trl_spo.scheduling_flow import (
     flow_step_coefficients,
     noise_excess,
 )
+from trl_spo.training.memory import peak_activation_bytes
 
 
 EXACT = ("ddim", "precise", "cps")
@@ -280,3 +282,12 @@ class TestRule:
             rule = self.rule()
             rule.set_timesteps(5)
             rule.distribution(sample, 501, sample, 1.0)
+
+
+def test_an_estimate_of_memory_leaves_no_table_behind(tmp_path):
+    """Regression: the table of sigmas was made of tensors without values, and the run after the estimate read it."""
+    pipeline = wrap_pipeline(tiny_sd3_pipeline(tmp_path))
+    pipeline.set_timesteps(4)
+    timesteps = torch.tensor([900, 500])
+    peak_activation_bytes(lambda: pipeline.step_rule.sigma(timesteps))
+    torch.testing.assert_close(pipeline.step_rule.sigma(timesteps), torch.tensor([0.9, 0.5]))

@@ -27,7 +27,8 @@ _import_structure = {
     "export": ["merge_lora"],
     "kohya": ["export_comfyui", "export_kohya"],
     "evaluation.metrics": ["load_metric"],
-    "rewards.latent": ["LatentRewardModel", "LatentRewardModelConfig"],
+    "rewards.latent": ["LatentRewardModel"],
+    "rewards.latent_config": ["LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
     "rewards.step_aware_clip": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
@@ -69,7 +70,8 @@ if TYPE_CHECKING:
     from .pipelines.stable_diffusion_xl import SPOStableDiffusionXLPipeline
     from .pipelines.z_image import SPOZImagePipeline
     from .rewards.base import Reward, wrap_reward
-    from .rewards.latent import LatentRewardModel, LatentRewardModelConfig
+    from .rewards.latent import LatentRewardModel
+    from .rewards.latent_config import LatentRewardModelConfig
     from .rewards.step_aware_clip import StepAwareRewardModel, StepAwareRewardModelConfig
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings

@@ -41,6 +41,7 @@ import math
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over
 
@@ -334,7 +335,10 @@ class FlowStepRule(StepRule):
         place = (key, self.sampler, dtype, timesteps.device)
         if place not in self._tables:
             table = self._current[None] if key == "sigma" else self._table(key)
-            self._tables[place] = table.to(dtype).to(timesteps.device, non_blocking=timesteps.device.type != "cpu")
+            table = table.to(dtype).to(timesteps.device, non_blocking=timesteps.device.type != "cpu")
+            if isinstance(table, FakeTensor):  # of an estimate of memory: it has no values to be kept
+                return table[:, timesteps]
+            self._tables[place] = table
         return self._tables[place][:, timesteps]
 
     def distribution(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .losses import caption_contrastive_loss, step_preference_loss
@@ -210,6 +211,7 @@ class StepRewardTrainer(StepTrainer):
         reward = wrap_reward(reward_model)
         reward.check_pipeline(self.pipeline)
         self.sees = reward.sees
+        self._reads_with_pipeline = getattr(reward_model, "reads_with_pipeline", False)
         if self.sees != "images":
             self._tag_names, self._name = ["trl", "spo", "latent-reward-model"], "LPO latent reward model"
         self._check_timesteps(config, reward_model)
@@ -274,8 +276,9 @@ class StepRewardTrainer(StepTrainer):
         # `compute_loss` divides by `num_items_in_batch` itself, see `_get_num_items_in_batch`.
         self.model_accepts_loss_kwargs = True
         self.model.add_model_tags(self._tag_names)
-        # Noised latents need the VAE alone; the denoiser and the text encoders would take memory for nothing.
-        needed = self.pipeline.vae if self.sees == "noisy_latents" else self.pipeline
+        # Noised latents need the VAE alone, unless prompts are read with the pipeline; the rest would take memory for nothing.
+        only_encodes = self.sees == "noisy_latents" and not self._reads_with_pipeline
+        needed = self.pipeline.vae if only_encodes else self.pipeline
         needed.to(self.accelerator.device)
         for module in (self.pipeline.denoiser, *self.pipeline.frozen_modules().values()):
             module.eval()
@@ -369,7 +372,8 @@ class StepRewardTrainer(StepTrainer):
 
     def _texts(self, prompts: list[str]) -> dict[str, Any]:
         """What the reward model is given to read, twice: the prompts, or their features if these never change."""
-        if self.encoding_cache is None or not self.args.freeze_text_tower:
+        frozen = self.args.freeze_text_tower or self._reads_with_pipeline
+        if self.encoding_cache is None or not frozen:
             return {"prompts": prompts * 2}
         model = self.accelerator.unwrap_model(self.model)
         with torch.no_grad(), torch.autocast(self.accelerator.device.type, enabled=False):
@@ -474,7 +478,8 @@ class StepRewardTrainer(StepTrainer):
         return loss
 
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
-        """What the parent saves, and a model card."""
+        """What the parent saves, and a model card. Text encoders of the pipeline, which never change, are in no checkpoint."""
+        self.model.save_reader = not output_dir.name.startswith(PREFIX_CHECKPOINT_DIR)
         if self._lends_dimension and self.args.should_save:
             state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
             state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}

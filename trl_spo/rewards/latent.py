@@ -13,14 +13,16 @@
 # limitations under the License.
 
 """
-A reward model that judges noisy latents: the diffusion model's own UNet, up to its middle, as the vision tower of a CLIP
-(the latent reward model of LPO, https://huggingface.co/papers/2502.01051, section 4.1).
+A reward model that judges noisy latents: the diffusion model's own first half as the vision tower of a CLIP (the latent
+reward model of LPO, https://huggingface.co/papers/2502.01051, section 4.1).
 
-    features(x_t, c, t) = concat of mean over pixels of [last residual of every down level, mid block]
+    features(x_t, c, t) = concat of mean over pixels of [last residual of every down level, mid block]       of a UNet
+                          concat of mean over image tokens behind some blocks                          of a transformer
     score(x_t, c, t)    = exp(logit_scale) * cos(W_v features, W_t pooled_text(c))
 
-The mid block is guided like a noise prediction ("visual feature enhancement"): uncond + w (text - uncond), w = 7.5. Down
-levels take the half with text alone.
+The mid block of a UNet is guided like a noise prediction ("visual feature enhancement"): uncond + w (text - uncond), w = 7.5.
+Down levels take the half with text alone. A UNet's text encoders are trained with it and belong to the model. Those of a
+transformer are large and stay frozen: prompts are encoded by the pipeline that is judged.
 
 Nothing is predicted and nothing decoded, so scoring a candidate costs half a denoiser call, at any noise level. Differences
 from the public code (https://github.com/Kwai-Kolors/LPO):
@@ -34,6 +36,8 @@ from the public code (https://github.com/Kwai-Kolors/LPO):
 """
 
 import copy
+import dataclasses
+import logging
 import math
 import os
 from pathlib import Path
@@ -44,7 +48,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..hub_files import (
     load_diffusers_pipeline,
@@ -56,139 +60,31 @@ from ..hub_files import (
     read_plain,
     require_existing,
 )
+from ..pipelines.auto import wrap_pipeline
 from ..pipelines.conditioning import PromptEmbeds
+from ..pipelines.flow import SPOFlowPipeline
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
+from .latent_config import LatentRewardModelConfig, check_latent_space, latent_space_of
+from .latent_features import (
+    TransformerFeatures,
+    UNetFeatures,
+    default_blocks,
+    plain_config,
+    pooled_text,
+    without_adapters,
+)
 
 
-TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
-
-
-class LatentRewardModelConfig(PretrainedConfig):
-    r"""
-    Configuration of a [`LatentRewardModel`].
-
-    Args:
-        unet_config (`dict`, *optional*):
-            Configuration of the [`~diffusers.UNet2DConditionModel`] whose down and mid blocks are the backbone.
-        text_configs (`list[dict]`, *optional*):
-            Configurations of one or two CLIP text encoders, each with its class name under `architecture`.
-        projection_dim (`int`, *optional*, defaults to `768`):
-            Width in which visual and text features are compared (SDXL: 1280).
-        guidance_scale (`float`, *optional*, defaults to `7.5`):
-            w of the guided mid feature. Values of 1 and less switch it off, and with it the unconditional half.
-        num_train_timesteps (`int`, *optional*, defaults to `1000`):
-            Timesteps must lie in `[0, num_train_timesteps)`.
-        scaling_factor (`float`, *optional*, defaults to `0.18215`), shift_factor (`float`, *optional*):
-            Of the autoencoder whose latents are judged.
-        logit_scale_init (`float`, *optional*, defaults to `2.6592`):
-            Logarithm of the factor of the cosine in a fresh model, ln(1 / 0.07).
-    """
-
-    model_type = "latent_reward_model"
-
-    def __init__(
-        self,
-        unet_config=None,
-        text_configs=None,
-        projection_dim=768,
-        guidance_scale=7.5,
-        num_train_timesteps=1000,
-        scaling_factor=0.18215,
-        shift_factor=None,
-        logit_scale_init=2.6592,
-        **kwargs,
-    ):
-        self.unet_config = {} if unet_config is None else plain_config(unet_config)
-        self.text_configs = [] if text_configs is None else list(text_configs)
-        unknown = sorted({text.get("architecture") for text in self.text_configs} - set(TEXT_ENCODERS), key=str)
-        if unknown:
-            raise ValueError(f"`text_configs` must be of {' or '.join(TEXT_ENCODERS)}, got {unknown}.")
-        self.projection_dim = projection_dim
-        self.guidance_scale = guidance_scale
-        self.num_train_timesteps = num_train_timesteps
-        self.scaling_factor = scaling_factor
-        self.shift_factor = shift_factor
-        self.logit_scale_init = logit_scale_init
-        super().__init__(**kwargs)
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents that are judged."""
-        return self.unet_config.get("in_channels", 4)
-
-
-def plain_config(config) -> dict:
-    """A diffusers configuration as plain values, without the notes of the file it was read from."""
-    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
-
-
-class UNetFeatures(nn.Module):
-    """
-    The down and mid blocks of a `UNet2DConditionModel`, and what is read off them.
-
-    Args:
-        config (`dict`): of the UNet.
-    """
-
-    def __init__(self, config: dict):
-        super().__init__()
-        unet = UNet2DConditionModel.from_config(config)
-        unet.up_blocks = nn.ModuleList()  # never run: a third of the weights is enough
-        unet.conv_norm_out = None
-        unet.conv_out = None
-        self.unet = unet
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of the features: one entry per down level, and that of the mid block."""
-        channels = list(self.unet.config.block_out_channels)
-        return [*channels, channels[-1]]
-
-    def load_unet(self, state_dict: dict[str, torch.Tensor], source: str) -> None:
-        """Weights of a whole UNet; those that are not needed are left out, missing and misshapen ones are an error."""
-        unused = ("up_blocks.", "conv_norm_out.", "conv_out.")
-        kept = {name: value for name, value in state_dict.items() if not name.startswith(unused)}
-        load_strictly(self.unet, kept, source, "the backbone of the latent reward model")
-
-    def forward(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, added: dict | None = None
-    ) -> list[torch.Tensor]:
-        """
-        Args:
-            latents (`torch.Tensor` of shape `(B, C, h, w)`): x_t.
-            timesteps (`torch.Tensor` of shape `(B,)`): int64.
-            text (`torch.Tensor` of shape `(B, L, dim)`): what the blocks attend to.
-            added (`dict`, *optional*): SDXL's pooled text and size conditioning.
-
-        Returns:
-            list of `torch.Tensor` of shape `(B, width)`: means over pixels, one per down level, then the mid block.
-        """
-        unet = self.unet
-        embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
-        further = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
-        if further is not None:
-            embedding = embedding + further
-        if unet.time_embed_act is not None:
-            embedding = unet.time_embed_act(embedding)
-        text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
-
-        sample = unet.conv_in(latents)
-        features = []
-        for block in unet.down_blocks:
-            attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-            sample, residuals = block(hidden_states=sample, temb=embedding, **attends)
-            # The last residual before the level's downsampler, which adds one of its own behind it.
-            last = residuals[-1] if block.downsamplers is None else residuals[-2]
-            features.append(last.mean((-2, -1)))
-        attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
-        sample = unet.mid_block(sample, embedding, **attends)
-        return [*features, sample.mean((-2, -1))]
+PIPELINE_FOLDER = (
+    "pipeline"  # beside saved weights: the pipeline whose text encoders a transformer's reward reads with
+)
 
 
 class LatentRewardModel(PreTrainedModel):
     r"""
-    Judges noisy latents with the backbone of a diffusion model. It carries its own weights and text encoders.
+    Judges noisy latents with the backbone of a diffusion model. It carries its own weights, and with a UNet its text
+    encoders; one with a transformer encodes prompts by the pipeline that is judged.
 
     Make one with [`~LatentRewardModel.from_pipeline`] (fresh, to be trained),
     [`~LatentRewardModel.from_original_checkpoint`] (the released latent rewards of LPO) or
@@ -217,15 +113,21 @@ class LatentRewardModel(PreTrainedModel):
 
     def __init__(self, config: LatentRewardModelConfig, tokenizers: list | None = None):
         super().__init__(config)
-        self.backbone = UNetFeatures(config.unet_config)
+        self.reader = None  # the SPO pipeline that encodes prompts for a transformer
+        self.save_reader = True
+        if config.transformer_config is None:
+            self.backbone = UNetFeatures(config.unet_config)
+            text_width = config.text_configs[-1]["hidden_size"] if config.text_configs else config.projection_dim
+        else:
+            self.backbone = TransformerFeatures(config.transformer_config, config.blocks)
+            text_width = config.text_width
         self.text_encoders = nn.ModuleList(make_text_encoder(text) for text in config.text_configs)
         self.visual_projection = nn.Linear(sum(self.backbone.widths), config.projection_dim, bias=False)
         # A text encoder that projects its pooled output itself (SDXL's second) is taken as it is.
         projects = config.text_configs and config.text_configs[-1]["architecture"] == "CLIPTextModelWithProjection"
         self.text_projection = None
         if not projects:
-            width = config.text_configs[-1]["hidden_size"] if config.text_configs else config.projection_dim
-            self.text_projection = nn.Linear(width, config.projection_dim, bias=False)
+            self.text_projection = nn.Linear(text_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
         self.tokenizers = tokenizers
         self.post_init()
@@ -234,6 +136,15 @@ class LatentRewardModel(PreTrainedModel):
         """Heads as in the paper's code; the backbone and the text encoders are always loaded."""
         if module in (self.visual_projection, self.text_projection):
             nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def reads_with_pipeline(self) -> bool:
+        """Whether prompts are encoded by the pipeline that is judged, whose text encoders are never trained."""
+        return self.config.transformer_config is not None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute the blocks of the backbone in the backward pass, as `gradient_checkpointing=True` asks."""
+        self.backbone.network.enable_gradient_checkpointing()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -256,6 +167,10 @@ class LatentRewardModel(PreTrainedModel):
         Raises:
             ValueError: if there are no tokenizers, or `prompts` is not a list of strings.
         """
+        if self.reads_with_pipeline:
+            check_texts(prompts)
+            self._require_reader()
+            return []
         if not self.tokenizers:
             raise ValueError(
                 "This latent reward model has no tokenizer, so it cannot read prompts. Set `tokenizers` to those of its "
@@ -291,11 +206,38 @@ class LatentRewardModel(PreTrainedModel):
         Everything that scoring needs of the prompts, one row each: features of the tokens and of the empty prompt, and
         pooled features. Each distinct prompt passes through the text encoders once.
         """
+        if self.reads_with_pipeline:
+            return self._read(prompts)
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys([*prompts, ""]))}
         tokens, pooled = self._encode(list(unique))
         rows = torch.tensor([unique[prompt] for prompt in prompts], device=tokens.device)
         empty = torch.full_like(rows, unique[""])
         return PromptEmbeds(tokens[rows], tokens[empty], pooled[rows], pooled[empty])
+
+    def _require_reader(self) -> SPOFlowPipeline:
+        """
+        Raises:
+            ValueError: if there is no pipeline to encode prompts.
+        """
+        if self.reader is None:
+            raise ValueError(
+                f"This latent reward model encodes prompts with a {self.config.pipeline_class}, and its folder holds none. "
+                "Call `check_pipeline(pipeline)` first, as the trainers do."
+            )
+        return self.reader
+
+    @torch.no_grad()
+    def _read(self, prompts: list[str]) -> PromptEmbeds:
+        """Features of prompts by the frozen text encoders of the pipeline, without those of the empty prompt."""
+        reader = self._require_reader()
+        check_texts(prompts)
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        with reader.encoders_on_device():
+            text = reader.encode_prompt(list(unique))
+        text = dataclasses.replace(
+            text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
+        )
+        return text[torch.tensor([unique[prompt] for prompt in prompts], device=text.prompt_embeds.device)]
 
     # ---- scores ----
 
@@ -310,6 +252,10 @@ class LatentRewardModel(PreTrainedModel):
         """
         latents = latents.to(self.device, self.dtype)
         timesteps = timesteps.to(self.device)
+        if self.reads_with_pipeline:
+            reader = self._require_reader()
+            sigma = reader.step_rule.sigma(timesteps).to(self.device, torch.float32)
+            return torch.cat(self.backbone(reader, latents, sigma, text.to(self.dtype)), dim=-1)
         scale = self.config.guidance_scale
         if scale <= 1:
             added = self._added(text.pooled_prompt_embeds)
@@ -372,8 +318,9 @@ class LatentRewardModel(PreTrainedModel):
             raise ValueError(f"Got {len(latents)} latents and {len(text)} prompts.")
         timesteps = checked_timesteps(timesteps, len(latents), self.config.num_train_timesteps, self.device)
 
-        visual = self.visual_projection(self.visual_features(latents, timesteps, text.to(self.device)))
-        pooled = text.pooled_prompt_embeds.to(self.device, self.dtype)
+        text = text.to(self.device)
+        visual = self.visual_projection(self.visual_features(latents, timesteps, text))
+        pooled = pooled_text(text).to(self.dtype)
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
         image_embeds = F.normalize(visual.float(), dim=-1)
@@ -406,12 +353,28 @@ class LatentRewardModel(PreTrainedModel):
     def check_pipeline(self, pipeline) -> None:
         """
         Whether this model can judge what the (SPO or diffusers) pipeline makes. A model that came without tokenizers
-        takes those of the pipeline.
+        takes those of the pipeline; one with a transformer encodes prompts with it from now on.
 
         Raises:
-            ValueError: for latents of another space.
+            ValueError: for latents of another space, or another noise schedule.
         """
+        if self.reads_with_pipeline:
+            wrapped = wrap_pipeline(pipeline)
+            theirs = type(wrapped.sd_pipeline).__name__
+            if theirs != self.config.pipeline_class:
+                raise ValueError(
+                    f"The latent reward model was made for a {self.config.pipeline_class}, and the pipeline is a {theirs}: "
+                    "it would judge noise. Take a reward model that was made for this pipeline."
+                )
+            check_latent_space(self.config.latent_space, latent_space_of(wrapped))
+            self.reader = wrapped
+            return
         pipeline = getattr(pipeline, "sd_pipeline", pipeline)
+        if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+            raise ValueError(
+                f"The latent reward model judges latents of a UNet's noise schedule, and a {type(pipeline).__name__} has "
+                "another one. Take a reward model that was made for this pipeline."
+            )
         vae, config = pipeline.vae.config, self.config
         theirs = (vae.latent_channels, vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
         ours = (config.latent_channels, config.scaling_factor, config.shift_factor or 0.0)
@@ -428,28 +391,33 @@ class LatentRewardModel(PreTrainedModel):
     @classmethod
     def from_pipeline(cls, pipeline: Any, **config_kwargs) -> "LatentRewardModel":
         r"""
-        A fresh latent reward model with copies of a pipeline's down and mid blocks and text encoders, ready to be
-        trained. Its heads are random.
+        A fresh latent reward model with a copy of the part of a pipeline's denoiser that is read, and of a UNet's text
+        encoders, ready to be trained. Its heads are random.
 
         Args:
-            pipeline (SPO or diffusers pipeline of Stable Diffusion 1, 2 or XL, path or Hub id):
-                Where the weights come from; it is left as it is.
+            pipeline (SPO or diffusers pipeline, path or Hub id):
+                Where the weights come from; it is left as it is. Stable Diffusion 1, 2 and XL, or a transformer with two
+                streams: Stable Diffusion 3, FLUX, FLUX.2, Qwen-Image.
             config_kwargs:
-                Passed to [`LatentRewardModelConfig`], e.g. `guidance_scale=1.0`.
+                Passed to [`LatentRewardModelConfig`], e.g. `guidance_scale=1.0`, or `blocks=[8, 16]` of a transformer; by
+                default three quarters of its depth, as block 18 of 24 in LPO's reward of Stable Diffusion 3.
 
         Returns:
             [`LatentRewardModel`] in evaluation mode.
 
         Raises:
-            `TypeError`: for a pipeline without a UNet.
+            `TypeError`: for anything else.
+            `ValueError`: for blocks that do not exist.
         """
         if isinstance(pipeline, (str, Path)):
             pipeline = load_diffusers_pipeline(pipeline)
         pipeline = getattr(pipeline, "sd_pipeline", pipeline)
+        if isinstance(getattr(pipeline, "transformer", None), nn.Module):
+            return cls._from_transformer(pipeline, config_kwargs)
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
             raise TypeError(
                 "A latent reward model is made from a pipeline with a `UNet2DConditionModel` (Stable Diffusion 1, 2 or "
-                f"XL), got `{type(pipeline).__name__}`."
+                f"XL) or with a transformer of two streams, got `{type(pipeline).__name__}`."
             )
         encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         encoders = [encoder for encoder in encoders if encoder is not None]
@@ -460,15 +428,36 @@ class LatentRewardModel(PreTrainedModel):
         return model.eval()
 
     @classmethod
+    def _from_transformer(cls, pipeline, config_kwargs: dict) -> "LatentRewardModel":
+        """A model around copies of a transformer's first blocks."""
+        reader = wrap_pipeline(pipeline)
+        transformer = reader.denoiser
+        with reader.encoders_on_device():
+            text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
+        if getattr(transformer, "transformer_blocks", None) is not None:
+            config_kwargs.setdefault("blocks", default_blocks(transformer))
+        config_kwargs.setdefault("blocks", [1])
+        config = cls.config_class(
+            transformer_config={**plain_config(transformer.config), "_class_name": type(transformer).__name__},
+            text_width=text_width,
+            pipeline_class=type(pipeline).__name__,
+            latent_space=latent_space_of(reader),
+            num_train_timesteps=reader.num_train_timesteps,
+            **config_kwargs,
+        )
+        model = cls(config)
+        model.backbone.load_network(without_adapters(transformer), "the pipeline's transformer")
+        model.reader = reader
+        return model.cast(transformer.dtype).eval()
+
+    @classmethod
     def _from_parts(cls, unet: UNet2DConditionModel, encoders: list, settings: dict) -> "LatentRewardModel":
         """A model around the weights of a UNet and its text encoders; heads as they are initialised."""
         texts = [{**encoder.config.to_dict(), "architecture": type(encoder).__name__} for encoder in encoders]
         last = encoders[-1].config
         settings = {"projection_dim": getattr(last, "projection_dim", last.hidden_size), **settings}
         model = cls(cls.config_class(plain_config(unet.config), texts, **settings))
-        weights = {name: value for name, value in unet.state_dict().items() if "lora_" not in name}
-        weights = {name.replace(".base_layer.", "."): value for name, value in weights.items()}
-        model.backbone.load_unet(weights, "the pipeline's UNet")
+        model.backbone.load_network(without_adapters(unet), "the pipeline's UNet")
         for own, given in zip(model.text_encoders, encoders, strict=True):
             own.load_state_dict(given.state_dict())
         return model.cast(unet.dtype)
@@ -541,17 +530,43 @@ class LatentRewardModel(PreTrainedModel):
         model, info = load_whole(super().from_pretrained, path, "latent reward model", *model_args, **kwargs)
         if model.tokenizers is None:
             model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
+        if model.reads_with_pipeline and (Path(path) / PIPELINE_FOLDER).is_dir():
+            own = load_diffusers_pipeline(Path(path) / PIPELINE_FOLDER, transformer=model.backbone.transformer)
+            model.check_pipeline(own)
         return (model, info) if return_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, save_reader: bool | None = None, **kwargs):
         r"""
         Writes weights, configuration and tokenizers to a folder that [`~LatentRewardModel.from_pretrained`] loads on its
-        own. Arguments as in [`~transformers.PreTrainedModel.save_pretrained`].
+        own. Arguments as in [`~transformers.PreTrainedModel.save_pretrained`], and one more.
+
+        Args:
+            save_reader (`bool`, *optional*, defaults to the attribute of this name, which is `True`):
+                Of a model with a transformer: write its pipeline's text encoders, VAE and scheduler, too. Without them the
+                folder is smaller by gigabytes, and the loaded model reads prompts once it was given a pipeline.
         """
+        save_reader = self.save_reader if save_reader is None else save_reader
+        if self.reader is not None and save_reader and kwargs.get("is_main_process", True):
+            save_without_denoiser(self.reader, Path(save_directory) / PIPELINE_FOLDER)
         if self.tokenizers and kwargs.get("is_main_process", True):
             for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False):
                 tokenizer.save_pretrained(Path(save_directory) / name)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def save_without_denoiser(pipeline, folder: Path) -> None:
+    """A diffusers pipeline as a folder, but for its denoiser."""
+    components = dict(pipeline.sd_pipeline.components)
+    components[pipeline.denoiser_name] = None
+    complains = logging.getLogger(
+        "diffusers.pipelines.pipeline_utils"
+    )  # that a part which is not there cannot be saved
+    level = complains.level
+    complains.setLevel(logging.ERROR)
+    try:
+        type(pipeline.sd_pipeline)(**components).save_pretrained(folder)
+    finally:
+        complains.setLevel(level)
 
 
 def make_text_encoder(config: dict) -> PreTrainedModel:
