@@ -147,6 +147,19 @@ class TestSampling:
             assert torch.equal(spo_pipeline.decode_latents(latents), decoded)
             assert all(torch.equal(a, b) for a, b in zip(spo_pipeline.image_posterior(images), posterior, strict=True))
 
+    def test_a_vae_that_does_not_survive_float16_is_copied(self, tmp_path):
+        """Regression: the user's VAE became float32, and the pipeline did not sample any more."""
+        pipe = tiny_sdxl_pipeline(tmp_path).to(torch.float16)
+        pipe.vae.register_to_config(force_upcast=True)
+        wrapped = wrap_pipeline(pipe)
+        assert pipe.vae.dtype == torch.float16 and wrapped.vae.dtype == torch.float32
+        pipe("a red cat", num_inference_steps=1, output_type="np")
+        images = wrapped.decode_latents(torch.randn(1, 4, 8, 8))
+        assert images.dtype == torch.float32 and wrapped.vae in wrapped.running_networks()
+        assert wrapped.vae in wrapped.frozen_modules().values() and pipe.vae in wrapped.frozen_modules().values()
+        wrapped.prepare_for_training()
+        assert not any(weight.requires_grad for weight in wrapped.vae.parameters())
+
     def test_prediction_without_guidance_runs_half_the_batch(self, pipe):
         spo_pipeline = wrap_pipeline(pipe)
         embeds = spo_pipeline.encode_prompt(PROMPTS[:3])

@@ -35,6 +35,7 @@ from trl import TrlParser
 from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
 from trl_spo.sampling import score_images
 
+from .flow_testing import tiny_sd3_pipeline
 from .testing_utils import (
     PROMPTS,
     brightness_reward,
@@ -89,12 +90,31 @@ class TestInvariants:
         assert log["ratio/chosen"] == log["ratio/rejected"] == 1.0
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
-    def test_full_fine_tuning_of_a_half_precision_pipeline(self, tmp_path):
-        """Regression: the denoiser goes to float32, its text features came in half precision."""
-        pipeline = tiny_sd_pipeline(tmp_path).to(dtype=torch.bfloat16)
+    @pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_sd3_pipeline])
+    def test_full_fine_tuning_of_a_half_precision_pipeline(self, tmp_path, maker):
+        """Regression: the denoiser goes to float32, its text features came in half precision; so does its user later."""
+        pipeline = maker(tmp_path).to(dtype=torch.bfloat16)
         trainer = make_trainer(tmp_path, pipeline=pipeline, max_steps=1, use_peft=False, learning_rate=1e-5)
         trainer.train()
         assert trainer.state.log_history[0]["ratio/chosen"] == 1.0
+        settings = {"num_inference_steps": 2, "output_type": "pt", "height": 16, "width": 16}
+        image = pipeline("a red cat", generator=torch.Generator().manual_seed(0), **settings).images
+        denoiser = trainer.pipeline.denoiser
+        assert image.dtype == torch.bfloat16 and {weight.dtype for weight in denoiser.parameters()} == {torch.float32}
+        whole = maker(tmp_path)
+        getattr(whole, trainer.pipeline.denoiser_name).load_state_dict(denoiser.state_dict())
+        expected = whole("a red cat", generator=torch.Generator().manual_seed(0), **settings).images
+        assert (image.float() - expected).abs().mean() < 0.05
+
+    def test_a_named_output_comes_back_in_the_dtype_of_the_question(self, tmp_path):
+        pipeline = tiny_sd_pipeline(tmp_path).to(dtype=torch.float16)
+        make_trainer(tmp_path, pipeline=pipeline, use_peft=False)
+        latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 16)
+        with torch.no_grad():
+            half = pipeline.unet(latents.half(), 501, encoder_hidden_states=text.half()).sample
+            whole = pipeline.unet(latents.half().float(), 501, encoder_hidden_states=text.half().float()).sample
+        assert half.dtype == torch.float16 and whole.dtype == torch.float32
+        assert torch.equal(half, whole.half())
 
     @pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_sdxl_pipeline])
     def test_options_of_the_pipeline_are_part_of_the_run(self, tmp_path, maker):
@@ -199,6 +219,28 @@ class TestInvariants:
         SPOTrainer(config, tiny_sd_pipeline(tmp_path), brightness_reward, train_dataset=prompts).train()
         assert config.to_dict() == before
         assert prompts == PROMPTS
+
+    def test_the_reward_and_the_adapter_of_the_user_stay(self, tmp_path):
+        """Regression: the reward model was cast, and a config for all layers named those of the first model it met."""
+        reward = StepAwareRewardModel.from_clip(tiny_clip(tmp_path))
+        config = LoraConfig(r=2, target_modules="all-linear")
+        trainers = [
+            SPOTrainer(
+                tiny_spo_config(tmp_path, reward_dtype="bfloat16", reward_batch_size=4),
+                maker(tmp_path),
+                reward,
+                train_dataset=PROMPTS,
+                peft_config=config,
+            )
+            for maker in (tiny_sd_pipeline, tiny_sdxl_pipeline)
+        ]
+        assert config.target_modules == "all-linear"
+        assert {weight.dtype for weight in reward.parameters()} == {torch.float32}
+        assert torch.bfloat16 in {weight.dtype for weight in trainers[0].reward_model.parameters()}
+        adapted = [set(t.pipeline.denoiser.peft_config["default"].target_modules) for t in trainers]
+        assert adapted[0] != adapted[1]
+        again = SPOTrainer(tiny_spo_config(tmp_path), trainers[0].pipeline, reward, PROMPTS, peft_config=config)
+        assert again.pipeline is trainers[0].pipeline  # the same adapter, trained further
 
 
 class TestLearning:

@@ -378,6 +378,14 @@ def test_the_config_of_the_other_trainer():
         StepRewardTrainer(TrainingArguments(output_dir="unused"), "a/pipeline/never/loaded", None, rows(1))
 
 
+def test_the_config_of_the_user_stays(pipeline, clip_path, tmp_path):
+    config = tiny_step_reward_config(tmp_path, accelerator_config={"even_batches": False})
+    before = config.accelerator_config.to_dict()
+    model = StepAwareRewardModel.from_clip(clip_path)
+    StepRewardTrainer(config, pipeline, model, train_dataset=image_pairs())
+    assert config.accelerator_config.to_dict() == before
+
+
 def test_timesteps_that_say_nothing_about_the_image_are_refused(clip_path, tmp_path):
     """Zero terminal SNR with predicted noise: x_0 at t = 999 would be a division by zero in every batch that draws it."""
     scheduler = ddim_scheduler(rescale_betas_zero_snr=True)

@@ -19,6 +19,7 @@ training) is the Trainer's.
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -219,6 +220,7 @@ class SPOTrainer(StepTrainer):
     def _load(self, config: SPOConfig, pipeline, reward_model, scoring_vae, prompts: Sequence[str]) -> None:
         """Pipeline, reward and the decoder for scoring, and whether they fit the settings and each other."""
         self.reward = wrap_reward(reward_model)
+        self._reward_is_the_users = not isinstance(reward_model, (str, Path))
         self.reward.check_prompts(prompts[:1])
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
@@ -233,6 +235,9 @@ class SPOTrainer(StepTrainer):
 
     def _prepare(self, config: SPOConfig, peft_config) -> torch.nn.Module:
         """Freeze what is not trained, make the denoiser trainable, move everything. Returns what is trained."""
+        if config.reward_dtype is not None and self._reward_is_the_users:
+            self.reward = copy.deepcopy(self.reward)  # it is cast
+            self.reward_model = self.reward.module
         self.reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
         self.pipeline.offload_text_encoders = config.offload_text_encoders
         set_seed(config.seed)  # the adapter is drawn here

@@ -14,6 +14,7 @@
 
 """Adapters of a denoiser, whatever the denoiser is called: add one, write it in diffusers' format, read it back."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
     """
     existing = getattr(denoiser, "peft_config", {})
     if existing:
-        same = list(existing) == ["default"] and existing["default"].to_dict() == peft_config.to_dict()
+        wanted = peft_config.to_dict()
+        if wanted.get("target_modules") == "all-linear" and "default" in existing:
+            wanted["target_modules"] = existing["default"].target_modules
+        same = list(existing) == ["default"] and existing["default"].to_dict() == wanted
         if not same:
             raise ValueError(
                 f"The pipeline already has adapters ({', '.join(existing)}). Merge them into the base model first: "
@@ -65,7 +69,7 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             )
         denoiser.requires_grad_(False)
         try:
-            denoiser.add_adapter(peft_config)
+            denoiser.add_adapter(copy.deepcopy(peft_config))  # peft writes the layers it found into it
         except ValueError as error:
             raise ValueError(f"`peft_config` does not fit the {denoiser_name}: {error}") from error
     cast_training_params(denoiser, dtype=torch.float32)

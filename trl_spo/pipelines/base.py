@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,6 +79,45 @@ def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
         if isinstance(getattr(quantization, name, None), torch.dtype):
             return getattr(quantization, name)
     return torch.float32
+
+
+def takes_any_precision(network: torch.nn.Module) -> None:
+    """
+    Let a network answer in the dtype it is asked in, whatever that of its weights is. A denoiser that is trained as a whole
+    becomes float32, and its user's pipeline goes on asking in half precision.
+    """
+
+    def cast(value, dtype):
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+    def cast_nested(value, dtype):
+        if isinstance(value, dict):
+            return {key: cast_nested(item, dtype) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(cast_nested(item, dtype) for item in value)
+        return cast(value, dtype)
+
+    def first_dtype(args, kwargs):
+        values = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+        return next((value.dtype for value in values if value.is_floating_point()), torch.float32)
+
+    asked = []
+
+    def before(module, args, kwargs):
+        asked.append(first_dtype(args, kwargs))
+        own = next(module.parameters()).dtype
+        return (args, kwargs) if asked[-1] == own else (cast_nested(args, own), cast_nested(kwargs, own))
+
+    def after(module, args, kwargs, output):
+        dtype = asked.pop()
+        if dtype == next(module.parameters()).dtype:
+            return output
+        if isinstance(output, BaseOutput):
+            return type(output)(*(cast_nested(value, dtype) for value in output.to_tuple()))
+        return cast_nested(output, dtype)
+
+    network.register_forward_pre_hook(before, with_kwargs=True)
+    network.register_forward_hook(after, with_kwargs=True)
 
 
 class DenoiserForTraining(torch.nn.Module):
@@ -270,9 +310,12 @@ class SPOPipeline:
         if self.use_lora:
             self.add_lora(peft_config)
         else:
+            before = self.compute_dtype
             self.denoiser.to(torch.float32)
             self._frozen_copy = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
             self.denoiser.requires_grad_(True)
+            if before != torch.float32:
+                takes_any_precision(self.denoiser)
         return DenoiserForTraining(self.denoiser)
 
     def freeze(self) -> None:
@@ -462,7 +505,7 @@ class SPOPipeline:
 
     def _decoding_network(self) -> torch.nn.Module | None:
         """The network that turns latents into images."""
-        return getattr(self.sd_pipeline, "vae", None)
+        return getattr(self, "vae", None)
 
     # --- the sampler: answers of the step rule -----------------------------------------------------------------------
 

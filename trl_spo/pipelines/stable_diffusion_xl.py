@@ -17,6 +17,8 @@ Stable Diffusion XL as SPO trains it. Everything that is not conditioning or the
 [`SPOStableDiffusionPipeline`].
 """
 
+import copy
+
 import torch
 
 from .conditioning import PromptEmbeds
@@ -30,7 +32,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
     Args:
         pipeline (`StableDiffusionXLPipeline`): a diffusers pipeline; its components are used, not copied. For half
             precision load it with a VAE that survives it, such as `madebyollin/sdxl-vae-fp16-fix`; otherwise the VAE
-            is kept in float32 (`vae.config.force_upcast`).
+            is copied in float32 (`vae.config.force_upcast`).
         use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole UNet.
     """
 
@@ -39,9 +41,19 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
 
     def __init__(self, pipeline, use_lora: bool = True):
         super().__init__(pipeline, use_lora=use_lora)
-        vae = pipeline.vae
-        if vae.config.force_upcast and vae.dtype == torch.float16:
-            vae.to(torch.float32)
+        # diffusers casts the VAE for every image and back again; ours decodes all the time, and the user's stays as it is.
+        self._float32_vae = None
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            self._float32_vae = copy.deepcopy(pipeline.vae).float()
+
+    @property
+    def vae(self) -> torch.nn.Module:
+        """The VAE that encodes and decodes: a copy in float32 of one that does not survive float16."""
+        return self.sd_pipeline.vae if self._float32_vae is None else self._float32_vae
+
+    def frozen_modules(self) -> dict[str, torch.nn.Module]:
+        copied = {} if self._float32_vae is None else {"vae_float32": self._float32_vae}
+        return super().frozen_modules() | copied
 
     def _check_networks(self) -> None:
         super()._check_networks()

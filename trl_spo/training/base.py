@@ -57,6 +57,7 @@ class StepTrainer(CheckpointingMixin, Trainer):
             article = "an" if config_class.__name__.startswith("SPO") else "a"
             raise TypeError(f"`config` must be {article} `{config_class.__name__}`, got `{type(config).__name__}`.")
         config = copy.copy(config)
+        config.accelerator_config = copy.copy(config.accelerator_config)
         config._n_gpu = min(config.n_gpu, 1)  # `nn.DataParallel` can split neither pairs nor prompts
         if config.ddp_find_unused_parameters is None:
             config.ddp_find_unused_parameters = False
