@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from .hub_files import load_diffusers_pipeline
 from .pipelines.adapters import LORA_NAME
 from .pipelines.base import SPOPipeline
+from .pipelines.components import plain_pipeline
 from .training.checkpointing import check_output_dir
 
 
@@ -83,7 +84,7 @@ def merge_lora(
         pipeline = load_diffusers_pipeline(pipeline, **from_pretrained_kwargs)
     elif from_pretrained_kwargs:
         raise ValueError(f"{sorted(from_pretrained_kwargs)} need a path or Hub id of the pipeline, not an object.")
-    pipeline = pipeline.sd_pipeline if isinstance(pipeline, SPOPipeline) else pipeline
+    pipeline = plain_pipeline(pipeline.sd_pipeline if isinstance(pipeline, SPOPipeline) else pipeline)
     name = next((name for name in DENOISERS if getattr(pipeline, name, None) is not None), None)
     if name is None or not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(

@@ -33,6 +33,7 @@ from transformers.utils import logging
 from .losses import caption_contrastive_loss, step_preference_loss
 from .noised_pairs import noised_pairs
 from .pipelines.auto import wrap_pipeline
+from .pipelines.components import unwrapped
 from .pipelines.encoding_cache import EncodingCache
 from .preference_collator import StepPreferenceCollator
 from .preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
@@ -156,6 +157,7 @@ class StepRewardTrainer(StepTrainer):
         preference_model: Any | None = None,
     ):
         config = self.own_config(config, StepRewardConfig)
+        reward_model = unwrapped(reward_model) if isinstance(reward_model, torch.nn.Module) else reward_model
         self._check(config, reward_model, train_dataset, eval_dataset, preference_model)
         train_dataset = self._training_data(config, train_dataset)
         reward_model = self._load(config, pipeline, reward_model)

@@ -37,6 +37,7 @@ from ..hub_files import load_diffusers_pipeline
 from ..step_distribution import StepDistribution, StepRule
 from .adapters import add_lora, load_lora, save_lora
 from .autoencoder import decode, encode, shrink_latents
+from .components import check_network, plain_pipeline
 from .conditioning import PromptEmbeds
 
 
@@ -156,7 +157,7 @@ class SPOPipeline:
         use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole denoiser.
 
     Attributes:
-        sd_pipeline: the wrapped diffusers pipeline.
+        sd_pipeline: the diffusers pipeline; of networks that are wrapped, by `torch.compile` for example, those inside.
         step_rule ([`StepRule`]): what the sampler does in a step; set by subclasses.
         use_lora (`bool`): whether an adapter is trained.
         scoring_vae (`torch.nn.Module`, *optional*): decodes for the reward instead of the pipeline's VAE.
@@ -165,7 +166,7 @@ class SPOPipeline:
             [`SPOPipeline.configure`].
 
     Raises:
-        ValueError: if a component is missing.
+        ValueError: if a component is missing, or a network is one that [`plain_pipeline`] refuses.
     """
 
     denoiser_name: str = None  # attribute of the diffusers pipeline that is trained, such as "unet"
@@ -176,6 +177,7 @@ class SPOPipeline:
     step_rule: StepRule = None
 
     def __init__(self, pipeline, use_lora: bool = True):
+        pipeline = plain_pipeline(pipeline)
         missing = [name for name in self.required_components if getattr(pipeline, name, None) is None]
         if missing:
             raise ValueError(
@@ -335,14 +337,10 @@ class SPOPipeline:
     def check_weights(self) -> None:
         """
         Raises:
-            ValueError: if weights are on the meta device, and are shapes without numbers.
+            ValueError: if weights are on the meta device by now, and are shapes without numbers; see [`check_network`].
         """
         for name, module in {self.denoiser_name: self.denoiser, **self.frozen_modules()}.items():
-            if any(weight.device.type == "meta" for weight in module.parameters()):
-                raise ValueError(
-                    f"The {name} has weights on the meta device, which are shapes without numbers. Load the pipeline "
-                    "with `from_pretrained`, without sequential CPU offload."
-                )
+            check_network(module, name)
 
     def to(self, device) -> "SPOPipeline":
         """Move all networks; with `offload_text_encoders` the text encoders stay where they are."""

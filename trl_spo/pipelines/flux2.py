@@ -62,7 +62,7 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
         text_encoder_out_layers: tuple[int, ...] | None = None,
     ):
         super().__init__(pipeline, use_lora, sampler, max_sequence_length)
-        num_layers = pipeline.text_encoder.config.num_hidden_layers
+        num_layers = self.sd_pipeline.text_encoder.config.num_hidden_layers
         quarters = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
         self.text_encoder_out_layers = tuple(text_encoder_out_layers or quarters)
 

@@ -77,7 +77,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         super().__init__(pipeline, use_lora)
         self.step_rule = DDIMStepRule(pipeline.scheduler)
         self.long_prompts = LongPrompts()
-        in_channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+        in_channels, latent_channels = self.unet.config.in_channels, self.sd_pipeline.vae.config.latent_channels
         if in_channels != latent_channels:
             raise ValueError(
                 f"The UNet takes {in_channels} input channels and the VAE has {latent_channels} latent channels. SPO "

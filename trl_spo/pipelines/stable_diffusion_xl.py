@@ -43,8 +43,9 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
         super().__init__(pipeline, use_lora=use_lora)
         # diffusers casts the VAE for every image and back again; ours decodes all the time, and the user's stays as it is.
         self._float32_vae = None
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            self._float32_vae = copy.deepcopy(pipeline.vae).float()
+        own = self.sd_pipeline.vae
+        if own.config.force_upcast and own.dtype == torch.float16:
+            self._float32_vae = copy.deepcopy(own).float()
 
     @property
     def vae(self) -> torch.nn.Module:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from ..hub_files import read_model_type
+from ..pipelines.components import unwrapped
 from .inputs import freeze
 
 
@@ -228,6 +229,8 @@ def wrap_reward(reward: Any) -> Reward:
         return reward
     if isinstance(reward, (str, Path)):
         reward = load_reward_model(reward)
+    if isinstance(reward, torch.nn.Module) and is_reward_model(unwrapped(reward)):
+        reward = unwrapped(reward)  # whoever wraps it: a wrapper hides methods and changes names
     if is_reward_model(reward):
         return ModelReward(reward)
     if callable(reward):

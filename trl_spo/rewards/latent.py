@@ -61,6 +61,7 @@ from ..hub_files import (
     require_existing,
 )
 from ..pipelines.auto import wrap_pipeline
+from ..pipelines.components import plain_pipeline
 from ..pipelines.conditioning import PromptEmbeds
 from ..pipelines.flow import SPOFlowPipeline
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
@@ -411,7 +412,7 @@ class LatentRewardModel(PreTrainedModel):
         """
         if isinstance(pipeline, (str, Path)):
             pipeline = load_diffusers_pipeline(pipeline)
-        pipeline = getattr(pipeline, "sd_pipeline", pipeline)
+        pipeline = plain_pipeline(getattr(pipeline, "sd_pipeline", pipeline))
         if isinstance(getattr(pipeline, "transformer", None), nn.Module):
             return cls._from_transformer(pipeline, config_kwargs)
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
