@@ -90,6 +90,42 @@ class TestInvariants:
         assert log["ratio/chosen"] == log["ratio/rejected"] == 1.0
         assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "adapter",
+        [
+            {"use_dora": True, "target_modules": ["to_q", "conv1"]},
+            {"lora_bias": True, "target_modules": ["to_q", "conv1"]},
+            {"use_rslora": True, "target_modules": ["to_q", "conv2"]},
+        ],
+        ids=lambda adapter: next(iter(adapter)),
+    )
+    def test_defaults_suit_every_kind_of_lora(self, tmp_path, adapter, dtype):
+        """
+        Regression: DoRA on convolutions failed in the weights' memory order, and in half precision magnitudes that peft
+        had rounded changed the model before the first step.
+        """
+        pipeline, config = tiny_sd_pipeline(tmp_path).to(dtype), LoraConfig(r=2, lora_alpha=4, **adapter)
+        config_of_run = tiny_spo_config(tmp_path, max_steps=2, memory_budget=1.0)
+        trainer = SPOTrainer(config_of_run, pipeline, brightness_reward, train_dataset=PROMPTS, peft_config=config)
+        trainer.train()
+        first, second = train_logs(trainer)
+        assert first["ratio/chosen"] == first["ratio/rejected"] == 1 and first["kl"] == 0
+        assert second["kl"] > 0
+        convolution = trainer.pipeline.unet.conv_in.weight
+        assert convolution.is_contiguous(memory_format=torch.channels_last) == ("use_dora" not in adapter)
+
+    def test_an_order_of_weights_that_an_adapter_cannot_have_is_refused(self, tmp_path):
+        config = LoraConfig(r=2, use_dora=True, target_modules=["to_q", "conv1"])
+        settings = {"train_dataset": PROMPTS, "peft_config": config}
+        with pytest.raises(ValueError, match="`channels_last=True` cannot be had"):
+            SPOTrainer(
+                tiny_spo_config(tmp_path, channels_last=True),
+                tiny_sd_pipeline(tmp_path),
+                brightness_reward,
+                **settings,
+            )
+
     @pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_sd3_pipeline])
     def test_full_fine_tuning_of_a_half_precision_pipeline(self, tmp_path, maker):
         """Regression: the denoiser goes to float32, its text features came in half precision; so does its user later."""

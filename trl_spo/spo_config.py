@@ -105,7 +105,7 @@ class SPOConfig(StepTrainingArguments):
             cannot be compiled there run as they are. `torch_compile=True` means this, too, on any device.
         channels_last (`bool`, *optional*):
             Store convolution weights in channels-last order. `None`: everywhere but on CUDA, whose group norm is slower
-            in that order.
+            in that order, and under DoRA on convolutions, which cannot read them so.
         scoring_vae (`str`, *optional*):
             Path or Hub id of an `AutoencoderTiny` that decodes for scoring, such as `madebyollin/taesd`. Approximate.
         scoring_image_size (`int`, *optional*):

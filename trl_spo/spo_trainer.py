@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from .losses import spo_loss
 from .pair_loader import LoaderSizes, PairLoader
-from .pipelines.adapters import LORA_NAME, switch_dropout
+from .pipelines.adapters import LORA_NAME, switch_dropout, takes_channels_last
 from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.conditioning import PromptEmbeds
@@ -242,6 +242,11 @@ class SPOTrainer(StepTrainer):
         self.pipeline.offload_text_encoders = config.offload_text_encoders
         set_seed(config.seed)  # the adapter is drawn here
         model = self.pipeline.prepare_for_training(peft_config, config.use_peft)
+        if config.channels_last and not takes_channels_last(self.pipeline.denoiser):
+            raise ValueError(
+                "`channels_last=True` cannot be had with this adapter or denoiser: DoRA on convolutions looks at their weights as "
+                "rows. Leave `channels_last` at None."
+            )
         self.pipeline.to(config.device)
         # DeepSpeed sends weights to the other ranks as plain bytes, which weights in another memory order are not.
         with_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

@@ -15,6 +15,7 @@
 """Adapters of a denoiser, whatever the denoiser is called: add one, write it in diffusers' format, read it back."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -45,8 +47,8 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         `torch.nn.Module`: the denoiser.
 
     Raises:
-        ValueError: if the configuration is of another method than LoRA or fits no layer, or the denoiser already carries other adapters. The reference is
-            the denoiser with adapters off, so they would not be part of it.
+        ValueError: if the configuration is of another method than LoRA or fits no layer, or the denoiser already carries
+            other adapters. The reference is the denoiser with adapters off, so they would not be part of it.
     """
     existing = getattr(denoiser, "peft_config", {})
     if existing:
@@ -73,7 +75,41 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         except ValueError as error:
             raise ValueError(f"`peft_config` does not fit the {denoiser_name}: {error}") from error
     cast_training_params(denoiser, dtype=torch.float32)
+    if not existing:
+        _measure_magnitudes(denoiser)
     return denoiser
+
+
+def dora_layers(network: torch.nn.Module) -> Iterator[tuple[BaseTunerLayer, str, torch.nn.Module]]:
+    """The layers with magnitudes of their own (DoRA): the layer, the name of its adapter, and what keeps the magnitudes."""
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():
+                yield module, name, magnitudes
+
+
+def _measure_magnitudes(denoiser: torch.nn.Module) -> None:
+    """
+    Magnitudes of the weights as a forward pass measures them, in float32. peft does it in the dtype of the weights when it
+    adds the adapter; in half precision the new adapter would then already change the model.
+    """
+    for layer, name, magnitudes in dora_layers(denoiser):
+        magnitudes.update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=layer.lora_A[name].weight,
+            lora_B=layer.lora_B[name].weight,
+            scaling=layer.scaling[name],
+        )
+
+
+def takes_channels_last(network: torch.nn.Module) -> bool:
+    """
+    Whether convolution weights can be stored in channels-last order: not with a time axis (VAEs of videos), and not under
+    DoRA, which looks at them as rows.
+    """
+    if any(weight.ndim > 4 for weight in network.parameters()):
+        return False
+    return not any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer, _, _ in dora_layers(network))
 
 
 def switch_dropout(network: torch.nn.Module, on: bool) -> None:

@@ -35,7 +35,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..hub_files import load_diffusers_pipeline
 from ..step_distribution import StepDistribution, StepRule
-from .adapters import add_lora, load_lora, save_lora
+from .adapters import add_lora, load_lora, save_lora, takes_channels_last
 from .autoencoder import decode, encode, shrink_latents
 from .components import check_network, plain_pipeline
 from .conditioning import PromptEmbeds
@@ -498,7 +498,7 @@ class SPOPipeline:
         """
         if channels_last:
             for network in self.running_networks():
-                if all(weight.ndim <= 4 for weight in network.parameters()):  # a VAE of videos has a time axis, too
+                if takes_channels_last(network):
                     network.to(memory_format=torch.channels_last)
 
     def _decoding_network(self) -> torch.nn.Module | None:
