@@ -19,13 +19,15 @@ family. What is saved must load in plain diffusers, and what comes out of a VAE 
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 from peft.utils import get_peft_model_state_dict
 
 from trl_spo import SPOTrainer, wrap_pipeline
-from trl_spo.pipelines.adapters import add_lora, load_lora, save_lora
+from trl_spo.pipelines.adapters import adapter_parameters, add_lora, load_lora, save_lora
 from trl_spo.pipelines.autoencoder import decode, encode, scale_and_shift
+from trl_spo.sampling import generate_images
+from trl_spo.scripts.arguments import SamplerArguments
 
 from .flow_testing import (
     tiny_flux2_klein_pipeline,
@@ -124,6 +126,140 @@ def test_an_adapter_on_every_layer_can_be_delivered(family, tmp_path):
     read = get_peft_model_state_dict(getattr(plain, wrapped.denoiser_name), adapter_name="default_0")
     assert len(trained) == 2 * len(layers) and trained.keys() == read.keys()
     assert all(torch.equal(trained[name], read[name]) for name in trained)
+
+
+@torch.no_grad()
+def answer_of(pipeline) -> torch.Tensor:
+    """What the denoiser of an SPO pipeline predicts for fixed inputs."""
+    latents = torch.randn(2, *pipeline.latent_shape(), generator=torch.Generator().manual_seed(1))
+    return pipeline.predict(latents, 501, pipeline.encode_prompt(PROMPTS[:2]), 3.0)
+
+
+@pytest.mark.parametrize("family", ["sd", "flux", "sd3"])
+def test_a_file_says_nothing_that_was_true_only_while_training(family, tmp_path):
+    """Regression: diffusers switches the dropout of the header on, and one seed gave two images."""
+    make = {**FAMILIES, "sd": tiny_sd_pipeline}[family]
+    wrapped, plain = wrap_pipeline(make(tmp_path)), make(tmp_path)
+    wrapped.add_lora(
+        LoraConfig(r=2, lora_alpha=6, lora_dropout=0.5, target_modules=["to_q"], init_lora_weights="gaussian")
+    )
+    for parameter in adapter_parameters(wrapped.denoiser):
+        parameter.data.normal_()
+    wrapped.save_lora(tmp_path)
+    plain.load_lora_weights(tmp_path)
+    denoiser = getattr(plain, wrapped.denoiser_name).train()
+    assert not [m for m in denoiser.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    assert not any(p.requires_grad for p in adapter_parameters(denoiser))
+    torch.testing.assert_close(answer_of(wrap_pipeline(plain)), answer_of(with_eval(wrapped)))
+
+
+def with_eval(pipeline):
+    pipeline.denoiser.eval()
+    return pipeline
+
+
+def test_dropout_in_a_file_of_another_program_does_not_reach_images(tmp_path):
+    unet = tiny_sd_pipeline(tmp_path).unet
+    unet.add_adapter(LoraConfig(r=2, lora_dropout=0.5, target_modules=["to_q"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    pipeline = SamplerArguments(lora=str(tmp_path), device="cpu").place(wrap_pipeline(tiny_sd_pipeline(tmp_path)))
+    first, second = (generate_images(pipeline, PROMPTS[:1], num_inference_steps=2) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"bias": "lora_only"}, "also trains weights of the unet itself, such as '.*bias'"),
+        ({"bias": "all"}, "also trains weights of the unet itself, such as '.*bias'"),
+        ({"modules_to_save": ["conv_out"]}, "also trains weights of the unet itself, such as 'conv_out"),
+        ({"init_lora_weights": "pissa"}, "changes weights of the unet, such as '.*to_q.weight'"),
+        ({"init_lora_weights": "olora"}, "changes weights of the unet, such as '.*to_q.weight'"),
+    ],
+    ids=["bias-lora", "bias-all", "modules_to_save", "pissa", "olora"],
+)  # fmt: skip
+def test_an_adapter_that_is_more_than_an_adapter_is_refused(settings, message, tmp_path):
+    """Regression: the reference moved with the policy, and diffusers could not read the file."""
+    pipeline = tiny_sd_pipeline(tmp_path)
+    before = state_of(pipeline.unet)
+    config = LoraConfig(**{"r": 2, "target_modules": ["to_q", "to_out.0"], **settings})
+    with pytest.raises(ValueError, match=message):
+        SPOTrainer(tiny_spo_config(tmp_path), pipeline, brightness_reward, train_dataset=PROMPTS, peft_config=config)
+    assert before.keys() == pipeline.unet.state_dict().keys()
+    if "init_lora_weights" not in settings:
+        assert not changed(before, pipeline.unet)
+        SPOTrainer(tiny_spo_config(tmp_path), pipeline, brightness_reward, train_dataset=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": False},
+     {"rank_pattern": {"attn2.to_q": 3}, "alpha_pattern": {"attn2.to_q": 9}}],
+    ids=lambda settings: "-".join(settings) or "plain",
+)  # fmt: skip
+@pytest.mark.parametrize("make", [tiny_sd_pipeline, tiny_sd3_pipeline])
+def test_off_it_is_the_base_and_the_file_rebuilds_it(make, settings, tmp_path):
+    wrapped, plain = wrap_pipeline(make(tmp_path)), make(tmp_path)
+    base = answer_of(wrapped)
+    wrapped.add_lora(LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": ["to_q", "to_out.0"], **settings}))
+    for parameter in wrapped.denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape), alpha=0.3)
+    with wrapped.reference() as reference:
+        assert reference is wrapped.denoiser
+        assert torch.equal(answer_of(wrapped), base)
+    trained = answer_of(wrapped)
+    assert not torch.allclose(trained, base, atol=1e-3)
+    wrapped.save_lora(tmp_path)
+    plain.load_lora_weights(tmp_path)
+    torch.testing.assert_close(answer_of(wrap_pipeline(plain)), trained)
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"to_q": 1}}])
+def test_equal_weights_of_another_strength_are_not_read(settings, tmp_path):
+    """Regression: a run that resumed with another `lora_alpha` went on from another model, and said nothing."""
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
+    written, read = (wrap_pipeline(tiny_sd_pipeline(tmp_path)) for _ in range(2))
+    written.add_lora(LoraConfig(**config))
+    written.save_lora(tmp_path)
+    read.add_lora(LoraConfig(**{**config, **settings}))
+    with pytest.raises(
+        ValueError, match=f"was trained with `{next(iter(settings))}=.* the same weights would be another model"
+    ):
+        read.load_lora(tmp_path)
+
+
+def test_training_continues_from_a_published_adapter(tmp_path):
+    """Only the adapter moves, which diffusers loads frozen, beside a base that it loads trainable."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights="gaussian")
+    first = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+    first.add_lora(config)
+    first.save_lora(tmp_path / "first")
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.load_lora_weights(tmp_path / "first", adapter_name="default")
+    settings = tiny_spo_config(tmp_path, max_steps=1)
+    trainer = SPOTrainer(settings, pipe, brightness_reward, train_dataset=PROMPTS, peft_config=config)
+    before = state_of(pipe.unet)
+    trainer.train()
+    moved = changed(before, pipe.unet)
+    assert moved and all("lora_" in name for name in moved)
+
+
+@pytest.mark.parametrize("make", [tiny_sd_pipeline, tiny_flux_pipeline])
+def test_a_whole_denoiser_is_not_trained_with_adapters_in_it(make, tmp_path):
+    """Regression: base and adapter were trained together, and saved under names that nobody reads."""
+    wrapped = wrap_pipeline(make(tmp_path))
+    wrapped.add_lora(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"already has adapters \(default\)"):
+        wrapped.prepare_for_training(use_lora=False)
+    if hasattr(wrapped, "get_trainable_layers"):  # TRL's DDPO
+        wrapped.use_lora = False
+        with pytest.raises(ValueError, match=r"already has adapters \(default\)"):
+            wrapped.get_trainable_layers()
 
 
 def shifted_vae(**config) -> AutoencoderKL:

@@ -36,9 +36,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from .export import find_lora, read_tensors
+from .pipelines.adapters import METADATA_KEY
 
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the configuration of adapters
 BASES = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # -> kohya's `ss_base_model_version`
 
 # Names of layers: of diffusers, and of the original UNet. First in a residual block, then around the blocks.

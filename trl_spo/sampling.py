@@ -61,6 +61,7 @@ def generate_images(
     if len(seeds) != len(prompts):
         raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
     options = {"guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
+    pipeline.denoiser.eval()  # an adapter that was just loaded is in training mode, with the dropout of its file
     images = []
     bar = tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None)
     with pipeline.configured(**options):

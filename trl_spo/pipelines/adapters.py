@@ -15,6 +15,7 @@
 """Adapters of a denoiser, whatever the denoiser is called: add one, write it in diffusers' format, read it back."""
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,18 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
 logger = logging.get_logger(__name__)
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a LoRA
+METADATA_KEY = "lora_adapter_metadata"  # in the header of the file, where diffusers keeps the configuration
+NOT_TRAINED = {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}  # of an adapter that is used
+PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "task_type", "auto_mapping")
+STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")  # what equal weights mean
 
 
 def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: str = "denoiser") -> torch.nn.Module:
@@ -47,21 +54,22 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         `torch.nn.Module`: the denoiser.
 
     Raises:
-        ValueError: if the configuration is of another method than LoRA or fits no layer, or the denoiser already carries
-            other adapters. The reference is the denoiser with adapters off, so they would not be part of it.
+        ValueError: if the configuration is of another method than LoRA, fits no layer, trains or changes weights of the
+            denoiser itself, or the denoiser already carries other adapters. The reference is the denoiser with adapters
+            off: it must be the base, with nothing missing.
     """
     existing = getattr(denoiser, "peft_config", {})
     if existing:
         wanted = peft_config.to_dict()
         if wanted.get("target_modules") == "all-linear" and "default" in existing:
             wanted["target_modules"] = existing["default"].target_modules
-        same = list(existing) == ["default"] and existing["default"].to_dict() == wanted
+        same = list(existing) == ["default"] and _same_model(existing["default"].to_dict(), wanted)
         if not same:
-            raise ValueError(
-                f"The pipeline already has adapters ({', '.join(existing)}). Merge them into the base model first: "
-                "`pipe.fuse_lora(); pipe.unload_lora_weights()`."
-            )
+            raise ValueError(_already_there(existing))
         logger.warning("The pipeline already carries this adapter: training continues from it.")
+        denoiser.requires_grad_(False)
+        for parameter in adapter_parameters(denoiser):  # diffusers freezes what it loads
+            parameter.requires_grad_(parameter.is_floating_point())
     else:
         if peft_config.peft_type != PeftType.LORA:
             raise ValueError(
@@ -69,11 +77,7 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
                 "`load_lora_weights` of diffusers reads, and it reads no other method. Or train the whole denoiser, with "
                 "`use_peft=False`."
             )
-        denoiser.requires_grad_(False)
-        try:
-            denoiser.add_adapter(copy.deepcopy(peft_config))  # peft writes the layers it found into it
-        except ValueError as error:
-            raise ValueError(f"`peft_config` does not fit the {denoiser_name}: {error}") from error
+        _add_new(denoiser, peft_config, denoiser_name)
     cast_training_params(denoiser, dtype=torch.float32)
     if not existing:
         _measure_magnitudes(denoiser)
@@ -112,6 +116,104 @@ def takes_channels_last(network: torch.nn.Module) -> bool:
     return not any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer, _, _ in dora_layers(network))
 
 
+def require_no_adapters(network: torch.nn.Module, name: str) -> None:
+    """
+    Raises:
+        ValueError: if a network carries adapters: its weights have other names then, and are not all of the model.
+    """
+    existing = getattr(network, "peft_config", {})
+    if existing:
+        raise ValueError(_already_there(existing, f"The {name} of the pipeline"))
+
+
+def _already_there(existing: dict, what: str = "The pipeline") -> str:
+    return (
+        f"{what} already has adapters ({', '.join(existing)}). Merge them into the base model first: "
+        "`pipe.fuse_lora(); pipe.unload_lora_weights()`."
+    )
+
+
+def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: str) -> None:
+    """Inject an adapter, and see that the denoiser without it is still the base, and that a file can hold it."""
+    before = {name: _fingerprint(value) for name, value in denoiser.state_dict().items()}
+    denoiser.requires_grad_(False)
+    try:
+        denoiser.add_adapter(copy.deepcopy(peft_config))  # peft writes the layers it found into it
+    except ValueError as error:
+        raise ValueError(f"`peft_config` does not fit the {denoiser_name}: {error}") from error
+
+    # What is trained must be what can be switched off and what the file holds: layers of the adapter, and nothing else.
+    own = set(map(id, adapter_parameters(denoiser)))
+    foreign = [n for n, p in denoiser.named_parameters() if p.requires_grad and id(p) not in own]
+    if foreign:
+        _take_out(denoiser)
+        raise ValueError(
+            f"`peft_config` also trains weights of the {denoiser_name} itself, such as {foreign[0]!r} (`bias` or "
+            "`modules_to_save`). With the adapter off these would not be those of the base, to which SPO compares, and "
+            "diffusers reads no file that holds them. Leave the settings out, or train the whole denoiser with "
+            "`use_peft=False`."
+        )
+
+    # The base must be what it was.
+    after = {name.replace(".base_layer.", "."): value for name, value in denoiser.state_dict().items()}
+    changed = [n for n, mark in before.items() if n not in after or _fingerprint(after[n]) != mark]
+    if changed:
+        _take_out(denoiser)
+        raise ValueError(
+            f"`peft_config` changes weights of the {denoiser_name}, such as {changed[0]!r} (`init_lora_weights`, or layers "
+            "that are repeated): neither the reference nor the published file would belong to the base. Use "
+            "`init_lora_weights='gaussian'`, and load the pipeline again, as its weights are changed."
+        )
+
+
+def adapter_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters of adapters, those that can be switched off."""
+    found = []
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            layers = [getattr(module, name, None) for name in module.adapter_layer_names]
+            found += [p for layer in layers if hasattr(layer, "parameters") for p in layer.parameters()]
+    return found
+
+
+def _fingerprint(values: torch.Tensor) -> tuple:
+    """Equal for tensors with equal bits, in any memory order."""
+    bits = values if values.element_size() > 1 or not values.is_floating_point() else values.view(torch.uint8)
+    return values.dtype, values.shape, torch.hash_tensor(bits).view(torch.int64).item()
+
+
+def _take_out(denoiser: torch.nn.Module) -> None:
+    """Remove adapters that were injected, and what peft wraps whole."""
+    denoiser.unload_lora()
+    for name, module in list(denoiser.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            denoiser.set_submodule(name, module.original_module)
+    denoiser.requires_grad_(False)
+
+
+def published_config(peft_config: PeftConfig) -> dict:
+    """
+    The configuration that goes into a file: what the adapter is, without what was true only while it was trained. diffusers
+    makes the adapter from it, and would switch dropout on and draw initial weights anew.
+    """
+    return {**peft_config.to_dict(), **NOT_TRAINED}
+
+
+def _same_model(one: dict, other: dict) -> bool:
+    """Whether two configurations are those of one adapter, wherever they were written."""
+
+    def plain(config: dict) -> dict:
+        kept = {name: value for name, value in config.items() if name not in PROVENANCE}
+        kept["target_modules"] = _sorted(kept.get("target_modules"))
+        return {**kept, "inference_mode": True, "init_lora_weights": True}
+
+    return plain(one) == plain(other)
+
+
+def _sorted(names):
+    return sorted(names) if isinstance(names, (list, tuple, set)) else names
+
+
 def switch_dropout(network: torch.nn.Module, on: bool) -> None:
     """Dropout as the network and its adapter were made with, or none; each run decides for itself."""
     for module in network.modules():
@@ -138,7 +240,7 @@ def save_lora(pipeline: Any, denoiser_name: str, save_directory: str | Path, sta
         safe_serialization=True,
         **{
             f"{denoiser_name}_lora_layers": {name: value.contiguous() for name, value in layers.items()},
-            f"{denoiser_name}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),
+            f"{denoiser_name}_lora_adapter_metadata": published_config(denoiser.peft_config["default"]),
         },
     )
 
@@ -187,4 +289,19 @@ def load_lora(pipeline: Any, denoiser_name: str, directory: str | Path) -> None:
             f"The LoRA in {str(directory)!r} does not fit the adapter being trained (first difference: "
             f"{differing[0]!r}). Use the `peft_config` of the run that wrote it."
         )
+    _check_strength(Path(directory) / LORA_NAME, denoiser_name, denoiser.peft_config["default"])
     set_peft_model_state_dict(denoiser, layers)
+
+
+def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> None:
+    """Equal names and shapes are not yet equal adapters: alpha and its like say how strong the weights are."""
+    with safe_open(file, framework="pt") as handle:
+        header = json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}"))
+    now = peft_config.to_dict()
+    for name in STRENGTH:
+        key = f"{denoiser_name}.{name}"
+        if key in header and header[key] != now[name]:
+            raise ValueError(
+                f"The LoRA in {str(file.parent)!r} was trained with `{name}={header[key]!r}` and the adapter being trained has "
+                f"{now[name]!r}: the same weights would be another model. Use the `peft_config` of the run that wrote it."
+            )

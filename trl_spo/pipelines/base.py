@@ -31,11 +31,17 @@ import torch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..hub_files import load_diffusers_pipeline
 from ..step_distribution import StepDistribution, StepRule
-from .adapters import add_lora, load_lora, save_lora, takes_channels_last
+from .adapters import (
+    adapter_parameters,
+    add_lora,
+    load_lora,
+    require_no_adapters,
+    save_lora,
+    takes_channels_last,
+)
 from .autoencoder import decode, encode, shrink_latents
 from .components import check_network, plain_pipeline
 from .conditioning import PromptEmbeds
@@ -61,12 +67,7 @@ def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
             return hook.compute_dtype
 
     # Elsewhere it is the dtype of the first layer that is neither quantised nor an adapter, nor kept in float32 always.
-    adapters = set()
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            for name in module.adapter_layer_names:
-                layers = getattr(module, name, None)
-                adapters.update(map(id, layers.parameters() if hasattr(layers, "parameters") else ()))
+    adapters = set(map(id, adapter_parameters(network)))
     kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, parameter in network.named_parameters():
         if not parameter.is_floating_point() or torch.finfo(parameter.dtype).bits < 16:
@@ -312,6 +313,7 @@ class SPOPipeline:
         if self.use_lora:
             self.add_lora(peft_config)
         else:
+            require_no_adapters(self.denoiser, self.denoiser_name)
             before = self.compute_dtype
             self.denoiser.to(torch.float32)
             self._frozen_copy = copy.deepcopy(self.denoiser).requires_grad_(False).eval()

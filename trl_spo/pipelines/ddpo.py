@@ -29,6 +29,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..step_distribution import gaussian_log_prob
+from .adapters import require_no_adapters
 from .conditioning import PromptEmbeds
 
 
@@ -115,7 +116,10 @@ class DDPOMembers(DDPOStableDiffusionPipeline):
     def get_trainable_layers(self) -> torch.nn.Module:
         """The module that is trained, with the adapter added and everything else frozen."""
         self.freeze()
-        return self.add_lora() if self.use_lora else self.denoiser.requires_grad_(True)
+        if self.use_lora:
+            return self.add_lora()
+        require_no_adapters(self.denoiser, self.denoiser_name)
+        return self.denoiser.requires_grad_(True)
 
     @torch.no_grad()
     def __call__(
