@@ -31,21 +31,31 @@ from diffusers import (
 )
 from peft import LoraConfig, inject_adapter_in_model
 
-from trl_spo import SPOStableDiffusionPipeline, SPOStableDiffusionXLPipeline, wrap_pipeline
+from trl_spo import (
+    SPOStableDiffusionPipeline,
+    SPOStableDiffusionXLPipeline,
+    SPOTrainer,
+    merge_lora,
+    wrap_pipeline,
+)
 from trl_spo.pipelines.base import compute_dtype_of
 from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
 from trl_spo.pipelines.encoding_cache import EncodingCache
 from trl_spo.sampling import generate_images
+from trl_spo.training.compilation import compile_blocks
 
 from .flow_testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from .testing_utils import (
     PROMPTS,
+    brightness_reward,
     changed,
     ddim_scheduler,
     state_of,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
+    tiny_spo_config,
+    train_logs,
 )
 
 
@@ -312,6 +322,43 @@ class TestPrecision:
         assert wrapped.compute_dtype == wrapped.latent_dtype == wrapped.dtype == torch.bfloat16
         images = wrapped.sample(wrapped.encode_prompt(PROMPTS[:1]), torch.Generator().manual_seed(0), 2)
         assert images.isfinite().all()
+
+    def cast_pipeline(self, tmp_path, maker=tiny_sd_pipeline):
+        pipe = maker(tmp_path).to(torch.bfloat16)
+        casting = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}
+        (pipe.unet if maker is tiny_sd_pipeline else pipe.transformer).enable_layerwise_casting(**casting)
+        return pipe
+
+    @pytest.mark.parametrize("maker", [tiny_sd_pipeline, tiny_flux_pipeline])
+    def test_eight_bits_are_trained_with_estimates_and_compilation_left_out(self, tmp_path, maker, caplog):
+        """
+        Regression: an estimate of memory, which a GPU makes by default, left the weights broken, and compiled blocks met them in
+        eight bits.
+        """
+        pipe = self.cast_pipeline(tmp_path, maker)
+        config = tiny_spo_config(tmp_path, memory_budget=1.0, max_steps=1)
+        with caplog.at_level("WARNING"):
+            trainer = SPOTrainer(config, pipe, brightness_reward, train_dataset=PROMPTS)
+            compile_blocks(
+                trainer.pipeline.running_networks()[:1], backend="aot_eager"
+            )  # as on CUDA, where it is the default
+            trainer.train()
+        assert "memory of the denoiser cannot be estimated" in caplog.text
+        log = train_logs(trainer)[0]
+        assert log["ratio/chosen"] == 1 and log["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        with pytest.raises(ValueError, match="`enable_layerwise_casting`.*Leave `compile_regions` at None"):
+            compile_blocks([trainer.pipeline.denoiser], required=True)
+
+    def test_eight_bits_are_neither_trained_as_a_whole_nor_merged_into(self, tmp_path):
+        pipe = self.cast_pipeline(tmp_path)
+        with pytest.raises(ValueError, match="The unet stores weights in 8 bits or less"):
+            SPOTrainer(tiny_spo_config(tmp_path, use_peft=False), pipe, brightness_reward, train_dataset=PROMPTS)
+        wrapped = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        wrapped.add_lora()
+        wrapped.save_lora(tmp_path)
+        with pytest.raises(ValueError, match="stores its weights in 8 bits"):
+            merge_lora(pipe, tmp_path, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
 
     def test_quantised_layers_and_adapters_do_not_count(self):
         network = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4)).half()

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from .hub_files import load_diffusers_pipeline
 from .pipelines.adapters import LORA_NAME
-from .pipelines.base import SPOPipeline
+from .pipelines.base import SPOPipeline, layerwise_casting
 from .pipelines.components import plain_pipeline
 from .training.checkpointing import check_output_dir
 
@@ -90,6 +90,12 @@ def merge_lora(
         raise ValueError(
             f"`pipeline` must be a diffusers pipeline with a `unet` or `transformer` that takes a LoRA, got "
             f"`{type(pipeline).__name__}`."
+        )
+
+    if layerwise_casting(getattr(pipeline, name)):
+        raise ValueError(
+            f"The {name} of the pipeline stores its weights in 8 bits (`enable_layerwise_casting`), to which nothing can be added. "
+            "Pass the folder or Hub id of the base model."
         )
 
     # A second pipeline with a denoiser of its own; the other components are shared and stay as they are.

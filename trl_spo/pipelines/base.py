@@ -54,17 +54,28 @@ def default_lora_config() -> LoraConfig:
     )
 
 
+def layerwise_casting(network: torch.nn.Module) -> Any | None:
+    """
+    The hook of diffusers' `enable_layerwise_casting` in a network, or `None`: its layers store their weights in few bits, cast
+    them when they are called, and back again. So what its weights are is not what it computes with, and they are other tensors
+    after every call.
+    """
+    for module in network.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("layerwise_casting")
+        if hook is not None:
+            return hook
+    return None
+
+
 def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
     """
     The dtype in which a diffusers network takes its inputs. It is not that of any first parameter: weights may be stored
     in 8 or 4 bits and computed with in another dtype, and adapters are float32 in a network of half precision.
     """
-    # diffusers' layerwise casting keeps the answer in its hook.
-    for module in network.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("layerwise_casting")
-        if hook is not None:
-            return hook.compute_dtype
+    hook = layerwise_casting(network)
+    if hook is not None:
+        return hook.compute_dtype
 
     # Elsewhere it is the dtype of the first layer that is neither quantised nor an adapter, nor kept in float32 always.
     adapters = set(map(id, adapter_parameters(network)))
@@ -315,6 +326,12 @@ class SPOPipeline:
         else:
             require_no_adapters(self.denoiser, self.denoiser_name)
             before = self.compute_dtype
+            weights = self.denoiser.parameters()
+            if any(not w.is_floating_point() or torch.finfo(w.dtype).bits < 16 for w in weights):
+                raise ValueError(
+                    f"The {self.denoiser_name} stores weights in 8 bits or less, so it cannot be trained as a whole. Train an adapter "
+                    "(`use_peft=True`), or load it without quantisation and layerwise casting."
+                )
             self.denoiser.to(torch.float32)
             self._frozen_copy = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
             self.denoiser.requires_grad_(True)

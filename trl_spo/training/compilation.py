@@ -40,7 +40,7 @@ from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.utils import logging
 
-from ..pipelines.base import SPOPipeline
+from ..pipelines.base import SPOPipeline, layerwise_casting
 
 
 logger = logging.get_logger(__name__)
@@ -128,6 +128,9 @@ def compile_blocks(networks: Iterable[torch.nn.Module | None], required: bool = 
             as they are, after one warning.
         compile_kwargs: arguments of `torch.compile`, such as `backend` and `mode`.
 
+    Raises:
+        ValueError: if compiling is required, and a network casts its weights whenever a layer is called.
+
     Returns:
         `int`: number of blocks, 0 for networks that are not known to repeat any.
     """
@@ -137,6 +140,13 @@ def compile_blocks(networks: Iterable[torch.nn.Module | None], required: bool = 
     count = 0
     for network in networks:
         if network is None:
+            continue
+        if layerwise_casting(network):  # code that was compiled for weights in one dtype would meet them in the other
+            if required:
+                raise ValueError(
+                    f"The layers of the {type(network).__name__} cast their weights when they are called "
+                    "(`enable_layerwise_casting`), so its blocks cannot be compiled. Leave `compile_regions` at None."
+                )
             continue
         decoder = getattr(network, "decoder", None)
         blocks = [decoder] if isinstance(decoder, DECODERS) else repeated_blocks(network)

@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..pipelines.base import SPOPipeline
+from ..pipelines.base import SPOPipeline, layerwise_casting
 from ..pipelines.conditioning import PromptEmbeds
 from ..rewards.base import Reward, wrap_reward
 
@@ -282,6 +282,16 @@ def _fake_mode_of(*modules) -> FakeTensorMode:
     return fakes[0] if fakes else FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def _check_weights_stay(*networks: torch.nn.Module | None) -> None:
+    """
+    Raises:
+        RuntimeError: for a network whose layers cast their weights when they are called: without numbers that would leave them
+            broken.
+    """
+    if any(network is not None and layerwise_casting(network) for network in networks):
+        raise RuntimeError("its layers cast their weights when they are called, `enable_layerwise_casting`")
+
+
 def denoiser_bytes(
     pipeline: SPOPipeline,
     embeds: PromptEmbeds,
@@ -292,6 +302,7 @@ def denoiser_bytes(
     fake_mode: FakeTensorMode | None = None,
 ) -> int:
     """Peak activation bytes of one `pipeline.predict` of a rollout. Arguments as in [`rollout_chunk_sizes`]."""
+    _check_weights_stay(pipeline.denoiser)
     device = pipeline.device if device is None else device
     fake_mode = fake_mode or _fake_mode_of(pipeline.denoiser)
     with fake_mode:
@@ -322,6 +333,7 @@ def scoring_bytes(
     reward = None if reward_model is None else wrap_reward(reward_model)
     judges_images = reward is None or reward.sees == "images"
     traced = reward is not None and reward.can_be_traced
+    _check_weights_stay(*pipeline.running_networks()[1:], reward.module if traced else None)
     fake_mode = fake_mode or _fake_mode_of(*pipeline.frozen_modules().values(), reward and reward.module)
 
     # The features of one prompt, of which every sample gets the row: encoding is not what takes memory.
