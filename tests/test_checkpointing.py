@@ -507,6 +507,76 @@ def test_older_checkpoints_of_spo_load(run, tmp_path):
     assert expected.keys() == load_file(run / "checkpoint-4" / LORA).keys()
 
 
+WAITING = {"per_device_rollout_batch_size": 6, "num_inference_steps": 5, "branch_start_step": 1, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_inference_steps": 8}, r"drawn with `num_inference_steps=5` \(now 8\), `timesteps=\[801, 601, .* \(now \[876"),
+        ({"eta": 0.5}, r"drawn with `eta=1.0` \(now 0.5\)"),
+        ({"guidance_scale": 3.0}, r"drawn with `guidance_scale=2.0` \(now 3.0\)"),
+        ({"negative_prompt": "blurry"}, r"drawn with `negative_prompt=''` \(now 'blurry'\)"),
+        ({"height": 32, "width": 32}, r"drawn with `height=None` \(now 32\), `width=None`"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+class TestPairsThatWait:
+    """Regression: the prompts were compared and nothing else; t -> t - 200 was trained as t -> t - 125."""
+
+    @pytest.fixture(scope="class")
+    def waiting(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("waiting")
+        trainer = spo_trainer(folder, max_steps=2, **WAITING)
+        trainer.train()
+        assert trainer.pair_loader.waiting
+        return folder / "out" / "checkpoint-2"
+
+    def test_are_not_trained_with_other_settings(self, waiting, change, message, tmp_path):
+        trainer = spo_trainer(tmp_path, **{**WAITING, **change})
+        before = state_of(trainer.model)
+        with pytest.raises(ValueError, match=rf"pairs wait in .*checkpoint-2' that were {message}"):
+            trainer.train(resume_from_checkpoint=waiting)
+        assert not changed(before, trainer.model)
+
+    def test_of_old_versions_tell_by_themselves(self, waiting, change, message, tmp_path):
+        folder = shutil.copytree(waiting, tmp_path / "checkpoint-2")
+        state = json.loads((folder / "spo_state.json").read_text())
+        del state["transitions"]
+        (folder / "spo_state.json").write_text(json.dumps(state))
+        trainer = spo_trainer(tmp_path, **{**WAITING, **change})
+        if not {"num_inference_steps", "height"} & set(change):
+            trainer._read_state(str(folder))
+            assert trainer.pair_loader.waiting
+            return
+        with pytest.raises(ValueError, match=r"drawn with (timesteps \[201, 401, 601\]|latents of shape \(4, 8, 8\))"):
+            trainer.train(resume_from_checkpoint=folder)
+
+    def test_are_no_hindrance_when_there_are_none(self, waiting, change, message, tmp_path):
+        folder = shutil.copytree(waiting, tmp_path / "checkpoint-2")
+        state = json.loads((folder / "spo_state.json").read_text())
+        (folder / "spo_state.json").write_text(json.dumps({**state, "pool_prompts": []}))
+        save_file({}, folder / "spo_pairs.safetensors")
+        trainer = spo_trainer(tmp_path, **{**WAITING, **change})
+        trainer._read_state(str(folder))
+        assert trainer.pair_loader.waiting == 0
+
+
+def test_another_seed_is_said(finished, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("trl_spo.spo_trainer.logger.warning", warnings.append)
+    spo_trainer(tmp_path, seed=7)._read_state(str(finished / "checkpoint-2"))
+    assert any("was written with `seed=42` and this run has 7" in warning for warning in warnings)
+
+
+def test_a_reward_run_resumes_with_its_pairs_only(tmp_path):
+    reward_trainer(tmp_path, max_steps=2).train()
+    other = reward_trainer(tmp_path)
+    other.train_dataset = other.train_dataset[:3]
+    with pytest.raises(ValueError, match="was written with 6 other pairs than the 3 of this run"):
+        other.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_six_points_of_the_kill_matrix(tmp_path):
     root = Path(__file__).parents[1]

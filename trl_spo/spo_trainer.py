@@ -75,6 +75,11 @@ CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batc
 # Median of c / sigma (see `timestep_weights`) over the branching steps of the paper's run: Stable Diffusion 1, 20 steps, from
 # the fifth on, eta 1.
 REFERENCE_SENSITIVITY = 0.68
+# Of what a transition is a draw. Others may change from one part of a run to the next.
+TRANSITION_SETTINGS = (
+    "num_inference_steps", "sampler", "eta", "guidance_scale", "guidance_rescale", "negative_prompt", "clip_skip", "height",
+    "width", "seed",
+)  # fmt: skip
 TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
 
 
@@ -806,7 +811,7 @@ class SPOTrainer(StepTrainer):
         state = self.pair_loader.state_dict()
         pool = {name: value.contiguous().clone() for name, value in state.pop("pool").items()}
         save_file(pool, folder / PAIRS_NAME)
-        state.update(metrics=metrics, last_rollout_metrics=self._last_rollout_metrics)
+        state.update(metrics=metrics, last_rollout_metrics=self._last_rollout_metrics, transitions=self._transitions())
         (folder / STATE_NAME).write_text(json.dumps(state))
 
     def _load_metrics(self, processes: list[dict] | dict, last_rollout: dict[str, float]) -> None:
@@ -822,9 +827,48 @@ class SPOTrainer(StepTrainer):
         if folder is not None:
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
+            self._check_waiting(folder, state.get("transitions"))
             self._load_metrics(state["metrics"], state["last_rollout_metrics"])
         self._seen_before = (self.pair_loader.num_pairs_seen, 0 if folder is None else global_step_of(folder))
         return self.pair_loader.exhausted
+
+    def _transitions(self) -> dict[str, Any]:
+        """What a transition from x_t to x_{t-1} was drawn with, as JSON keeps it; and the seed of the order of prompts."""
+        settings = {name: getattr(self.args, name) for name in TRANSITION_SETTINGS}
+        return {**settings, "timesteps": self._set_timesteps(self.args)}
+
+    def _check_waiting(self, folder: str, written: dict[str, Any] | None) -> None:
+        """
+        Pairs that wait in a checkpoint are transitions of the schedule and the guidance they were drawn with.
+
+        Raises:
+            ValueError: if this run would take them for transitions of its own, and they are not.
+        """
+        now = self._transitions()
+        changed = [name for name in now if written is not None and name in written and written[name] != now[name]]
+        if "seed" in changed:
+            logger.warning(
+                f"{folder!r} was written with `seed={written['seed']}` and this run has {now['seed']}: prompts come in "
+                "another order from here on, so some are seen twice in this epoch and others not at all."
+            )
+            changed.remove("seed")
+        pool = self.pair_loader.pool
+        if pool is None or len(pool) == 0:
+            return
+        what = ", ".join(f"`{name}={written[name]!r}` (now {now[name]!r})" for name in changed)
+        if not changed:  # a checkpoint of an old version does not say, but its pairs do
+            strangers = set(pool.timesteps.tolist()) - set(now["timesteps"])
+            shape = self.pipeline.latent_shape(self.args.height, self.args.width)
+            if not strangers and tuple(pool.latents.shape[1:]) == tuple(shape):
+                return
+            what = (
+                f"timesteps {sorted(strangers)}" if strangers else f"latents of shape {tuple(pool.latents.shape[1:])}"
+            )
+        raise ValueError(
+            f"{len(pool)} pairs wait in {folder!r} that were drawn with {what}: this run would train on them as if they were "
+            "its own. Resume with the settings of the checkpoint; or start a new run from its weights, with "
+            "`trainer.load_model(...)` and `trainer.train()`."
+        )
 
     def load_model(self, directory: str | Path) -> None:
         """

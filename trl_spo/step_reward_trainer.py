@@ -498,6 +498,7 @@ class StepRewardTrainer(StepTrainer):
             "epoch": self._position.epoch,
             "first_step_of_epoch": self._position.first_step,
             "last_logged_step": self._globalstep_last_logged,
+            "num_pairs": None if self._is_streamed else len(self.train_dataset),
             "processes": processes,
         }
         (folder / STATE_NAME).write_text(json.dumps(state))
@@ -512,6 +513,11 @@ class StepRewardTrainer(StepTrainer):
             logger.warning(f"{folder!r} has no {STATE_NAME}: the next log is about the steps from here on only.")
             return False
         state = json.loads((Path(folder) / STATE_NAME).read_text())
+        if not self._is_streamed and state.get("num_pairs") not in (None, len(self.train_dataset)):
+            raise ValueError(
+                f"{folder!r} was written with {state['num_pairs']} other pairs than the {len(self.train_dataset)} of this run, so "
+                "its position means nothing here. Resume with the same `train_dataset` and filters."
+            )
         processes = state["processes"]
         mine = processes[self.args.process_index :: self.args.world_size]  # of several, if there are fewer now
         loss = sum(process["loss"] for process in mine or processes) / len(mine or processes)
