@@ -71,6 +71,7 @@ from trl_spo.preference_dataset import check_images, load_preference_dataset, pr
 from trl_spo.prompts import read_prompts
 from trl_spo.rollout import stepwise_rollout
 
+from .flow_testing import tiny_sd3_pipeline
 from .testing_utils import (
     PROMPTS,
     brightness_reward,
@@ -717,6 +718,22 @@ def lone_second_encoder(**unet):
 
 
 MISSING = "The pipeline has no {}. SPO rolls out images and scores them.* load the complete pipeline"
+
+
+def registered(pipeline, name: str, **config):
+    """The pipeline, with another configuration of one of its networks."""
+    getattr(pipeline, name).register_to_config(**config)
+    return pipeline
+
+
+def endless(pipeline, name: str):
+    """The pipeline, with a tokenizer that was saved without its length, as transformers loads it."""
+    tokenizer = copy.deepcopy(getattr(pipeline, name))
+    tokenizer.model_max_length = int(1e30)
+    pipeline.register_modules(**{name: tokenizer})
+    return pipeline
+
+
 PIPELINES = [
     *(refused(f"pipeline-without-{name}", ValueError, MISSING.format(name), spo_on(lambda world, name=name: world.pipeline(**{name: None}))) for name in ("vae", "text_encoder", "tokenizer", "scheduler", "unet")),
     refused("sdxl-without-text-encoder-2", ValueError, MISSING.format("text_encoder_2"), spo_on(lambda world: world.sdxl(text_encoder_2=None))),
@@ -744,6 +761,12 @@ PIPELINES = [
     refused("sdxl-size-of-nothing", ValueError, r"The UNet takes 77 numbers of conditioning.* \(48\) and the pooled text \(12\)\.$", spo_on(lambda world: world.sdxl(unet=other_unet(world.sdxl(), projection_class_embeddings_input_dim=77)))),
     handled("sdxl-with-the-second-encoder-only", rolls_out(lone_second_encoder()), finite_pairs),
     refused("pipeline-path-missing", ValueError, "The pipeline path .*nowhere' does not exist. Pass an existing folder", spo_on(lambda world: world.folder / "nowhere")),
+    refused("pipeline-single-file", ValueError, "is a checkpoint in a single file.*from_single_file", spo_on(lambda world: world.file("sdxl.safetensors"))),
+    refused("pipeline-is-a-file", ValueError, "is a file, and a diffusers pipeline is a folder", spo_on(lambda world: world.file("model.bin"))),
+    refused("pipeline-unet-without-size", ValueError, "configuration of the unet has no `sample_size`.*give `height` and `width`", spo_on(lambda world: registered(world.pipeline(), "unet", sample_size=None))),
+    refused("pipeline-tokenizer-without-length", ValueError, r"`tokenizer` does not say how many tokens.*1e\+30, and there are 8 places.*model_max_length = 8", spo_on(lambda world: endless(world.pipeline(), "tokenizer"))),
+    refused("pipeline-second-tokenizer-without-length", ValueError, "`tokenizer_2` does not say how many tokens", spo_on(lambda world: endless(world.sdxl(), "tokenizer_2"))),
+    refused("pipeline-transformer-without-size", ValueError, "configuration of the transformer has no `sample_size`", spo_on(lambda world: registered(tiny_sd3_pipeline(world.folder), "transformer", sample_size=None))),
     refused("pipeline-empty-folder", ValueError, "is a folder without `model_index.json`", spo_on(lambda world: world.file("empty/nothing").parent)),
     refused("pipeline-empty-string", ValueError, "is a folder without `model_index.json`", spo_on(lambda world: "")),
     refused("pipeline-index-no-json", ValueError, "Could not load a diffusers pipeline from .*JSON", spo_on(broken_folder(lambda folder: (folder / "model_index.json").write_text("{broken")))),

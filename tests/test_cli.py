@@ -189,6 +189,30 @@ class TestSample:
             self.sample(model, tmp_path, "--prompt", "a cat", "--lora", model)
         with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
             self.sample(model, tmp_path, "--prompt", "a cat", "--batch_size", 0)
+        with pytest.raises(ValueError, match="`model_init_kwargs` must be JSON, got '{x'"):
+            self.sample(model, tmp_path, "--prompt", "a cat", "--model_init_kwargs", "{x")
+        with pytest.raises(FileNotFoundError, match="There is no LoRA at .*nothing"):
+            self.sample(model, tmp_path, "--prompt", "a cat", "--lora", model / "deep" / "nothing")
+
+    @pytest.mark.parametrize("how", [["--variant", "fp16"], ["--model_init_kwargs", '{"variant": "fp16"}']])
+    def test_a_repository_with_half_precision_files_only(self, tmp_path, how):
+        """Regression: it could be trained and neither sampled nor evaluated."""
+        tiny_sd_pipeline(tmp_path).to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+        arguments = ["--model_name_or_path", tmp_path / "model", "--prompt", "a cat", "--num_inference_steps", 2]
+        with pytest.raises(ValueError, match="Could not load a diffusers pipeline"):
+            self.sample(tmp_path, tmp_path / "none", *arguments)
+        assert len(self.sample(tmp_path, tmp_path / "images", *arguments, *how)) == 1
+
+    @pytest.mark.parametrize("command", ["spo", "step_reward", "evaluate", "sample"])
+    def test_every_command_says_how_a_pipeline_is_loaded(self, command):
+        parser = importlib.import_module(f"trl_spo.scripts.{command}").make_parser()
+        assert {"--variant", "--revision", "--dtype", "--model_init_kwargs"} <= set(parser._option_string_actions)
+        options = ["--variant", "fp16", "--revision", "main", "--model_init_kwargs", '{"use_safetensors": true}']
+        options += ["--output_dir", "unused"]
+        parsed = parser.parse_args_and_config(options)
+        assert parsed[0].variant == "fp16" and parsed[0].revision == "main"
+        (kwargs,) = [part.model_init_kwargs for part in parsed if hasattr(part, "model_init_kwargs")]
+        assert kwargs == {"use_safetensors": True}
 
 
 class TestEvaluate:

@@ -84,6 +84,16 @@ def test_permuting_prompts_permutes_pairs():
         assert torch.equal(permuted, original[order])
 
 
+def test_a_gap_too_large_for_float32_is_a_clear_one():
+    """Regression: the difference was infinite, the pair invalid, and the message spoke of equal scores."""
+    scores = torch.tensor([[3e38, -3e38], [-3e38, 3e38]])
+    selection = select_pairs(scores, 0.3)
+    assert selection.valid.tolist() == [True, True]
+    assert selection.chosen.tolist() == [0, 1]
+    halves = torch.tensor([[0.3, 0.62], [0.0, 0.0]])  # a gap of 0.619 is a threshold of 0.3
+    assert select_pairs(halves, 0.3).valid.tolist() == [False, True]
+
+
 def test_constant_and_non_finite_scores_are_no_pairs():
     scores = torch.tensor([[1.0, float("nan"), float("inf")], [1.0, 0.0, 0.0]])
     assert select_pairs(scores, 0.0).valid.tolist() == [False, False, False]

@@ -32,7 +32,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import TrlParser
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
+from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
 from trl_spo.sampling import score_images
 
 from .flow_testing import tiny_sd3_pipeline
@@ -41,11 +41,13 @@ from .testing_utils import (
     brightness_reward,
     changed,
     ddim_scheduler,
+    image_pairs,
     state_of,
     tiny_clip,
     tiny_sd_pipeline,
     tiny_sdxl_pipeline,
     tiny_spo_config,
+    tiny_step_reward_config,
     train_logs,
 )
 
@@ -440,6 +442,35 @@ class TestResume:
         (checkpoint / "spo_state.json").unlink()
         with pytest.raises(ValueError, match="no complete checkpoint: spo_state.json is missing"):
             make_trainer(tmp_path, "c", **settings).train(str(checkpoint))
+
+    def test_a_checkpoint_of_another_kind_of_run_says_which(self, tmp_path):
+        """Regression: a KeyError, an OSError and a FileNotFoundError of other libraries."""
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+        make_trainer(tmp_path, **settings).train()
+        lora = str(tmp_path / "out" / "checkpoint-1")
+        make_trainer(tmp_path, "whole", use_peft=False, **settings).train()
+        whole = str(tmp_path / "whole" / "checkpoint-1")
+        settings["max_steps"] = 2
+        with pytest.raises(ValueError, match="does not belong to `optim='adafactor'`: it has no .*beta1"):
+            make_trainer(tmp_path, "b", optim="adafactor", **settings).train(lora)
+        with pytest.raises(ValueError, match="does not belong to `optim='sgd'`"):
+            make_trainer(tmp_path, "b", optim="sgd", **settings).train(lora)
+        with pytest.raises(ValueError, match="holds a LoRA, and this run has `use_peft=False`"):
+            make_trainer(tmp_path, "b", use_peft=False, **settings).train(lora)
+        with pytest.raises(ValueError, match="holds a whole unet, and this run has `use_peft=True`"):
+            make_trainer(tmp_path, "b", **settings).train(whole)
+        model, config = (
+            StepAwareRewardModel.from_clip(tiny_clip(tmp_path)),
+            {"save_strategy": "steps", "save_steps": 1},
+        )
+        reward = StepRewardTrainer(
+            tiny_step_reward_config(tmp_path / "reward", **config), tiny_sd_pipeline(tmp_path), model, image_pairs()
+        )
+        with pytest.raises(ValueError, match="is a checkpoint of SPO, not of a reward model"):
+            reward.train(resume_from_checkpoint=lora)
+        reward.train()
+        with pytest.raises(ValueError, match="has no spo_state.json, so it is no checkpoint of SPO"):
+            make_trainer(tmp_path, "b", **settings).train(str(tmp_path / "reward" / "checkpoint-2"))
 
     def test_full_fine_tuning_resumes(self, tmp_path):
         settings = {

@@ -154,6 +154,16 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
         if not isinstance(kwargs["torch_dtype"], torch.dtype):
             raise ValueError(f"`torch_dtype` must name a dtype such as 'float16' or 'bfloat16', got {dtype!r}.")
     local = Path(path)
+    if local.suffix.lower() in (".safetensors", ".ckpt", ".gguf"):
+        raise ValueError(
+            f"{str(path)!r} is a checkpoint in a single file, and a diffusers pipeline is a folder. Load it with the class of its "
+            "family, `StableDiffusionXLPipeline.from_single_file(path)` for example, and pass that, or what its "
+            "`save_pretrained(folder)` wrote."
+        )
+    if local.is_file():
+        raise ValueError(
+            f"{str(path)!r} is a file, and a diffusers pipeline is a folder, with `model_index.json` in it."
+        )
     if local.is_dir() and not (local / "model_index.json").is_file():
         raise ValueError(
             f"{str(path)!r} is a folder without `model_index.json`, so it is not a diffusers pipeline. Pass the folder "

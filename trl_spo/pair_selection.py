@@ -41,8 +41,10 @@ def _is_clear(
     chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """p_win - p_lose > threshold under the softmax of the two scores; never for scores that are not finite."""
-    gap = chosen_scores - rejected_scores
-    return torch.isfinite(gap) & (torch.tanh(gap / 2) > threshold)
+    half_gap = (
+        chosen_scores / 2 - rejected_scores / 2
+    )  # halves first: the gap of two finite scores may be too large a number
+    return torch.isfinite(half_gap) & (torch.tanh(half_gap) > threshold)
 
 
 def _check_scores(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:

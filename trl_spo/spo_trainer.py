@@ -528,11 +528,11 @@ class SPOTrainer(StepTrainer):
         self._metrics.add("pairs/nonfinite", len(pairs.nonfinite), reduce="sum")
         for branch in pairs.branches:
             scores, valid = branch.scores, branch.selection.valid
-            margin = scores.max(0).values - scores.min(0).values
+            margin = scores.double().max(0).values - scores.double().min(0).values  # in float32 it may be infinite
             self._largest_gap = max(self._largest_gap, margin.nan_to_num(0.0, 0.0, 0.0).max().item())
             low = branch.timestep // TIMESTEP_BIN * TIMESTEP_BIN
             self._metrics.add("step_reward/mean", scores.mean(0))
-            self._metrics.add("step_reward/std", scores.std(0))
+            self._metrics.add("step_reward/std", scores.double().std(0))
             self._metrics.add("step_reward/margin", margin)
             self._metrics.add("pairs/valid_fraction", valid.float())
             self._metrics.add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
@@ -825,6 +825,10 @@ class SPOTrainer(StepTrainer):
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
+            if not (Path(folder) / STATE_NAME).is_file():
+                raise ValueError(
+                    f"{folder!r} has no {STATE_NAME}, so it is no checkpoint of SPO. Name one of this trainer's."
+                )
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
             self._check_waiting(folder, state.get("transitions"))
@@ -881,8 +885,16 @@ class SPOTrainer(StepTrainer):
             ValueError: if there are no weights, or they do not fit the adapter.
         """
         directory = Path(directory)
+        has_lora = (directory / LORA_NAME).is_file()
+        has_denoiser = (directory / self.pipeline.denoiser_name / "config.json").is_file()
+        if has_lora != self.pipeline.use_lora and (has_lora or has_denoiser):
+            found = "a LoRA" if has_lora else f"a whole {self.pipeline.denoiser_name}"
+            raise ValueError(
+                f"{str(directory)!r} holds {found}, and this run has `use_peft={self.pipeline.use_lora}`. Set it to "
+                f"{not self.pipeline.use_lora}, as in the run that wrote it."
+            )
         if self.pipeline.use_lora:
-            if not (directory / LORA_NAME).is_file():
+            if not has_lora:
                 raise ValueError(f"{str(directory)!r} has no {LORA_NAME}, so it is no SPO checkpoint.")
             self.pipeline.load_lora(directory)
         else:

@@ -95,6 +95,12 @@ class StepRewardConfig(StepTrainingArguments):
         cache_latents_gb (`float`, *optional*, defaults to `8.0`):
             Most memory that the cache takes per process, in GiB. What does not fit is encoded each time.
 
+        > Parameters that control the model
+
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
+            `{"torch_dtype": "float16", "variant": "fp16"}`.
+
         > Parameters that control the training
 
         caption_loss_coef (`float`, *optional*, defaults to `0.0`):
@@ -215,6 +221,12 @@ class StepRewardConfig(StepTrainingArguments):
     )
     cache_latents_gb: float = field(default=8.0, metadata={"help": "Most memory of that cache, in GiB per process."})
 
+    # Parameters that control the model
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id."},
+    )
+
     # Parameters that control the training
     caption_loss_coef: float = field(
         default=0.0,
@@ -233,6 +245,8 @@ class StepRewardConfig(StepTrainingArguments):
         default_factory=lambda: [0, 251, 501, 701, 951],
         metadata={"help": "Timesteps at which evaluation measures accuracy."},
     )
+
+    _VALID_DICT_FIELDS = [*StepTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
     def __post_init__(self):
         self.check_kinds()

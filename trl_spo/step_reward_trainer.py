@@ -207,7 +207,7 @@ class StepRewardTrainer(StepTrainer):
         """Reward model and pipeline, and whether they fit the settings and each other."""
         if isinstance(reward_model, (str, Path)):
             reward_model = load_reward_model(reward_model)
-        self.pipeline = wrap_pipeline(pipeline)
+        self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
         self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         reward = wrap_reward(reward_model)
@@ -509,6 +509,8 @@ class StepRewardTrainer(StepTrainer):
         self._metrics.clear()
         if folder is None:
             return False
+        if (Path(folder) / "spo_state.json").is_file():
+            raise ValueError(f"{folder!r} is a checkpoint of SPO, not of a reward model. Name one of this trainer's.")
         if not (Path(folder) / STATE_NAME).is_file():
             logger.warning(f"{folder!r} has no {STATE_NAME}: the next log is about the steps from here on only.")
             return False

@@ -131,7 +131,7 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
 
         try:
             vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=pipeline.compute_dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # the last one for a file
             raise ValueError(
                 f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({error})."
             ) from error

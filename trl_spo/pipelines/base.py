@@ -197,6 +197,7 @@ class SPOPipeline:
                 f"{', '.join(self.required_components)}; load the complete pipeline."
             )
         self.sd_pipeline = pipeline
+        self.check_tokenizers()
         self.use_lora = use_lora
         self.scoring_vae = None
         self.offload_text_encoders = False
@@ -583,6 +584,35 @@ class SPOPipeline:
         for name, value in (("height", height), ("width", width)):
             if value is not None and (value <= 0 or value % step):
                 raise ValueError(f"`{name}` must be a positive multiple of {step} pixels, got {value}.")
+
+    def check_default_size(self, sample_size: Any, *given: int | None) -> None:
+        """
+        Raises:
+            ValueError: if a size is left to the model, and its configuration does not say one.
+        """
+        if sample_size is None and not all(given):
+            raise ValueError(
+                f"The configuration of the {self.denoiser_name} has no `sample_size`, so the model has no image size of its own: "
+                "give `height` and `width`."
+            )
+
+    def check_tokenizers(self) -> None:
+        """
+        Raises:
+            ValueError: if the tokenizer of a CLIP text encoder allows more tokens than that has places for.
+        """
+        for number in ("", "_2"):
+            encoder = getattr(self.sd_pipeline, f"text_encoder{number}", None)
+            tokenizer = getattr(self.sd_pipeline, f"tokenizer{number}", None)
+            if encoder is None or tokenizer is None or not type(encoder).__name__.startswith("CLIPText"):
+                continue
+            places = encoder.config.max_position_embeddings
+            if tokenizer.model_max_length > places:
+                raise ValueError(
+                    f"`tokenizer{number}` does not say how many tokens the text encoder reads (its `model_max_length` is "
+                    f"{tokenizer.model_max_length:.4g}, and there are {places} places). Set "
+                    f"`pipeline.tokenizer{number}.model_max_length = {places}`."
+                )
 
     def num_pixels(self, height: int | None = None, width: int | None = None) -> int:
         """Number of pixels of an image of this size, by default of the model's own."""

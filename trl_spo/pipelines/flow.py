@@ -244,6 +244,7 @@ class SPOFlowPipeline(SPOPipeline):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         self.check_size(height, width)
         factor, default = self.spatial_factor, self.default_latent_size()
+        self.check_default_size(default, height, width)
         return (
             self.latent_channels(),
             height // factor if height else default,

@@ -181,6 +181,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         unet, factor = self.unet.config, self.spatial_factor
         sample_size = unet.sample_size
+        self.check_default_size(sample_size, height, width)
         default = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
         self.check_size(height, width)
         return (

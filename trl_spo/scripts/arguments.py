@@ -19,6 +19,7 @@ TRL's own `ModelConfig` and `ScriptArguments` cannot stand here: `use_peft` and 
 too, and a parser takes each name once. The names that remain are theirs.
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,14 @@ def leave_process_group():
         torch.distributed.destroy_process_group()
 
 
+def json_option(name: str, text: str):
+    """The value of an option that is JSON on the command line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON, got {text!r} ({error}).") from error
+
+
 @dataclass
 class PipelineArguments:
     r"""
@@ -62,6 +71,10 @@ class PipelineArguments:
             Folder or Hub id of another VAE for it. SDXL's own does not survive half precision.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Precision in which the pipeline is loaded. Adapters are float32 in any case.
+        variant (`str`, *optional*):
+            Kind of files to load, such as `"fp16"` where a repository has no others.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the pipeline's repository.
     """
 
     model_name_or_path: str = field(
@@ -70,6 +83,8 @@ class PipelineArguments:
     )
     vae_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of another VAE for it."})
     dtype: str = field(default="float32", metadata={"help": "Precision in which the pipeline is loaded."})
+    variant: str | None = field(default=None, metadata={"help": "Kind of files to load, such as fp16."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the pipeline."})
 
     def load_pipeline(self, **kwargs):
         """The pipeline that the arguments name; `kwargs` go to `from_pretrained` and come first."""
@@ -77,8 +92,34 @@ class PipelineArguments:
 
         if self.vae_name_or_path is not None:
             kwargs.setdefault("vae", self.vae_name_or_path)
-        kwargs.setdefault("torch_dtype", self.dtype)
+        for name, value in (("torch_dtype", self.dtype), ("variant", self.variant), ("revision", self.revision)):
+            if value is not None:
+                kwargs.setdefault(name, value)
         return wrap_pipeline(self.model_name_or_path, **kwargs)
+
+
+@dataclass
+class LoadedPipelineArguments(PipelineArguments):
+    r"""
+    Which diffusion model, by the arguments of [`PipelineArguments`], for programs whose config does not say how it is loaded.
+
+    Args:
+        model_init_kwargs (`dict`, *optional*):
+            Further keyword arguments of `from_pretrained`, which go before the others. JSON on the command line.
+    """
+
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further keyword arguments of from_pretrained, as JSON."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = json_option("model_init_kwargs", self.model_init_kwargs)
+        if not isinstance(self.model_init_kwargs or {}, dict):
+            raise ValueError(f"`model_init_kwargs` must be a dictionary, got {self.model_init_kwargs!r}.")
+
+    def load_pipeline(self, **kwargs):
+        return super().load_pipeline(**{**(self.model_init_kwargs or {}), **kwargs})
 
 
 @dataclass
@@ -312,7 +353,12 @@ class SamplerArguments:
 
     def place(self, pipeline):
         """Moves an [`SPOPipeline`] to the device, with the LoRA in it."""
+        from ..hub_files import require_existing
+
         if self.lora is not None:
+            require_existing(
+                self.lora, "LoRA", "Pass the folder that `SPOTrainer.save_model()` wrote, a file, or a Hub id."
+            )
             path = Path(self.lora)
             if path.is_dir() and not any(path.glob("*.safetensors")):
                 raise SystemExit(f"{self.lora!r} has no .safetensors file, so there is no LoRA to load.")

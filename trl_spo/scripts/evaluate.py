@@ -25,12 +25,17 @@ Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_she
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 
 from trl import TrlParser
 
-from .arguments import PipelineArguments, RewardModelArguments, SamplerArguments, leave_process_group
+from .arguments import (
+    LoadedPipelineArguments,
+    RewardModelArguments,
+    SamplerArguments,
+    json_option,
+    leave_process_group,
+)
 
 
 STEP_REWARD = "step_reward"
@@ -72,7 +77,7 @@ class EvaluateArguments:
 
     def __post_init__(self):
         if isinstance(self.metric_options, str):
-            self.metric_options = json.loads(self.metric_options)
+            self.metric_options = json_option("metric_options", self.metric_options)
         unknown = set(self.metric_options or {}) - set(self.metrics)
         if unknown:
             raise ValueError(f"`metric_options` names {sorted(unknown)}, which `metrics` does not: {self.metrics}.")
@@ -80,7 +85,7 @@ class EvaluateArguments:
 
 def make_parser(prog: str | None = None) -> TrlParser:
     """The parser whose results [`main`] takes."""
-    return TrlParser((PipelineArguments, SamplerArguments, RewardModelArguments, EvaluateArguments), prog=prog)
+    return TrlParser((LoadedPipelineArguments, SamplerArguments, RewardModelArguments, EvaluateArguments), prog=prog)
 
 
 def make_protocol(name: str, sampler_args: SamplerArguments):
@@ -116,14 +121,13 @@ def load_metrics(arguments: EvaluateArguments, reward_args: RewardModelArguments
 
 
 def main(
-    model_args: PipelineArguments,
+    model_args: LoadedPipelineArguments,
     sampler_args: SamplerArguments,
     reward_args: RewardModelArguments,
     evaluate_args: EvaluateArguments,
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
     from ..evaluation.evaluate import evaluate_pipeline
-    from ..pipelines.auto import wrap_pipeline
     from ..sampling import generate_images
     from ..training.checkpointing import check_output_dir
 
@@ -148,7 +152,11 @@ def main(
         base = generate_images(pipeline, prompts, progress="base model", **settings)
         pipeline.sd_pipeline.enable_lora()
     elif evaluate_args.base_model_name_or_path is not None:
-        base = wrap_pipeline(evaluate_args.base_model_name_or_path, torch_dtype=model_args.dtype).to(device)
+        # Its own repository: the revision and the VAE of the other do not concern it.
+        other = dataclasses.replace(
+            model_args, model_name_or_path=evaluate_args.base_model_name_or_path, revision=None, vae_name_or_path=None
+        )
+        base = other.load_pipeline().to(device)
     result = evaluate_pipeline(
         pipeline,
         prompts,

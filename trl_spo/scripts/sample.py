@@ -30,7 +30,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from .arguments import PipelineArguments, SamplerArguments
+from .arguments import LoadedPipelineArguments, SamplerArguments
 
 
 SAMPLER = {"num_inference_steps": 20, "guidance_scale": 5.0, "eta": 1.0, "negative_prompt": ""}
@@ -58,10 +58,12 @@ class SampleArguments:
 
 def make_parser(prog: str | None = None) -> TrlParser:
     """The parser whose results [`main`] takes."""
-    return TrlParser((PipelineArguments, SamplerArguments, SampleArguments), prog=prog)
+    return TrlParser((LoadedPipelineArguments, SamplerArguments, SampleArguments), prog=prog)
 
 
-def main(model_args: PipelineArguments, sampler_args: SamplerArguments, sample_args: SampleArguments) -> list[Path]:
+def main(
+    model_args: LoadedPipelineArguments, sampler_args: SamplerArguments, sample_args: SampleArguments
+) -> list[Path]:
     """Samples, writes the images and `samples.json`, and returns the paths of the images."""
     from diffusers.utils import numpy_to_pil
 

@@ -49,7 +49,7 @@ def main(
     evaluation = None
     if data_args.eval_dataset_name is not None:
         evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
-    pipeline = model_args.load_pipeline()
+    pipeline = model_args.load_pipeline(**(config.model_init_kwargs or {}))
     trainer = StepRewardTrainer(config, pipeline, reward_args.load(pipeline), eval_dataset=evaluation)
     train_and_save(trainer, config)
 

@@ -468,6 +468,23 @@ class CheckpointingMixin:
         finally:
             self.args.eval_on_start = eval_on_start
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optim = getattr(self.args.optim, "value", self.args.optim)
+        own = [set(group) for group in getattr(self.optimizer, "param_groups", [])]
+        what = f"The optimizer state in {checkpoint!r} does not belong to `optim={optim!r}`"
+        advice = "Resume with the `optim` of the run that wrote it."
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{what}: {error}. {advice}") from error
+        # torch takes the settings of any optimizer, and the step would miss its own.
+        missing = [name for keys, group in zip(own, self._param_groups(), strict=False) for name in keys - set(group)]
+        if checkpoint is not None and missing:
+            raise ValueError(f"{what}: it has no {sorted(set(missing))}. {advice}")
+
+    def _param_groups(self) -> list[dict]:
+        return getattr(self.optimizer, "param_groups", [])
+
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
         return (0, *values[1:]) if self._finished else values  # epochs
