@@ -28,7 +28,7 @@ PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "training.trainer_options training.arguments step_distribution scheduling_ddim scheduling_flow rollout_settings spo_config step_reward_config pair_selection losses "
     "training.numerics training.running_means training.gather images prompts hub_files "
-    "pipelines.components pipelines.conditioning pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
+    "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.adapters pipelines.autoencoder pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
     "rewards.inputs rewards.step_aware_clip rewards.latent_features rewards.latent_config rewards.latent rewards.base rewards.scoring step_pairs rollout noised_pairs sampling "

@@ -20,6 +20,7 @@ another space give scores that look like any others.
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tests.flow_testing import (
@@ -400,3 +401,110 @@ class TestTransformers:
             flow_reward.check_pipeline(other)
         with pytest.raises(ValueError, match="latents of a UNet's noise schedule, and a StableDiffusion3Pipeline has"):
             model.check_pipeline(sd3)
+
+
+def lora(**settings) -> LoraConfig:
+    return LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **settings)
+
+
+def moved_reward(pipeline, **settings):
+    """A shared reward whose adapter is not the zero it starts as, and latents for it."""
+    torch.manual_seed(0)
+    model = LatentRewardModel.from_pipeline(pipeline, shared=True, peft_config=lora(), projection_dim=12, **settings)
+    with torch.no_grad():
+        for parameter in model.backbone.adapter.values():
+            parameter.normal_(std=0.3)
+    shape = wrap_pipeline(pipeline).latent_shape()
+    return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", [tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_sd3_pipeline, tiny_flux_pipeline])
+class TestShared:
+    """A reward on the policy's own denoiser, under a second adapter."""
+
+    def predict(self, pipeline, latents, denoiser=None):
+        wrapped = wrap_pipeline(pipeline)
+        embeds = wrapped.encode_prompt(PROMPTS[:2])
+        with torch.no_grad():
+            return wrapped.predict(latents, torch.tensor([500, 20]), embeds, wrapped.unguided_scale, denoiser=denoiser)
+
+    def test_no_weights_exist_twice(self, tmp_path, family):
+        pipeline = wrap_pipeline(family(tmp_path))
+        weights = {id(p): p.data_ptr() for p in pipeline.denoiser.parameters()}
+        model, _ = moved_reward(pipeline)
+        base = [p for name, p in pipeline.denoiser.named_parameters() if ".lora_" not in name]
+        assert {id(p): p.data_ptr() for p in base} == weights
+        own = sum(p.numel() for p in model.parameters())
+        assert own < sum(p.numel() for p in base) / 2
+
+    def test_the_pipeline_is_as_it_was(self, tmp_path, family):
+        """Predictions, gradients, modes: before, beside and after scores, with and without the adapter of a policy."""
+        pipeline = wrap_pipeline(family(tmp_path))
+        latents = torch.randn(2, *pipeline.latent_shape(), generator=torch.Generator().manual_seed(2))
+        base = self.predict(pipeline, latents)
+        model, _ = moved_reward(pipeline)
+        assert torch.equal(self.predict(pipeline, latents), base)
+        with torch.no_grad():
+            scores = model.score(latents, PROMPTS[:2], torch.tensor([500, 20]))
+        assert torch.equal(self.predict(pipeline, latents), base)
+
+        pipeline.prepare_for_training(lora(init_lora_weights=False), use_lora=True)
+        pipeline.denoiser.train()
+        flags = {name: p.requires_grad for name, p in pipeline.denoiser.named_parameters()}
+        policy = self.predict(pipeline, latents)
+        assert not torch.equal(policy, base)
+        with torch.no_grad():
+            torch.testing.assert_close(model.score(latents, PROMPTS[:2], torch.tensor([500, 20])), scores)
+        assert torch.equal(self.predict(pipeline, latents), policy)
+        with pipeline.reference() as reference:
+            assert torch.equal(self.predict(pipeline, latents, reference), base)
+        assert {name: p.requires_grad for name, p in pipeline.denoiser.named_parameters()} == flags
+        assert all(module.training for module in pipeline.denoiser.modules())
+        assert {name for name, flag in flags.items() if flag} == {n for n in flags if ".default." in n}
+
+    def test_spo_trains_the_policy_alone(self, tmp_path, family):
+        """Loss ln 2 at first; the reward's adapter stays, and the published LoRA knows nothing of it."""
+        pipeline = wrap_pipeline(family(tmp_path / "pipeline"))
+        model, _ = moved_reward(pipeline)
+        before = state_of(model)
+        config = tiny_spo_config(tmp_path / "run", branch_start_step=0, preference_threshold=0.0, max_steps=2)
+        trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS, peft_config=lora())
+        trainer.train()
+        first = next(log for log in trainer.state.log_history if "loss" in log)
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert not changed(before, model)
+        trainer.save_model(str(tmp_path / "saved"))
+        names = load_file(tmp_path / "saved" / "pytorch_lora_weights.safetensors")
+        assert len(names) == sum(".default." in name for name, _ in pipeline.denoiser.named_parameters())
+        assert not any("reward" in name for name in names)
+
+    def test_what_is_saved_is_loaded_onto_a_pipeline(self, tmp_path, family):
+        model, latents = moved_reward(family(tmp_path / "a"))
+        model.save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match="shares the denoiser of a pipeline: load it with"):
+            LatentRewardModel.from_pretrained(tmp_path / "saved")
+        again = family(tmp_path / "b")
+        loaded = LatentRewardModel.from_pretrained(tmp_path / "saved", pipeline=again)
+        with torch.no_grad():
+            expected = model.score(latents, PROMPTS[:2], 500)
+            assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), expected)
+        plain = family(tmp_path / "c")
+        plain.load_lora_weights(tmp_path / "saved", adapter_name="judge")  # an ordinary LoRA of diffusers
+        denoiser = wrap_pipeline(plain).denoiser
+        assert "judge" in denoiser.peft_config
+
+    def test_bad_input(self, tmp_path, family):
+        pipeline = wrap_pipeline(family(tmp_path / "pipeline"))
+        model, _ = moved_reward(pipeline)
+        with pytest.raises(ValueError, match="already carries the adapter of a latent reward"):
+            LatentRewardModel.from_pipeline(pipeline, shared=True)
+        with pytest.raises(ValueError, match="shares the denoiser of another pipeline"):
+            model.check_pipeline(family(tmp_path / "other"))
+        with pytest.raises(ValueError, match="cannot use `gradient_checkpointing`"):
+            model.gradient_checkpointing_enable()
+        for settings, message in (
+            ({"use_peft": False}, "which `use_peft=False` trains: it would change while it judges"),
+            ({"reward_dtype": "bfloat16"}, "leave `reward_dtype` out"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                SPOTrainer(tiny_spo_config(tmp_path / "run", **settings), pipeline, model, train_dataset=PROMPTS)

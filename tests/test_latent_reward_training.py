@@ -229,6 +229,28 @@ class TestTraining:
             expected = trainer.model.eval().score(latents, PROMPTS[:2], 500)
             assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), expected)
 
+    @pytest.mark.parametrize("family", [tiny_sd_pipeline, tiny_sd3_pipeline])
+    def test_a_shared_reward_trains_its_adapter_and_heads(self, make_trainer, tmp_path, family):
+        pipe = wrap_pipeline(family(tmp_path / "shared"))
+        resolution = pipe.spatial_factor * pipe.latent_shape()[1]
+        base = state_of(pipe.denoiser)
+        torch.manual_seed(0)
+        model = LatentRewardModel.from_pipeline(pipe, shared=True, projection_dim=12)
+        trainer = make_trainer(model, trained_on=pipe, resolution=resolution, max_steps=3)
+        start = state_of(model)
+        trainer.train()
+        moved = changed(start, model)
+        assert {"visual_projection.weight", "text_projection.weight", "logit_scale"} <= moved
+        assert sum(name.startswith("backbone.adapter") for name in moved) > 4
+        after = {name.replace(".base_layer.", "."): value for name, value in pipe.denoiser.state_dict().items()}
+        assert all(torch.equal(value, after[name]) for name, value in base.items())
+        trainer.save_model(str(tmp_path / "saved"))
+        again = LatentRewardModel.from_pretrained(tmp_path / "saved", pipeline=family(tmp_path / "again"))
+        latents = torch.randn(2, *pipe.latent_shape(), generator=seeded())
+        with torch.no_grad():
+            expected = model.eval().score(latents, PROMPTS[:2], 500)
+            torch.testing.assert_close(again.score(latents, PROMPTS[:2], 500), expected)
+
     def test_resuming_is_the_same_run(self, make_trainer, tmp_path):
         settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
         whole = make_trainer(**settings)

@@ -232,6 +232,7 @@ class SPOTrainer(StepTrainer):
         self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
+        self._check_shared_reward(config)
         self.reward.check_pipeline(self.pipeline)
         self._check_reward_timesteps(config, self.reward)
         vae = config.scoring_vae if scoring_vae is None else scoring_vae
@@ -339,6 +340,20 @@ class SPOTrainer(StepTrainer):
         if config.lr_scheduler_type == "reduce_lr_on_plateau":  # of itself it waits for a number that falls
             mode = "max" if config.greater_is_better else "min"
             config.lr_scheduler_kwargs = {"mode": mode, **(config.lr_scheduler_kwargs or {})}
+
+    def _check_shared_reward(self, config: SPOConfig):
+        """A reward on the policy's own weights bears neither their training nor a dtype of its own."""
+        if not self.reward.shares_denoiser:
+            return
+        if not config.use_peft:
+            raise ValueError(
+                "The latent reward shares the weights of the denoiser, which `use_peft=False` trains: it would change while it "
+                "judges. Train a LoRA, or use a latent reward with weights of its own."
+            )
+        if config.reward_dtype is not None:
+            raise ValueError(
+                "The latent reward shares the denoiser, which has its own dtype: leave `reward_dtype` out."
+            )
 
     def _check_reward_timesteps(self, config: SPOConfig, reward: Reward):
         """The reward must know the timesteps it will be asked about. The first one, of pure noise, is never scored."""

@@ -45,7 +45,9 @@ from examples.shapes.settings import (
     CLIP,
     FLOW_REWARD_SETTINGS,
     FLOW_SPO_SETTINGS,
+    LATENT_REWARD_STEPS,
     REWARD_SETTINGS,
+    REWARD_STEPS,
     SAMPLER,
     SPO_SETTINGS,
     latent_reward_settings,
@@ -84,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, help="demo_output, demo_output_flow, demo_output_latent, ...")
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
-    parser.add_argument("--reward_steps", type=int, default=150)
+    parser.add_argument("--reward_steps", type=int, help="Optimizer steps of the reward model.")
     parser.add_argument("--spo_steps", type=int, default=28)
     parser.add_argument("--spo_lr", type=float, help="Learning rate of SPO.")
     parser.add_argument("--kl_coef", type=float, help="Weight of the KL divergence.")
@@ -94,6 +96,8 @@ def parse_args() -> argparse.Namespace:
     if args.output_dir is None:
         parts = ["demo_output", *(part for part in (args.model, args.reward) if part not in ("unet", "pixel"))]
         args.output_dir = Path("_".join(parts))
+    if args.reward_steps is None:
+        args.reward_steps = LATENT_REWARD_STEPS if args.reward == "latent" else REWARD_STEPS
     return args
 
 

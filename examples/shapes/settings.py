@@ -40,6 +40,8 @@ REWARD_SETTINGS = {
     "caption_loss_coef": 0.5,  # preferences alone would let it forget the captions
 }
 
+REWARD_STEPS = 150  # optimizer steps
+
 # Fields of `SPOConfig`.
 SPO_SETTINGS = {
     "branch_start_step": 2,  # before that, a reward model of this size can hardly tell predictions apart
@@ -65,6 +67,7 @@ FLOW_SPO_SETTINGS = {
 
 
 # What differs for a latent reward model, which judges noisy latents at every step.
+LATENT_REWARD_STEPS = 200  # less CPU time than the steps of the other one, which predicts and decodes
 LATENT_TIMESTEPS = {
     "unet": [0, 1, 101, 201, 301, 401, 501, 601, 701, 801],
     "flow": [0, 112, 223, 334, 445, 556, 667, 778, 889],
@@ -73,13 +76,18 @@ LATENT_TIMESTEPS = {
 
 def latent_reward_settings(model: str) -> dict:
     """Fields of `StepRewardConfig` for a latent reward model of the `"unet"` or of the `"flow"` model."""
-    return {**REWARD_SETTINGS, "timesteps": LATENT_TIMESTEPS[model], "cache_latents": True}
+    return {
+        **REWARD_SETTINGS,
+        "timesteps": LATENT_TIMESTEPS[model],
+        "caption_loss_coef": 2.0,  # its backbone has never seen a caption and a picture that do not belong together
+        "cache_latents": True,
+    }
 
 
 def latent_spo_settings(model: str) -> dict:
-    """Fields of `SPOConfig` with such a reward, LPO's loop: all steps branch but the last, which adds no noise."""
+    """Fields of `SPOConfig` with such a reward: the steps with most noise branch, which a pixel reward cannot judge."""
     settings = FLOW_SPO_SETTINGS if model == "flow" else SPO_SETTINGS
-    return {**settings, "branch_start_step": 0, "branch_end_step": 8}
+    return {**settings, "branch_start_step": 0, "branch_end_step": 4}
 
 
 def lora_config() -> LoraConfig:

@@ -30,6 +30,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from .reward_adapter import REWARD_ADAPTER, reward_parameters
+
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +60,7 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             denoiser itself, or the denoiser already carries other adapters. The reference is the denoiser with adapters
             off: it must be the base, with nothing missing.
     """
-    existing = getattr(denoiser, "peft_config", {})
+    existing = {name: own for name, own in getattr(denoiser, "peft_config", {}).items() if name != REWARD_ADAPTER}
     if existing:
         wanted = peft_config.to_dict()
         if wanted.get("target_modules") == "all-linear" and "default" in existing:
@@ -70,6 +72,8 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         denoiser.requires_grad_(False)
         for parameter in adapter_parameters(denoiser):  # diffusers freezes what it loads
             parameter.requires_grad_(parameter.is_floating_point())
+        for parameter in reward_parameters(denoiser).values():
+            parameter.requires_grad_(False)
     else:
         if peft_config.peft_type != PeftType.LORA:
             raise ValueError(
@@ -78,6 +82,9 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
                 "`use_peft=False`."
             )
         _add_new(denoiser, peft_config, denoiser_name)
+        if REWARD_ADAPTER in denoiser.peft_config:  # layers that both have are off outside of the reward's own use
+            denoiser.set_adapter("default")
+            denoiser.enable_adapters()
     cast_training_params(denoiser, dtype=torch.float32)
     if not existing:
         _measure_magnitudes(denoiser)
@@ -135,7 +142,7 @@ def _already_there(existing: dict, what: str = "The pipeline") -> str:
 
 def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: str) -> None:
     """Inject an adapter, and see that the denoiser without it is still the base, and that a file can hold it."""
-    before = {name: _fingerprint(value) for name, value in denoiser.state_dict().items()}
+    before = {n.replace(".base_layer.", "."): _fingerprint(value) for n, value in denoiser.state_dict().items()}
     denoiser.requires_grad_(False)
     try:
         denoiser.add_adapter(copy.deepcopy(peft_config))  # peft writes the layers it found into it
@@ -222,7 +229,13 @@ def switch_dropout(network: torch.nn.Module, on: bool) -> None:
             module.p = module.own_p if on else 0.0
 
 
-def save_lora(pipeline: Any, denoiser_name: str, save_directory: str | Path, state_dict: dict | None = None) -> None:
+def save_lora(
+    pipeline: Any,
+    denoiser_name: str,
+    save_directory: str | Path,
+    state_dict: dict | None = None,
+    adapter_name: str = "default",
+) -> None:
     """
     Write the adapter of a denoiser as `pytorch_lora_weights.safetensors`, its configuration (rank, alpha) inside: plain
     diffusers reads it with `pipe.load_lora_weights(save_directory)`.
@@ -232,15 +245,16 @@ def save_lora(pipeline: Any, denoiser_name: str, save_directory: str | Path, sta
         denoiser_name (`str`): the attribute of the pipeline that carries the adapter, such as "unet" or "transformer".
         save_directory (`str` or `Path`): folder.
         state_dict (`dict`, *optional*): of the denoiser, where the caller has gathered it from several processes.
+        adapter_name (`str`, *optional*, defaults to `"default"`): which of its adapters; by default the policy's.
     """
     denoiser = getattr(pipeline, denoiser_name)
-    layers = get_peft_model_state_dict(denoiser, state_dict=state_dict)
+    layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter_name)
     pipeline.save_lora_weights(
         save_directory,
         safe_serialization=True,
         **{
             f"{denoiser_name}_lora_layers": {name: value.contiguous() for name, value in layers.items()},
-            f"{denoiser_name}_lora_adapter_metadata": published_config(denoiser.peft_config["default"]),
+            f"{denoiser_name}_lora_adapter_metadata": published_config(denoiser.peft_config[adapter_name]),
         },
     )
 

@@ -50,6 +50,7 @@ class Reward:
         module (`torch.nn.Module`, *optional*): its network, which [`~Reward.prepare`] freezes, moves and casts.
         can_be_traced (`bool`): whether `encode_prompts` and `score` run on tensors without values, so that their memory
             can be estimated.
+        shares_denoiser (`bool`): whether its network is the policy's, under an adapter of its own.
         name (`str`): what a model card calls it.
     """
 
@@ -57,6 +58,7 @@ class Reward:
     num_train_timesteps: int | None = None
     module: torch.nn.Module | None = None
     can_be_traced: bool = False
+    shares_denoiser: bool = False
     name: str = "reward"
 
     def encode_prompts(self, prompts: list[str]) -> Any:
@@ -149,6 +151,7 @@ class ModelReward(Reward):
         self.name = type(model).__name__
         self.module = model if isinstance(model, torch.nn.Module) else None
         self.can_be_traced = self.module is not None
+        self.shares_denoiser = getattr(model, "shares_denoiser", False)
         self.sees = check_sees(getattr(model, "scores", "images"))
         config = getattr(model, "config", None)
         if getattr(config, "step_conditioning", True):  # a model that ignores timesteps takes any

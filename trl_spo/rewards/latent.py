@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -58,17 +59,22 @@ from ..hub_files import (
     locate_checkpoint,
     optional_file,
     read_plain,
+    read_state_dict,
     require_existing,
 )
+from ..pipelines.adapters import save_lora
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.components import plain_pipeline
 from ..pipelines.conditioning import PromptEmbeds
 from ..pipelines.flow import SPOFlowPipeline
+from ..pipelines.reward_adapter import REWARD_ADAPTER, add_reward_adapter
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
 from .latent_config import LatentRewardModelConfig, check_latent_space, latent_space_of
 from .latent_features import (
+    SharedFeatures,
     TransformerFeatures,
     UNetFeatures,
+    check_blocks,
     default_blocks,
     plain_config,
     pooled_text,
@@ -96,6 +102,8 @@ class LatentRewardModel(PreTrainedModel):
             Architecture.
         tokenizers (`list`, *optional*):
             One tokenizer per text encoder.
+        shared ([`SharedFeatures`], *optional*):
+            The backbone, if it is the denoiser of a pipeline.
 
     Example:
 
@@ -112,11 +120,20 @@ class LatentRewardModel(PreTrainedModel):
     scores = "noisy_latents"
     """What this reward model scores: the candidates of a rollout as they are."""
 
-    def __init__(self, config: LatentRewardModelConfig, tokenizers: list | None = None):
+    def __init__(
+        self, config: LatentRewardModelConfig, tokenizers: list | None = None, shared: SharedFeatures | None = None
+    ):
         super().__init__(config)
-        self.reader = None  # the SPO pipeline that encodes prompts for a transformer
+        self.reader = None  # the SPO pipeline that encodes prompts, where that is not done here
         self.save_reader = True
-        if config.transformer_config is None:
+        if config.shared:
+            if shared is None:
+                raise ValueError(
+                    "This latent reward model shares the denoiser of a pipeline: load it with `LatentRewardModel."
+                    "from_pretrained(path, pipeline=pipeline)`."
+                )
+            self.backbone, text_width = shared, config.text_width
+        elif config.transformer_config is None:
             self.backbone = UNetFeatures(config.unet_config)
             text_width = config.text_configs[-1]["hidden_size"] if config.text_configs else config.projection_dim
         else:
@@ -141,10 +158,25 @@ class LatentRewardModel(PreTrainedModel):
     @property
     def reads_with_pipeline(self) -> bool:
         """Whether prompts are encoded by the pipeline that is judged, whose text encoders are never trained."""
-        return self.config.transformer_config is not None
+        return self.config.shared or self.config.transformer_config is not None
+
+    @property
+    def shares_denoiser(self) -> bool:
+        """Whether the backbone is the denoiser of the pipeline that is judged, under an adapter of its own."""
+        return self.config.shared
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute the blocks of the backbone in the backward pass, as `gradient_checkpointing=True` asks."""
+        """
+        Recompute the blocks of the backbone in the backward pass, as `gradient_checkpointing=True` asks.
+
+        Raises:
+            ValueError: for a shared backbone, whose blocks would be recomputed under the adapter of the policy.
+        """
+        if self.config.shared:
+            raise ValueError(
+                "A shared latent reward cannot use `gradient_checkpointing`: its blocks would be recomputed when the adapter "
+                "of the policy is active again. Leave it off, or train a reward with weights of its own."
+            )
         self.backbone.network.enable_gradient_checkpointing()
 
     @property
@@ -229,15 +261,16 @@ class LatentRewardModel(PreTrainedModel):
 
     @torch.no_grad()
     def _read(self, prompts: list[str]) -> PromptEmbeds:
-        """Features of prompts by the frozen text encoders of the pipeline, without those of the empty prompt."""
+        """Features of prompts by the frozen text encoders of the pipeline; of the empty prompt if the middle is guided."""
         reader = self._require_reader()
         check_texts(prompts)
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         with reader.encoders_on_device():
             text = reader.encode_prompt(list(unique))
-        text = dataclasses.replace(
-            text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
-        )
+        if self.config.transformer_config is not None or self.config.guidance_scale <= 1:
+            text = dataclasses.replace(
+                text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
+            )
         return text[torch.tensor([unique[prompt] for prompt in prompts], device=text.prompt_embeds.device)]
 
     # ---- scores ----
@@ -251,29 +284,33 @@ class LatentRewardModel(PreTrainedModel):
             timesteps (`torch.Tensor` of shape `(B,)`): int64.
             text ([`PromptEmbeds`]): from [`~LatentRewardModel.encode_prompts`].
         """
-        latents = latents.to(self.device, self.dtype)
+        dtype = self._require_reader().compute_dtype if self.config.shared else self.dtype
+        latents, text = latents.to(self.device, dtype), text.to(dtype)
         timesteps = timesteps.to(self.device)
-        if self.reads_with_pipeline:
+        if self.config.transformer_config is not None:
             reader = self._require_reader()
             sigma = reader.step_rule.sigma(timesteps).to(self.device, torch.float32)
-            return torch.cat(self.backbone(reader, latents, sigma, text.to(self.dtype)), dim=-1)
+            return torch.cat(self.backbone(reader, latents, sigma, text), dim=-1)
         scale = self.config.guidance_scale
         if scale <= 1:
             added = self._added(text.pooled_prompt_embeds)
             return torch.cat(self.backbone(latents, timesteps, text.prompt_embeds, added), dim=-1)
         tokens = torch.cat([text.prompt_embeds, text.negative_prompt_embeds])
-        added = self._added(torch.cat([text.pooled_prompt_embeds, text.negative_pooled_prompt_embeds]))
+        pooled = None
+        if text.pooled_prompt_embeds is not None:
+            pooled = torch.cat([text.pooled_prompt_embeds, text.negative_pooled_prompt_embeds])
+        added = self._added(pooled)
         twice = torch.cat([latents, latents])
         *levels, middle = self.backbone(twice, torch.cat([timesteps, timesteps]), tokens, added)
         cond, uncond = middle.chunk(2)
         guided = uncond + scale * (cond - uncond)
         return torch.cat([*(level[: len(latents)] for level in levels), guided], dim=-1)
 
-    def _added(self, pooled: torch.Tensor) -> dict | None:
+    def _added(self, pooled: torch.Tensor | None) -> dict | None:
         """SDXL's conditioning on the pooled text and the size, which is always the one the model was trained at."""
-        if self.backbone.unet.config.addition_embed_type != "text_time":
+        if self.backbone.network.config.addition_embed_type != "text_time":
             return None
-        side = 8 * self.backbone.unet.config.sample_size
+        side = 8 * self.backbone.network.config.sample_size
         time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=pooled.dtype)
         time_ids = time_ids.to(pooled.device, non_blocking=pooled.device.type != "cpu")  # asked at every score
         return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
@@ -320,7 +357,7 @@ class LatentRewardModel(PreTrainedModel):
         timesteps = checked_timesteps(timesteps, len(latents), self.config.num_train_timesteps, self.device)
 
         text = text.to(self.device)
-        visual = self.visual_projection(self.visual_features(latents, timesteps, text))
+        visual = self.visual_projection(self.visual_features(latents, timesteps, text).to(self.dtype))
         pooled = pooled_text(text).to(self.dtype)
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
@@ -362,6 +399,11 @@ class LatentRewardModel(PreTrainedModel):
         if self.reads_with_pipeline:
             wrapped = wrap_pipeline(pipeline)
             theirs = type(wrapped.sd_pipeline).__name__
+            if self.config.shared and wrapped.denoiser is not self.backbone.network:
+                raise ValueError(
+                    "The latent reward model shares the denoiser of another pipeline. Save it, and load it onto this one "
+                    "with `LatentRewardModel.from_pretrained(path, pipeline=pipeline)`."
+                )
             if theirs != self.config.pipeline_class:
                 raise ValueError(
                     f"The latent reward model was made for a {self.config.pipeline_class}, and the pipeline is a {theirs}: "
@@ -390,7 +432,9 @@ class LatentRewardModel(PreTrainedModel):
     # ---- loading and saving ----
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, **config_kwargs) -> "LatentRewardModel":
+    def from_pipeline(
+        cls, pipeline: Any, shared: bool = False, peft_config: PeftConfig | None = None, **config_kwargs
+    ) -> "LatentRewardModel":
         r"""
         A fresh latent reward model with a copy of the part of a pipeline's denoiser that is read, and of a UNet's text
         encoders, ready to be trained. Its heads are random.
@@ -399,6 +443,12 @@ class LatentRewardModel(PreTrainedModel):
             pipeline (SPO or diffusers pipeline, path or Hub id):
                 Where the weights come from; it is left as it is. Stable Diffusion 1, 2 and XL, or a transformer with two
                 streams: Stable Diffusion 3, FLUX, FLUX.2, Qwen-Image.
+            shared (`bool`, *optional*, defaults to `False`):
+                Take the pipeline's own denoiser as the backbone, under a second adapter named "reward", and its text
+                encoders. No weights exist twice. The policy must then be a LoRA; its adapter and the reward's are never
+                active together, and outside of scoring the pipeline is as it was.
+            peft_config (`peft.PeftConfig`, *optional*):
+                That adapter; by default the family's.
             config_kwargs:
                 Passed to [`LatentRewardModelConfig`], e.g. `guidance_scale=1.0`, or `blocks=[8, 16]` of a transformer; by
                 default three quarters of its depth, as block 18 of 24 in LPO's reward of Stable Diffusion 3.
@@ -412,6 +462,8 @@ class LatentRewardModel(PreTrainedModel):
         """
         if isinstance(pipeline, (str, Path)):
             pipeline = load_diffusers_pipeline(pipeline)
+        if shared:
+            return cls._sharing(pipeline, peft_config, config_kwargs)
         pipeline = plain_pipeline(getattr(pipeline, "sd_pipeline", pipeline))
         if isinstance(getattr(pipeline, "transformer", None), nn.Module):
             return cls._from_transformer(pipeline, config_kwargs)
@@ -427,6 +479,35 @@ class LatentRewardModel(PreTrainedModel):
         model = cls._from_parts(pipeline.unet, encoders, {**settings, **config_kwargs})
         model.tokenizers = tokenizers_of(pipeline, len(encoders))
         return model.eval()
+
+    @classmethod
+    def _sharing(cls, pipeline, peft_config: PeftConfig | None, config_kwargs: dict) -> "LatentRewardModel":
+        """A model on the pipeline's own denoiser."""
+        reader = wrap_pipeline(pipeline)
+        denoiser = reader.denoiser
+        peft_config = peft_config or reader.default_lora()
+        with reader.encoders_on_device():
+            text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
+        architecture = {**plain_config(denoiser.config), "_class_name": type(denoiser).__name__}
+        settings = {"unet_config": architecture}
+        if not isinstance(denoiser, UNet2DConditionModel):
+            config_kwargs.setdefault("blocks", default_blocks(denoiser))
+            check_blocks(denoiser, config_kwargs["blocks"])
+            settings = {"transformer_config": architecture}
+        config = cls.config_class(
+            **settings,
+            shared=True,
+            peft_config=plain_lora(peft_config),
+            text_width=text_width,
+            pipeline_class=type(reader.sd_pipeline).__name__,
+            latent_space=latent_space_of(reader),
+            num_train_timesteps=reader.num_train_timesteps,
+            **config_kwargs,
+        )
+        adapter = add_reward_adapter(denoiser, peft_config)
+        model = cls(config, shared=SharedFeatures(denoiser, adapter, config.blocks))
+        model.reader = reader
+        return model.to(reader.device).eval()
 
     @classmethod
     def _from_transformer(cls, pipeline, config_kwargs: dict) -> "LatentRewardModel":
@@ -520,13 +601,20 @@ class LatentRewardModel(PreTrainedModel):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, pipeline: Any | None = None, **kwargs):
         r"""
         Loads what [`~LatentRewardModel.save_pretrained`] wrote. Arguments as in
-        [`~transformers.PreTrainedModel.from_pretrained`]; missing or unexpected weights are an error.
+        [`~transformers.PreTrainedModel.from_pretrained`], and one more; missing or unexpected weights are an error.
+
+        Args:
+            pipeline (SPO or diffusers pipeline, *optional*):
+                The one whose latents are to be judged. A model that shares its denoiser needs it.
         """
         path = str(pretrained_model_name_or_path)
         require_existing(path, "latent reward model")
+        config = cls.config_class.from_pretrained(path)
+        if config.shared and pipeline is not None:
+            return cls._onto(pipeline, path, config)
         return_info = kwargs.pop("output_loading_info", False)
         model, info = load_whole(super().from_pretrained, path, "latent reward model", *model_args, **kwargs)
         if model.tokenizers is None:
@@ -534,7 +622,32 @@ class LatentRewardModel(PreTrainedModel):
         if model.reads_with_pipeline and (Path(path) / PIPELINE_FOLDER).is_dir():
             own = load_diffusers_pipeline(Path(path) / PIPELINE_FOLDER, transformer=model.backbone.transformer)
             model.check_pipeline(own)
+        if pipeline is not None:
+            model.check_pipeline(pipeline)
         return (model, info) if return_info else model
+
+    @classmethod
+    def _onto(cls, pipeline, path: str, config: LatentRewardModelConfig) -> "LatentRewardModel":
+        """A saved model that shares its denoiser, on the denoiser of a pipeline."""
+        reader = wrap_pipeline(pipeline)
+        theirs = type(reader.sd_pipeline).__name__
+        if theirs != config.pipeline_class:
+            raise ValueError(
+                f"The latent reward model in {path!r} was made for a {config.pipeline_class}, got a {theirs}."
+            )
+        check_latent_space(config.latent_space, latent_space_of(reader))
+        model = cls._sharing(
+            reader,
+            LoraConfig(**config.peft_config),
+            {
+                "blocks": config.blocks,
+                "guidance_scale": config.guidance_scale,
+                "projection_dim": config.projection_dim,
+            },
+        )
+        weights = read_state_dict(locate_checkpoint(path, "model.safetensors"))
+        load_strictly(model, weights, path, "the latent reward model")
+        return model.eval()
 
     def save_pretrained(self, save_directory, *args, save_reader: bool | None = None, **kwargs):
         r"""
@@ -547,12 +660,25 @@ class LatentRewardModel(PreTrainedModel):
                 folder is smaller by gigabytes, and the loaded model reads prompts once it was given a pipeline.
         """
         save_reader = self.save_reader if save_reader is None else save_reader
-        if self.reader is not None and save_reader and kwargs.get("is_main_process", True):
+        main = kwargs.get("is_main_process", True)
+        if self.config.shared and main:  # its part of the denoiser, as a LoRA that diffusers reads
+            save_lora(self.reader.sd_pipeline, self.reader.denoiser_name, save_directory, adapter_name=REWARD_ADAPTER)
+        if self.reader is not None and not self.config.shared and save_reader and main:
             save_without_denoiser(self.reader, Path(save_directory) / PIPELINE_FOLDER)
         if self.tokenizers and kwargs.get("is_main_process", True):
             for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False):
                 tokenizer.save_pretrained(Path(save_directory) / name)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def plain_lora(peft_config: LoraConfig) -> dict[str, Any]:
+    """The settings of a LoRA that differ from peft's defaults, as values that JSON has."""
+    defaults = LoraConfig().to_dict()
+    settings = {}
+    for name, value in peft_config.to_dict().items():
+        if value != defaults.get(name):
+            settings[name] = sorted(value) if isinstance(value, set) else value
+    return settings
 
 
 def save_without_denoiser(pipeline, folder: Path) -> None:

@@ -36,6 +36,8 @@ class LatentRewardModelConfig(PretrainedConfig):
             Configurations of one or two CLIP text encoders, each with its class name under `architecture`.
         transformer_config (`dict`, *optional*):
             Configuration of a diffusion transformer instead of a UNet, with its class under `_class_name`.
+        shared (`bool`, *optional*, defaults to `False`), peft_config (`dict`, *optional*):
+            Whether the backbone is the policy's own denoiser, and the adapter that the reward has on it.
         blocks (`list[int]`, *optional*):
             Blocks of the transformer behind which image tokens are read, counted from 1.
         text_width (`int`, *optional*):
@@ -63,6 +65,8 @@ class LatentRewardModelConfig(PretrainedConfig):
         unet_config=None,
         text_configs=None,
         transformer_config=None,
+        shared=False,
+        peft_config=None,
         blocks=None,
         text_width=None,
         pipeline_class=None,
@@ -81,6 +85,8 @@ class LatentRewardModelConfig(PretrainedConfig):
         if unknown:
             raise ValueError(f"`text_configs` must be of {' or '.join(TEXT_ENCODERS)}, got {unknown}.")
         self.transformer_config = transformer_config
+        self.shared = shared
+        self.peft_config = peft_config
         self.blocks = blocks
         self.text_width = text_width
         self.pipeline_class = pipeline_class
@@ -96,7 +102,7 @@ class LatentRewardModelConfig(PretrainedConfig):
     @property
     def latent_channels(self) -> int:
         """Channels of the latents that are judged."""
-        if self.transformer_config is not None:
+        if self.latent_space is not None:
             return self.latent_space["channels"]
         return self.unet_config.get("in_channels", 4)
 
@@ -107,7 +113,7 @@ def latent_space_of(pipeline) -> dict[str, Any]:
     its denoiser.
     """
     config = pipeline.vae.config
-    space = {"channels": pipeline.latent_channels()}
+    space = {"channels": pipeline.latent_shape()[0]}
     for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
         value = getattr(config, name, None)
         if value is not None:

@@ -19,6 +19,8 @@ Each keeps the part of the network that is read, and no more: of a UNet the down
 blocks up to the last one that is read.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -28,6 +30,7 @@ from torch import nn
 
 from ..hub_files import load_strictly
 from ..pipelines.conditioning import PromptEmbeds
+from ..pipelines.reward_adapter import reward_adapter
 
 
 def plain_config(config) -> dict:
@@ -81,26 +84,36 @@ class UNetFeatures(nn.Module):
         Returns:
             list of `torch.Tensor` of shape `(B, width)`: means over pixels, one per down level, then the mid block.
         """
-        unet = self.unet
-        embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
-        further = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
-        if further is not None:
-            embedding = embedding + further
-        if unet.time_embed_act is not None:
-            embedding = unet.time_embed_act(embedding)
-        text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
+        return unet_features(self.unet, latents, timesteps, text, added)
 
-        sample = unet.conv_in(latents)
-        features = []
-        for block in unet.down_blocks:
-            attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
-            sample, residuals = block(hidden_states=sample, temb=embedding, **attends)
-            # The last residual before the level's downsampler, which adds one of its own behind it.
-            last = residuals[-1] if block.downsamplers is None else residuals[-2]
-            features.append(last.mean((-2, -1)))
-        attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
-        sample = unet.mid_block(sample, embedding, **attends)
-        return [*features, sample.mean((-2, -1))]
+
+def unet_features(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: torch.Tensor,
+    added: dict | None = None,
+) -> list[torch.Tensor]:
+    """What [`UNetFeatures`] reads off a UNet."""
+    embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+    further = unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added or {})
+    if further is not None:
+        embedding = embedding + further
+    if unet.time_embed_act is not None:
+        embedding = unet.time_embed_act(embedding)
+    text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added or {})
+
+    sample = unet.conv_in(latents)
+    features = []
+    for block in unet.down_blocks:
+        attends = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+        sample, residuals = block(hidden_states=sample, temb=embedding, **attends)
+        # The last residual before the level's downsampler, which adds one of its own behind it.
+        last = residuals[-1] if block.downsamplers is None else residuals[-2]
+        features.append(last.mean((-2, -1)))
+    attends = {"encoder_hidden_states": text} if getattr(unet.mid_block, "has_cross_attention", False) else {}
+    sample = unet.mid_block(sample, embedding, **attends)
+    return [*features, sample.mean((-2, -1))]
 
 
 class TransformerFeatures(nn.Module):
@@ -168,22 +181,84 @@ class TransformerFeatures(nn.Module):
             list of `torch.Tensor` of shape `(B, width)`: means over image tokens, one per block that is read.
         """
         caught = {}
-
-        def catch(number: int):
-            def hook(module, args, output):
-                _, image_tokens = output  # both streams, text first
-                caught[number] = image_tokens.mean(1)
-
-            return hook
-
-        handles = [
-            self.transformer.transformer_blocks[number - 1].register_forward_hook(catch(number))
-            for number in self.blocks
-        ]
-        try:
+        with catching(self.transformer, self.blocks, caught):
             pipeline.velocity(self.transformer, latents, sigma, text, pipeline.unguided_scale)
-        finally:
-            for handle in handles:
+        return [caught[number] for number in self.blocks]
+
+
+@contextlib.contextmanager
+def catching(transformer: nn.Module, blocks: list[int], caught: dict[int, torch.Tensor]) -> Iterator[None]:
+    """A call of the transformer inside leaves the mean image token behind each of the blocks in `caught`."""
+
+    def catch(number: int):
+        def hook(module, args, output):
+            _, image_tokens = output  # both streams, text first
+            caught[number] = image_tokens.mean(1)
+
+        return hook
+
+    handles = [transformer.transformer_blocks[number - 1].register_forward_hook(catch(number)) for number in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Enough(Exception):
+    """Raised behind the last block that is read: what comes after it need not run."""
+
+
+class SharedFeatures(nn.Module):
+    """
+    The denoiser of a policy as the backbone of a reward, under an adapter of its own. The weights exist once; this module
+    holds the adapter's parameters alone.
+
+    Args:
+        denoiser (`torch.nn.Module`): of the policy, of a UNet or a transformer with two streams.
+        adapter (`dict[str, torch.nn.Parameter]`): of the reward, see [`add_reward_adapter`].
+        blocks (`list[int]`, *optional*): of a transformer, see [`TransformerFeatures`].
+    """
+
+    def __init__(self, denoiser: nn.Module, adapter: dict[str, nn.Parameter], blocks: list[int] | None = None):
+        super().__init__()
+        self._denoiser = [denoiser]  # in a list, so that it is no part of this module
+        self.adapter = nn.ParameterDict({name.replace(".", "/"): value for name, value in adapter.items()})
+        self.blocks = blocks
+
+    @property
+    def network(self) -> nn.Module:
+        """The diffusers network."""
+        return self._denoiser[0]
+
+    @property
+    def widths(self) -> list[int]:
+        """As of the backbone that is not shared."""
+        if self.blocks is not None:
+            return [self.network.inner_dim] * len(self.blocks)
+        channels = list(self.network.config.block_out_channels)
+        return [*channels, channels[-1]]
+
+    def forward(self, *args) -> list[torch.Tensor]:
+        """Arguments and result of [`UNetFeatures`] or [`TransformerFeatures`]."""
+        with reward_adapter(self.network):
+            if self.blocks is None:
+                return unet_features(self.network, *args)
+            return self._tokens(*args)
+
+    def _tokens(self, pipeline: Any, latents: torch.Tensor, sigma: torch.Tensor, text: PromptEmbeds):
+        def stop(module, args, output):
+            raise _Enough
+
+        caught = {}
+        last = self.network.transformer_blocks[max(self.blocks) - 1]
+        with catching(self.network, self.blocks, caught):
+            handle = last.register_forward_hook(stop)
+            try:
+                pipeline.velocity(self.network, latents, sigma, text, pipeline.unguided_scale)
+            except _Enough:
+                pass
+            finally:
                 handle.remove()
         return [caught[number] for number in self.blocks]
 
