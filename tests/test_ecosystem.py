@@ -26,11 +26,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
 from trl_spo import SPOTrainer, StepAwareRewardModel, StepRewardTrainer
-from trl_spo.training.ema import EMA_NAME, EMACallback
+from trl_spo.training.ema import EMA_NAME, AveragedWeightsMixin, EMACallback
 
 from .testing_utils import (
     PROMPTS,
@@ -235,6 +235,92 @@ class TestEMA:
         fresh.load_lora_weights(tmp_path / "out")
         torch.testing.assert_close(plain_images(fresh), trainer.generate(PROMPTS[:2]), atol=1e-5, rtol=1e-5)
 
+    def test_what_other_callbacks_see(self, tmp_path):
+        """`on_evaluate` sees the average that was evaluated, `on_save` and `on_step_end` the weights of training."""
+        seen = {}
+
+        class Looks(TrainerCallback):
+            def look(self, event, model):
+                weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+                seen.setdefault(event, []).append(weights)
+
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                self.look("step", model)
+
+            def on_evaluate(self, args, state, control, model=None, **kwargs):
+                self.look("evaluate", trainer.model)
+
+            def on_save(self, args, state, control, model=None, **kwargs):
+                self.look("save", model)
+
+        settings = {
+            "max_steps": 3,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        }
+        trainer = make_trainer(tmp_path, callbacks=[Looks()], eval_dataset=PROMPTS[:1], **settings)
+        methods = set(vars(trainer))
+        callback = EMACallback(trainer, decay=0.5)
+        assert set(vars(trainer)) - methods <= {"ema", "_checkpoint_writers"}  # no method is replaced
+        trainer.train()
+        names = list(seen["step"][-1])
+        assert_equal(seen["save"][-1], seen["step"][-1])
+        assert_equal(seen["evaluate"][-1], dict(zip(names, callback.ema.shadow_params, strict=True)))
+        assert any(not torch.equal(seen["evaluate"][-1][name], seen["save"][-1][name]) for name in names)
+
+    def test_a_rollout_in_the_midst_of_training_uses_the_weights_and_generate_the_average(self, tmp_path):
+        trainer = make_trainer(tmp_path, max_steps=2)
+        callback = EMACallback(trainer, decay=0.5)
+        before = trainer.generate(PROMPTS[:1])
+        latents = trainer.rollout(PROMPTS[:1]).chosen_prev_latents
+        for parameter in trainer.model.parameters():
+            parameter.data.add_(0.3 * parameter.requires_grad)
+        assert torch.equal(trainer.generate(PROMPTS[:1]), before)
+        assert not torch.equal(trainer.rollout(PROMPTS[:1]).chosen_prev_latents, latents)
+        with trainer.weights_for_evaluation():
+            assert torch.equal(trainer.rollout(PROMPTS[:1]).chosen_prev_latents, latents)
+        callback.adopt()
+        assert not torch.equal(trainer.generate(PROMPTS[:1]), before)
+
+    def test_of_another_trainer(self, tmp_path):
+        """Evaluation, prediction and saving of any `Trainer`; its checkpoints resume with both kinds of weights."""
+
+        class Regression(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(1, 1)
+
+            def forward(self, x, labels):
+                output = self.layer(x)
+                return {"loss": ((output - labels) ** 2).mean(), "logits": output}
+
+        class AveragedTrainer(AveragedWeightsMixin, Trainer):
+            pass
+
+        def train(folder, resume=None):
+            torch.manual_seed(0)
+            settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.3, "report_to": "none"}
+            args = TrainingArguments(str(tmp_path / folder), use_cpu=True, disable_tqdm=True, **settings)
+            rows = [{"x": torch.tensor([i / 4]), "labels": torch.tensor([i / 2])} for i in range(8)]
+            recorder = WeightsPerStep()
+            trainer = AveragedTrainer(Regression(), args, train_dataset=rows, eval_dataset=rows, callbacks=[recorder])
+            callback = EMACallback(trainer, decay=0.5)
+            trainer.train(resume_from_checkpoint=resume)
+            return trainer, callback, recorder.weights
+
+        whole, callback, weights = train("whole")
+        saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+        assert_equal(saved, dict(zip(weights[0], callback.ema.shadow_params, strict=True)))
+        again, _, later = train("again", resume=str(tmp_path / "whole" / "checkpoint-2"))
+        assert_equal(later[-1], weights[-1])
+        average = again.predict(again.eval_dataset).predictions
+        for parameter in again.model.parameters():
+            parameter.data.zero_()
+        assert (again.predict(again.eval_dataset).predictions == average).all()
+        assert again.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"])
+
     def test_resuming_takes_up_weights_and_average(self, tmp_path):
         whole, _, weights = self.train(tmp_path, **self.CHECKPOINTS)
         assert (tmp_path / "out" / "checkpoint-2" / EMA_NAME).is_file()
@@ -288,6 +374,17 @@ class TestEMA:
         trainer = make_trainer(tmp_path, max_steps=1)
         with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1.0"):
             EMACallback(trainer, decay=1.0)
+        with pytest.raises(TypeError, match="or a `Trainer` with `AveragedWeightsMixin`, got `Trainer`"):
+            EMACallback(Trainer(torch.nn.Linear(1, 1), trainer.args))
+        trainer.is_fsdp_enabled = True  # what a sharded reward trainer says of itself
+        with pytest.raises(ValueError, match="does not work with FSDP"):
+            EMACallback(trainer)
+        trainer.is_fsdp_enabled = False
+        assert trainer.ema is None
+        EMACallback(trainer)
+        with pytest.raises(ValueError, match="has an `EMACallback` already"):
+            EMACallback(trainer)
+        trainer.ema = None
         trainer.train()
         with pytest.raises(ValueError, match="must be added before training"):
             EMACallback(trainer)

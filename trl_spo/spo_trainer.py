@@ -737,7 +737,7 @@ class SPOTrainer(StepTrainer):
         """
         args = self.args
         self.model.eval()
-        with self.accelerator.autocast():
+        with self.weights_for_evaluation(), self.accelerator.autocast():
             return generate_images(
                 self.pipeline,
                 prompts,
@@ -780,29 +780,43 @@ class SPOTrainer(StepTrainer):
         if given is None:
             raise ValueError("There are no prompts to evaluate: pass `eval_dataset` here or to the trainer.")
         prompts = read_prompts(given, self.args.dataset_prompt_column, "eval_dataset")
-        start, rank, world = time.perf_counter(), self.args.process_index, self.args.world_size
-        rows = list(range(len(prompts)))[rank::world]
+        start = time.perf_counter()
+        # Callbacks of `on_evaluate` see the weights that were evaluated.
+        with self.weights_for_evaluation():
+            scores = self._score_prompts(prompts)
+            logs = {}
+            for name, values in scores.items():
+                logs[f"{metric_key_prefix}_{name}_mean"] = values.mean().item()
+                logs[f"{metric_key_prefix}_{name}_std"] = values.std().item() if len(values) > 1 else 0.0
+            logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+            self.log(logs)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def _score_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Scores of one image per prompt, by metric, float64; every process has those of all. What is not finite is left out."""
+        # Each process samples and scores every `world`-th prompt.
+        rank, world = self.args.process_index, self.args.world_size
+        rows = range(rank, len(prompts), world)
         own = [prompts[i] for i in rows]
-        scores = self.score(self.generate(own, [self.args.eval_seed + i for i in rows]), own)
-        parts = gather_from_processes(scores)
-        logs = {}
-        for name in scores:
+        images = self.generate(own, [self.args.eval_seed + i for i in rows])
+        parts = gather_from_processes(self.score(images, own))
+
+        # The parts follow each other by process, and so do the prompts here.
+        in_order = [prompt for rank in range(world) for prompt in prompts[rank::world]]
+        scores = {}
+        for name in parts[0]:
             values = torch.cat([part[name] for part in parts]).double()
             finite = values.isfinite()
             if not finite.all():
-                in_order = [prompt for rank in range(world) for prompt in prompts[rank::world]]
                 left_out = [prompt for prompt, good in zip(in_order, finite.tolist(), strict=True) if not good]
                 logger.warning(
                     f"{len(left_out)} of {len(values)} images have no finite `{name}` and are left out of its mean: "
                     f"{left_out[:3]}."
                 )
                 values = values[finite] if finite.any() else values
-            logs[f"{metric_key_prefix}_{name}_mean"] = values.mean().item()
-            logs[f"{metric_key_prefix}_{name}_std"] = values.std().item() if len(values) > 1 else 0.0
-        logs[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
-        self.log(logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
+            scores[name] = values
+        return scores
 
     # --- saving and loading ------------------------------------------------------------------------------------------
 
@@ -918,10 +932,12 @@ class SPOTrainer(StepTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.load_model(resume_from_checkpoint)
+        self.average_from_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best model, {self.state.best_model_checkpoint} ({self.state.best_metric}).")
         self.load_model(self.state.best_model_checkpoint)
+        self.average_from_weights()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """The parent copies files of transformers models to `output_dir` and uploads that; our files are put there first."""

@@ -29,12 +29,13 @@ from transformers import Trainer
 
 from .arguments import StepTrainingArguments
 from .checkpointing import CheckpointingMixin, check_output_dir, write_text
+from .ema import AveragedWeightsMixin
 
 
-class StepTrainer(CheckpointingMixin, Trainer):
+class StepTrainer(AveragedWeightsMixin, CheckpointingMixin, Trainer):
     """
-    A `Trainer` whose checkpoints exist whole or not at all, and whose model card is its own. A subclass keeps its metrics
-    between two logs in `_metrics` ([`RunningMeans`]).
+    A `Trainer` whose checkpoints exist whole or not at all, which evaluates and saves averaged weights if it has them, and
+    whose model card is its own. A subclass keeps its metrics between two logs in `_metrics` ([`RunningMeans`]).
     """
 
     _nonfinite_metric: str  # name of the metric that counts pairs that are not finite
