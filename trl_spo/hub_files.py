@@ -19,10 +19,11 @@ Every error names the file and what was expected in it. Nothing here runs code f
 are unpickled with `weights_only=True`, and tokenizers are loaded without remote code.
 """
 
+import contextlib
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 
@@ -178,8 +179,10 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
     try:
         if isinstance(kwargs.get("vae"), (str, Path)):
             vae_class = _vae_class(path, kwargs)
-            kwargs["vae"] = vae_class.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
-        return DiffusionPipeline.from_pretrained(path, **kwargs)
+            with whole_networks():
+                kwargs["vae"] = vae_class.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
+        with whole_networks():
+            return DiffusionPipeline.from_pretrained(path, **kwargs)
     except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
         raise
     except Exception as error:  # diffusers reports whatever part of a broken folder fails first
@@ -193,15 +196,42 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
 
 
 def load_pretrained(loader, path: str | Path, what: str):
-    """`loader.from_pretrained(path)` with errors that say that `what` (such as `"CLIP model"`) was expected there."""
+    """
+    `loader.from_pretrained(path)`, where `path` holds what `loader` is for, and all of it.
+
+    Args:
+        loader (`type`): a model or a configuration of transformers.
+        path (`str` or `Path`): folder or Hub id.
+        what (`str`): what should be there, such as `"CLIP model"`.
+
+    Raises:
+        FileNotFoundError: if there is nothing of the kind.
+        ValueError: if it is a model of another kind, of which a part would be read and the rest drawn, or weights are
+            missing, unexpected, misshapen or no plain tensors.
+    """
     path = str(path)
     require_existing(path, what)
+    is_model = issubclass(loader, nn.Module)
+    config_class = loader.config_class if is_model else loader
     try:
-        return loader.from_pretrained(path)
+        found = config_class.get_config_dict(path)[0].get("model_type", config_class.model_type)
+        if found != config_class.model_type:
+            raise ValueError(f"{path!r} holds a {found!r} model, not a {what}, which is {config_class.model_type!r}.")
+        return load_whole(loader.from_pretrained, path, what)[0] if is_model else loader.from_pretrained(path)
     except OSError as error:
         raise FileNotFoundError(f"{path!r} holds no {what}: {error}") from error
-    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The weights in {path!r} were refused: they are not plain tensors: {error}") from error
+
+
+def check_vocabulary(tokenizer: Any, num_embeddings: int, what: str) -> None:
+    """
+    Raises:
+        ValueError: if a tokenizer has words that a text encoder has no embedding for.
+    """
+    if tokenizer is not None and len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"The tokenizer of the {what} has {len(tokenizer)} tokens and its text encoder knows {num_embeddings}: they belong "
+            "to different models, or tokens were added to one of them only. Take both from one model."
+        )
 
 
 def load_tokenizer(path: str | Path, subfolder: str = ""):
@@ -231,6 +261,7 @@ def load_whole(from_pretrained: Callable, path: str | Path, what: str, *args, **
     Raises:
         ValueError: if weights cannot be read, are not plain tensors, are missing, or belong to something else.
     """
+    kwargs.setdefault("ignore_mismatched_sizes", True)  # transformers says the names in a table of its log only
     try:
         model, info = from_pretrained(str(path), *args, **kwargs, output_loading_info=True)
     except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
@@ -239,10 +270,97 @@ def load_whole(from_pretrained: Callable, path: str | Path, what: str, *args, **
         ) from error
     except RuntimeError as error:
         raise ValueError(f"The weights in {str(path)!r} cannot be read, or do not fit the {what}: {error}") from error
-    problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
+    problems = loading_problems(info)
     if problems:
         raise ValueError(f"The weights in {str(path)!r} do not fit the {what}: {problems}.")
     return model, info
+
+
+def loading_problems(info: dict, kinds: tuple[str, ...] = ("missing", "unexpected", "mismatched")) -> str:
+    """
+    What diffusers or transformers say about the loading of a network, in words; empty if nothing is wrong.
+
+    Position ids, which some versions of transformers save, are left out: they are constants.
+
+    Args:
+        info (`dict`): what `from_pretrained(..., output_loading_info=True)` returned beside the network.
+        kinds (`tuple` of `str`, *optional*): of "missing", "unexpected" and "mismatched", those that count.
+    """
+    words = {"missing": "missing", "unexpected": "unexpected", "mismatched": "wrong shape"}
+    problems = []
+    for kind in kinds:
+        names = []
+        for entry in info.get(f"{kind}_keys") or ():
+            name, *shapes = entry if isinstance(entry, (tuple, list)) else (entry,)
+            if not str(name).endswith("position_ids"):
+                names.append(" ".join([str(name), *(str(tuple(shape)) for shape in shapes)]))
+        if names:
+            problems.append(f"{words[kind]}: {_first_ten(sorted(names))}")
+    return "; ".join(problems)
+
+
+@contextlib.contextmanager
+def whole_networks(unused: tuple[str, ...] = ()) -> Iterator[None]:
+    """
+    What diffusers and transformers load inside must be whole. They go on with random or empty weights where files lack
+    some, and whoever loads a pipeline cannot ask its parts for `output_loading_info`.
+
+    Args:
+        unused (`tuple` of `str`, *optional*): beginnings of names that may be missing.
+
+    Raises:
+        ValueError: inside, if weights of a network are missing, misshapen, or, in diffusers, unexpected. Unexpected ones of
+            transformers are said: text encoders are often read from files of more than that.
+    """
+    import diffusers
+
+    bases = (diffusers.ModelMixin, PreTrainedModel)
+    originals = [base.__dict__["from_pretrained"] for base in bases]
+
+    def checked(original):
+        def from_pretrained(cls, path, *args, output_loading_info=False, **kwargs):
+            network, info = original.__func__(cls, path, *args, output_loading_info=True, **kwargs)
+            missing = [name for name in info.get("missing_keys") or () if not str(name).startswith(unused or ("\0",))]
+            info = {**info, "missing_keys": missing}
+            of_diffusers = issubclass(cls, diffusers.ModelMixin)
+            kinds = ("missing", "unexpected", "mismatched") if of_diffusers else ("missing", "mismatched")
+            problems = loading_problems(info, kinds)
+            if problems:
+                raise ValueError(f"the weights in {str(path)!r} do not fit the {cls.__name__}: {problems}")
+            return (network, info) if output_loading_info else network
+
+        return classmethod(from_pretrained)
+
+    for base, original in zip(bases, originals, strict=True):
+        base.from_pretrained = checked(original)
+    try:
+        yield
+    finally:
+        for base, original in zip(bases, originals, strict=True):
+            base.from_pretrained = original
+
+
+def load_denoiser(network_class: type[nn.Module], folder: str | Path, subfolder: str) -> nn.Module:
+    """
+    A denoiser that was saved by itself, as full fine-tuning does.
+
+    Raises:
+        ValueError: if it cannot be read, weights are missing, unexpected or misshapen, or a number is not finite.
+    """
+    try:
+        with whole_networks():
+            network = network_class.from_pretrained(folder, subfolder=subfolder)
+    except Exception as error:  # what a reader raises depends on where the bytes break off
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"{str(folder)!r} has no {subfolder} that can be read ({type(error).__name__}: {reason})."
+        ) from error
+    broken = [n for n, v in network.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{str(folder)!r} holds numbers that are NaN or infinite, in {broken[0]!r}. Use an earlier checkpoint."
+        )
+    return network
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

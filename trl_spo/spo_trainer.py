@@ -36,6 +36,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from .hub_files import load_denoiser
 from .losses import spo_loss
 from .pair_loader import LoaderSizes, PairLoader
 from .pipelines.adapters import LORA_NAME, switch_dropout, takes_channels_last
@@ -927,7 +928,7 @@ class SPOTrainer(StepTrainer):
                 raise ValueError(f"{str(directory)!r} has no {LORA_NAME}, so it is no SPO checkpoint.")
             self.pipeline.load_lora(directory)
         else:
-            saved = type(self.pipeline.denoiser).from_pretrained(directory, subfolder=self.pipeline.denoiser_name)
+            saved = load_denoiser(type(self.pipeline.denoiser), directory, self.pipeline.denoiser_name)
             self.pipeline.denoiser.load_state_dict(saved.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -38,7 +38,7 @@ from torch import nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..hub_files import load_pretrained, load_strictly, load_tokenizer, require_existing
+from ..hub_files import check_vocabulary, load_pretrained, load_strictly, load_tokenizer, require_existing
 from .metric_images import ImagePreparation, prepare_hps_images
 from .metric_weights import convert_image_reward, convert_open_clip, find_file, read_weights
 
@@ -180,6 +180,7 @@ class CLIPMetric(ImageMetric):
         # Before the cast: bfloat16 would turn the 100 of a trained CLIP into 99.
         self.logit_scale = model.logit_scale.detach().float().exp().to(self.device)
         self.model = self._place(model)
+        check_vocabulary(tokenizer, model.config.text_config.vocab_size, "metric")
         self.tokenizer = tokenizer
         self.preparation = preparation
         self.description = description

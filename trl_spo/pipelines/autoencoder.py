@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..hub_files import whole_networks
+
 
 def latent_channels(vae: torch.nn.Module) -> int | None:
     """Channels of the latents of an autoencoder; `None` if its configuration does not say."""
@@ -130,7 +132,8 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
         from diffusers import AutoencoderTiny
 
         try:
-            vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=pipeline.compute_dtype)
+            with whole_networks():
+                vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=pipeline.compute_dtype)
         except (OSError, ValueError, TypeError) as error:  # the last one for a file
             raise ValueError(
                 f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({error})."

@@ -28,6 +28,8 @@ from accelerate.utils import extract_model_from_parallel
 from diffusers.utils import logging
 from peft import PeftModel
 
+from ..hub_files import check_vocabulary
+
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +64,11 @@ def plain_pipeline(pipeline: Any) -> Any:
     inside = {name: unwrapped(network) for name, network in networks.items()}
     for name, network in inside.items():
         check_network(network, name)
+    for suffix in ("", "_2", "_3", "_4"):
+        embeddings = getattr(inside.get(f"text_encoder{suffix}"), "get_input_embeddings", lambda: None)()
+        if hasattr(embeddings, "num_embeddings"):
+            tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
+            check_vocabulary(tokenizer, embeddings.num_embeddings, f"pipeline (tokenizer{suffix})")
     replaced = {name: network for name, network in inside.items() if network is not networks[name]}
     if not replaced:
         return pipeline

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..hub_files import load_denoiser
 from ..step_distribution import gaussian_log_prob
 from .adapters import require_no_adapters
 from .conditioning import PromptEmbeds
@@ -211,5 +212,5 @@ class DDPOMembers(DDPOStableDiffusionPipeline):
         if self.use_lora:
             self.load_lora(input_dir)
         else:
-            loaded = type(self.denoiser).from_pretrained(input_dir, subfolder=self.denoiser_name)
+            loaded = load_denoiser(type(self.denoiser), input_dir, self.denoiser_name)
             models[0].load_state_dict(loaded.state_dict())

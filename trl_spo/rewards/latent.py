@@ -61,6 +61,7 @@ from ..hub_files import (
     read_plain,
     read_state_dict,
     require_existing,
+    whole_networks,
 )
 from ..pipelines.adapters import save_lora
 from ..pipelines.auto import wrap_pipeline
@@ -568,19 +569,20 @@ class LatentRewardModel(PreTrainedModel):
 
         Raises:
             `FileNotFoundError`: If a part is missing.
-            `ValueError`: If keys or shapes of the heads do not fit; they are named.
+            `ValueError`: If keys or shapes of a network or of the heads do not fit; they are named.
         """
         source = os.fspath(folder_or_id)
         require_existing(source, "latent reward model")
         parts = {
             name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")
         }
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
-        encoders = [transformers.CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])]
         is_xl = optional_file(source, f"{parts['text_encoder_2']}/config.json") is not None
-        if is_xl:
-            second = transformers.CLIPTextModelWithProjection
-            encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
+        with whole_networks(unused=("up_blocks.", "conv_norm_out.", "conv_out.")):
+            unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
+            encoders = [transformers.CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])]
+            if is_xl:
+                second = transformers.CLIPTextModelWithProjection
+                encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
         # The files do not name their latent space: SDXL's and that of SD1 and SD2 are told apart by the text encoders.
         settings = {"scaling_factor": 0.13025 if is_xl else 0.18215}
         file = locate_checkpoint(source, f"{subfolder}/{STATE_NAME}" if subfolder else STATE_NAME)

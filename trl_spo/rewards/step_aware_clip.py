@@ -51,6 +51,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..hub_files import (
     canonical_name,
+    check_vocabulary,
     image_settings,
     load_pretrained,
     load_strictly,
@@ -553,7 +554,7 @@ class StepAwareRewardModel(PreTrainedModel):
         clip = load_pretrained(CLIPModel, path_or_id, "CLIP model")
         processor = path_or_id if processor is None else processor
         config = cls.config_class(clip.config, **{**image_settings(processor), **config_kwargs})
-        model = cls(config, tokenizer=load_tokenizer(processor)).cast(clip.visual_projection.weight.dtype)
+        model = cls(config, tokenizer=_load_own_tokenizer(processor, config)).cast(clip.visual_projection.weight.dtype)
         weights = {f"model.{name}": weight for name, weight in clip.state_dict().items()}
         weights |= {name: value for name, value in model.state_dict().items() if _is_step_parameter(name)}
         load_strictly(model, weights, path_or_id, "the step-aware reward model")
@@ -625,7 +626,7 @@ class StepAwareRewardModel(PreTrainedModel):
         processor = clip if processor is None else processor
         clip_config = load_pretrained(CLIPConfig, clip, "CLIP configuration")
         config = cls.config_class(clip_config, **{**image_settings(processor), **config_kwargs})
-        model = cls(config, tokenizer=load_tokenizer(processor))
+        model = cls(config, tokenizer=_load_own_tokenizer(processor, config))
         load_strictly(model, weights, checkpoint, f"the CLIP architecture of {str(clip)!r}")
         return model.eval()
 
@@ -648,7 +649,7 @@ class StepAwareRewardModel(PreTrainedModel):
         model, info = load_whole(super().from_pretrained, path, "step-aware reward model", *model_args, **kwargs)
         model._freeze_unused_step_parameters()  # loading in transformers 5 switches gradients on again
         if model.tokenizer is None:
-            model.tokenizer = load_tokenizer(path)
+            model.tokenizer = _load_own_tokenizer(path, model.config)
         return (model, info) if return_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -661,6 +662,13 @@ class StepAwareRewardModel(PreTrainedModel):
         if self.tokenizer is not None and kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _load_own_tokenizer(path: str, config: StepAwareRewardModelConfig):
+    """The tokenizer in a folder or Hub id, if there is one; it must fit the text tower."""
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, config.clip_config.text_config.vocab_size, "reward model")
+    return tokenizer
 
 
 def _is_step_parameter(name: str) -> bool:
