@@ -248,7 +248,7 @@ def snapshot(trainer, output_dir: Path) -> dict[str, str]:
         parts["position"] = [trainer._position.epoch, trainer._position.first_step]
     result = {name: digest(value) for name, value in parts.items()}
     # Another run may have kept other checkpoints beside the last.
-    last = Path(last_checkpoint(output_dir))
+    last = Path(last_checkpoint(output_dir, trainer.checkpoint_files))
     others = {path.name for path in output_dir.glob("checkpoint-*")} - {last.name}
     for name, value in files_of(output_dir, output_dir).items():
         if name.split("/")[0] not in others:
@@ -569,8 +569,10 @@ def try_point(world: World, point: Point, reference: dict[str, str], folder: Pat
     start, output_dir, log, result = time.time(), folder / "run", folder / "log.txt", folder / "result.json"
     row = {"point": point.name, "run": point.run, "killed": len(point.kills), "equal": False}
 
+    files = (SPOTrainer if point.run.startswith("spo") else StepRewardTrainer).checkpoint_files
+
     def last():
-        found = last_checkpoint(output_dir) if output_dir.is_dir() else None
+        found = last_checkpoint(output_dir, files) if output_dir.is_dir() else None
         return found, int(Path(found).name.split("-")[1]) if found else None
 
     for number, kill in enumerate(point.kills):

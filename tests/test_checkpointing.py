@@ -97,6 +97,10 @@ def reward_trainer(folder, name="out", callbacks=None, **settings):
     return StepRewardTrainer(config, tiny_sd_pipeline(folder), model, train_dataset=pairs, callbacks=callbacks)
 
 
+FILES = SPOTrainer.checkpoint_files
+FILES_OF = {spo_trainer: FILES, reward_trainer: StepRewardTrainer.checkpoint_files}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with the checkpoints 2 and 4 of a run, not to be changed."""
@@ -192,8 +196,8 @@ class TestChoice:
         assert names(finished) >= {"checkpoint-2", "checkpoint-4"} and STAGING_NAME not in names(finished)
         for step in (2, 4):
             assert names(finished / f"checkpoint-{step}") == SPO_FILES
-            assert checkpoint_problems(finished / f"checkpoint-{step}") == []
-        assert last_checkpoint(finished) == str(finished / "checkpoint-4")
+            assert checkpoint_problems(finished / f"checkpoint-{step}", FILES) == []
+        assert last_checkpoint(finished, FILES) == str(finished / "checkpoint-4")
 
     @pytest.mark.parametrize("how", ["missing", "empty", "half", "two bytes less", "overwritten"])
     @pytest.mark.parametrize("file", sorted(SPO_FILES - {"README.md"}))
@@ -206,31 +210,31 @@ class TestChoice:
             path.write_bytes(b"\0" * size)
         else:
             os.truncate(path, {"empty": 0, "half": size // 2, "two bytes less": size - 2}[how])
-        assert last_checkpoint(run) == str(run / "checkpoint-2")
+        assert last_checkpoint(run, FILES) == str(run / "checkpoint-2")
         with pytest.raises(ValueError, match="no complete checkpoint: .*. Resume from '.*checkpoint-2'") as error:
-            checkpoint_to_resume(run / "checkpoint-4", run)
+            checkpoint_to_resume(run / "checkpoint-4", run, files=FILES)
         assert file in str(error.value) or (file == LORA and "weights are missing" in str(error.value))
 
     def test_an_empty_file_of_a_callback_is_no_damage(self, run):
         """Many mark what is finished like this."""
         (run / "checkpoint-4" / "_SUCCESS").touch()
-        assert last_checkpoint(run) == str(run / "checkpoint-4")
+        assert last_checkpoint(run, FILES) == str(run / "checkpoint-4")
 
     def test_what_was_passed_over_is_logged(self, run, monkeypatch):
         warnings = []
         monkeypatch.setattr("trl_spo.training.checkpointing.logger.warning", warnings.append)
         (run / "checkpoint-4" / "optimizer.pt").unlink()
-        last_checkpoint(run)
+        last_checkpoint(run, FILES)
         assert len(warnings) == 1 and "checkpoint-4 is passed over: optimizer.pt is missing" in warnings[0]
 
     def test_none_is_complete(self, run):
         for step in (2, 4):
             (run / f"checkpoint-{step}" / "scheduler.pt").unlink()
-        assert last_checkpoint(run) is None
+        assert last_checkpoint(run, FILES) is None
         with pytest.raises(ValueError, match="no checkpoint in .* to resume from.*scheduler.pt is missing"):
-            checkpoint_to_resume(True, run)
+            checkpoint_to_resume(True, run, files=FILES)
         with pytest.raises(ValueError, match="There is no complete one beside it"):
-            checkpoint_to_resume(run / "checkpoint-2", run)
+            checkpoint_to_resume(run / "checkpoint-2", run, files=FILES)
 
     def test_there_is_none(self, tmp_path):
         assert last_checkpoint(tmp_path / "nothing") is None
@@ -244,24 +248,24 @@ class TestChoice:
         for name in ("checkpoint-best", "checkpoint-9-old", "my-checkpoint-9"):
             shutil.copytree(run / "checkpoint-2", run / name)
         (run / "checkpoint-99").write_text("a file")
-        assert last_checkpoint(run) == str(run / "checkpoint-4")
+        assert last_checkpoint(run, FILES) == str(run / "checkpoint-4")
 
     def test_numbers_count_not_letters(self, run):
         (run / "checkpoint-4").rename(run / "checkpoint-10")
         (run / "checkpoint-2").rename(run / "checkpoint-9")
-        assert last_checkpoint(run) == str(run / "checkpoint-10")
+        assert last_checkpoint(run, FILES) == str(run / "checkpoint-10")
 
     def test_processes(self, run, monkeypatch):
         warnings = []
         monkeypatch.setattr("trl_spo.training.checkpointing.logger.warning", warnings.append)
-        assert checkpoint_to_resume(True, run, world_size=2) == str(run / "checkpoint-4")
+        assert checkpoint_to_resume(True, run, world_size=2, files=FILES) == str(run / "checkpoint-4")
         assert len(warnings) == 1 and "was written by 1 process(es) and this run has 2" in warnings.pop()
         folder = run / "checkpoint-4"
         (folder / "rng_state.pth").rename(folder / "rng_state_1.pth")
-        assert checkpoint_problems(folder) == ["it has random states of processes [1] only"]
+        assert checkpoint_problems(folder, FILES) == ["it has random states of processes [1] only"]
         shutil.copy(folder / "rng_state_1.pth", folder / "rng_state_0.pth")
-        assert checkpoint_to_resume(True, run, world_size=2) == str(folder) and not warnings
-        assert checkpoint_to_resume(folder, run) == str(folder)
+        assert checkpoint_to_resume(True, run, world_size=2, files=FILES) == str(folder) and not warnings
+        assert checkpoint_to_resume(folder, run, files=FILES) == str(folder)
         assert "was written by 2 process(es) and this run has 1" in warnings.pop()
 
     @pytest.mark.parametrize("world", [1, 2, 3])
@@ -289,12 +293,14 @@ class TestChoice:
         """A whole denoiser in its folder, a sharded reward model, and what DeepSpeed and FSDP leave."""
         folder = run / "checkpoint-4"
         (folder / LORA).unlink()
-        assert "the weights are missing" in checkpoint_problems(folder)
+        assert checkpoint_problems(folder, FILES)[0].startswith(
+            "the weights are missing (pytorch_lora_weights.safetensors or "
+        )
         (folder / "unet").mkdir()
         save_file({"a": torch.ones(2)}, folder / "unet" / "diffusion_pytorch_model.safetensors")
-        assert checkpoint_problems(folder) == ["unet/config.json is missing"]
+        assert checkpoint_problems(folder, FILES) == ["unet/config.json is missing"]
         (folder / "unet" / "config.json").write_text("{}")
-        assert checkpoint_problems(folder) == []
+        assert checkpoint_problems(folder, FILES) == []
         shutil.rmtree(folder / "unet")
         for name in ("spo_state.json", "spo_pairs.safetensors"):
             (folder / name).unlink()
@@ -311,6 +317,16 @@ class TestChoice:
         (folder / "global_step4").mkdir()
         assert checkpoint_problems(folder) == []
 
+    def test_each_trainer_refuses_checkpoints_of_the_other(self, run, tmp_path):
+        """What a checkpoint has is declared by the trainer, so another one's is refused before anything is read."""
+        reward_trainer(tmp_path, "reward").train()
+        other = tmp_path / "reward" / "checkpoint-4"
+        assert checkpoint_problems(other, FILES_OF[reward_trainer]) == []
+        with pytest.raises(ValueError, match="the weights are missing .*spo_state.json is missing"):
+            spo_trainer(tmp_path).train(resume_from_checkpoint=other)
+        with pytest.raises(ValueError, match=r"the weights are missing \(model.safetensors or "):
+            reward_trainer(tmp_path, "reward").train(resume_from_checkpoint=run / "checkpoint-4")
+
     def test_nothing_is_unpickled(self, run, tmp_path):
         """What looks for a checkpoint must not run what is in it."""
 
@@ -320,9 +336,9 @@ class TestChoice:
 
         torch.save(Payload(), run / "checkpoint-4" / "training_args.bin")
         (run / "checkpoint-4" / "extra.pt").write_bytes(pickle.dumps(Payload()))
-        assert last_checkpoint(run) == str(run / "checkpoint-4")  # what is not ours is not read
+        assert last_checkpoint(run, FILES) == str(run / "checkpoint-4")  # what is not ours is not read
         (run / "checkpoint-4" / "optimizer.pt").write_bytes(pickle.dumps(Payload()))
-        assert last_checkpoint(run) == str(run / "checkpoint-2")  # a bare pickle is none of ours
+        assert last_checkpoint(run, FILES) == str(run / "checkpoint-2")  # a bare pickle is none of ours
         shutil.copy(run / "checkpoint-2" / "optimizer.pt", run / "checkpoint-4")
         torch.save(Payload(), run / "checkpoint-4" / "rng_state.pth")
         with pytest.raises(ValueError, match="rng_state.pth was refused"):
@@ -344,7 +360,7 @@ class TestTrainers:
 
         make(tmp_path, callbacks=[Look()], save_total_limit=1).train()
         assert seen == [({"checkpoint-2"}, 2), ({"checkpoint-4"}, 4)]
-        assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
+        assert last_checkpoint(tmp_path / "out", FILES_OF[make]) == str(tmp_path / "out" / "checkpoint-4")
 
     def test_a_save_that_fails_leaves_the_checkpoint_before(self, make, tmp_path, monkeypatch):
         trainer = make(tmp_path, save_total_limit=1)
@@ -358,13 +374,13 @@ class TestTrainers:
         monkeypatch.setattr(trainer, "_write_state", full_disk)
         with pytest.raises(OSError, match="No space left"):
             trainer.train()
-        assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
+        assert last_checkpoint(tmp_path / "out", FILES_OF[make]) == str(tmp_path / "out" / "checkpoint-2")
         trainer.save_model()  # goes to its own place again
         assert not names(tmp_path / "out") & {STAGING_NAME, "checkpoint-4"}
         assert names(tmp_path / "out") & {LORA, "model.safetensors"}
         make(tmp_path, save_total_limit=1).train(resume_from_checkpoint=True)
         assert STAGING_NAME not in names(tmp_path / "out")
-        assert last_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-4")
+        assert last_checkpoint(tmp_path / "out", FILES_OF[make]) == str(tmp_path / "out" / "checkpoint-4")
 
     def test_again_in_the_same_folder(self, make, tmp_path):
         for _ in range(2):
@@ -372,7 +388,7 @@ class TestTrainers:
             trainer = make(tmp_path)
             trainer.train()
         assert {n for n in names(tmp_path / "out") if n != "runs"} == {"checkpoint-2", "checkpoint-4"}
-        assert checkpoint_problems(tmp_path / "out" / "checkpoint-4") == []
+        assert checkpoint_problems(tmp_path / "out" / "checkpoint-4", FILES_OF[make]) == []
 
     def test_a_finished_run_does_nothing_more(self, make, tmp_path):
         """Regression: it trained one more step, as epochs of unknown length have no end that the Trainer knows."""
@@ -447,7 +463,7 @@ def test_a_push_sees_the_checkpoint_by_its_name(tmp_path, monkeypatch):
 
     def upload(self, folder):
         there = {name for name in names(tmp_path / "out") if name.startswith(("checkpoint-", "_"))}
-        pushed.append((folder, there, checkpoint_problems(folder)))
+        pushed.append((folder, there, checkpoint_problems(folder, FILES)))
 
     monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", upload)
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda *args, **kwargs: None)

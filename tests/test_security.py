@@ -232,9 +232,7 @@ def test_no_code_of_a_checkpoint_runs(models, tmp_path, trainer, file, form):
     if file == "training_args.bin" and form == "zip":
         run.train(resume_from_checkpoint=checkpoint)
     else:
-        with pytest.raises(
-            ValueError, match=f"(?s){re.escape(name)}.*(refused|cut off|not written by|has \\d+ bytes)"
-        ):
+        with pytest.raises(ValueError, match=f"(?s){re.escape(name)}.*(refused|cut off|not written by)"):
             run.train(resume_from_checkpoint=checkpoint)
         assert run.state.global_step == 0
     assert not marker.exists()

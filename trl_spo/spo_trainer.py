@@ -54,7 +54,7 @@ from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback
-from .training.checkpointing import global_step_of
+from .training.checkpointing import CheckpointFiles, global_step_of
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.memory import (
     busy_chunk_sizes,
@@ -167,6 +167,9 @@ class SPOTrainer(StepTrainer):
     _tag_names = ["trl", "spo", "diffusers", "text-to-image"]
     _name = "SPO"
     _nonfinite_metric = "pairs/nonfinite"
+    checkpoint_files = CheckpointFiles(
+        weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"), state=(STATE_NAME, PAIRS_NAME)
+    )
 
     def __init__(
         self,
@@ -722,7 +725,7 @@ class SPOTrainer(StepTrainer):
 
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
-        if self.args.max_steps > 0 and not self._finished:
+        if self.args.max_steps > 0 and not self._resumed_at_end:
             # Epochs have fewer steps than the loader's length says: let steps end the run.
             values = (2**31 - 1, *values[1:])
         return values

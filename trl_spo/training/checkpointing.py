@@ -28,9 +28,10 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer import safe_globals
 from transformers.utils import logging
@@ -40,13 +41,25 @@ logger = logging.get_logger(__name__)
 
 STAGING_NAME = "_saving"  # pushes to the Hub leave out what begins with an underscore
 TRAINER_STATE_NAME = "trainer_state.json"
-SPO_STATE_FILES = ("spo_state.json", "spo_pairs.safetensors")
-WEIGHTS_NAMES = ("pytorch_lora_weights.safetensors", "model.safetensors", "model.safetensors.index.json")
 # What is unpickled.
 STATE_NAME = re.compile(r"(optimizer|scheduler|scaler|rng_state|pytorch_model)[\w-]*\.(pt|pth|bin)")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "basic_ios")  # what torch's errors of writing name
 REPLACED, DELETED = "replaced-", "deleted-"  # prefixes of checkpoints on their way out
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """
+    What checkpoints of a trainer have, besides what `transformers.Trainer` writes in every checkpoint.
+
+    Attributes:
+        weights (`tuple[str]`): glob patterns of files that its `_write_model` writes; one of them must match.
+        state (`tuple[str]`): names of files that its `_write_state` writes and its `_read_state` cannot do without.
+    """
+
+    weights: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json", "pytorch_model*")
+    state: tuple[str, ...] = ()
 
 
 def check_output_dir(output_dir: str | Path, create: bool = True):
@@ -210,17 +223,13 @@ def _damage(path: Path) -> str | None:
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            return "is cut off or no JSON"
+            return "is cut off or not JSON"
     elif path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-                end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-            except (ValueError, AttributeError, KeyError, IndexError, TypeError):
-                return "is cut off or no safetensors file"
-        if 8 + length + end != size:
-            return f"has {size} bytes instead of {8 + length + end}"
+        try:
+            with safe_open(path, "pt"):  # reads the header, and compares it with the length of the file
+                pass
+        except SafetensorError as error:
+            return f"is cut off or not a safetensors file ({error})"
     elif (
         STATE_NAME.fullmatch(path.name) or path.name == "training_args.bin"
     ):  # others are callbacks' and not read here
@@ -249,35 +258,34 @@ def _rng_files(folder: Path) -> list[int | None]:
     return sorted(int(path.stem.rsplit("_", 1)[1]) for path in folder.glob("rng_state_[0-9]*.pth"))
 
 
-def checkpoint_problems(folder: str | Path) -> list[str]:
+def checkpoint_problems(folder: str | Path, files: CheckpointFiles = CheckpointFiles()) -> list[str]:
     """
     What keeps a folder from being a checkpoint that training can go on from; empty if nothing does.
 
-    The weights, the states of optimizer, scheduler, random numbers and trainer, and for SPO its own two files must be
-    there, and no file may be cut off. Tensors are not read and nothing is unpickled, so it takes no time.
+    The weights, the states of optimizer, scheduler, random numbers and trainer, and the trainer's own files must be there,
+    and no file may be cut off. Tensors are not read and nothing is unpickled, so it takes no time.
+
+    Args:
+        folder (`str` or `Path`): a `checkpoint-*` folder.
+        files ([`CheckpointFiles`], *optional*): `checkpoint_files` of the trainer that wrote it, by default those of a
+            `transformers.Trainer`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return ["there is no such folder"]
-    problems = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        damage = _damage(path)
-        if damage:
-            problems.append(f"{path.relative_to(folder).as_posix()} {damage}")
-        if path.name.endswith(".safetensors.index.json"):
-            problems += _missing_shards(path)
+    problems = _damaged_files(folder)
     names = {path.name for path in folder.iterdir()}
     sharded_by_deepspeed = any(name.startswith("global_step") for name in names)
-    denoisers = {path.parent for path in folder.glob("*/diffusion_pytorch_model*.safetensors*")}
-    problems += [f"{d.name}/config.json is missing" for d in denoisers if not (d / "config.json").is_file()]
-    has_weights = denoisers or names & set(WEIGHTS_NAMES) or any(n.startswith("pytorch_model") for n in names)
+
+    # The model, and what the trainer itself writes.
+    has_weights = any(path.is_file() or path.is_dir() for pattern in files.weights for path in folder.glob(pattern))
     if not has_weights and not sharded_by_deepspeed:
-        problems.append("the weights are missing")
-    if TRAINER_STATE_NAME not in names:
-        problems.append(f"{TRAINER_STATE_NAME} is missing")
-    # LoRA weights or a denoiser in its folder are SPO's, and so are its files
-    if denoisers or names & {*SPO_STATE_FILES, WEIGHTS_NAMES[0]}:
-        problems += [f"{name} is missing" for name in SPO_STATE_FILES if name not in names]
+        problems.append(f"the weights are missing ({' or '.join(files.weights)})")
+    for name in (TRAINER_STATE_NAME, *files.state):
+        if name not in names:
+            problems.append(f"{name} is missing")
+
+    # The state of training. A checkpoint that has none of it was not meant to have it.
     has_optimizer = sharded_by_deepspeed or any(name.startswith("optimizer") for name in names)
     has_scheduler, ranks = "scheduler.pt" in names, _rng_files(folder)
     if not (has_optimizer or has_scheduler or ranks) and not problems:
@@ -293,21 +301,36 @@ def checkpoint_problems(folder: str | Path) -> list[str]:
     return problems
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
+def _damaged_files(folder: Path) -> list[str]:
+    """Files that are cut off or refused, parts of sharded weights that are missing, networks without a configuration."""
+    problems = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        damage = _damage(path)
+        if damage:
+            problems.append(f"{path.relative_to(folder).as_posix()} {damage}")
+        if path.name.endswith(".safetensors.index.json"):
+            problems += _missing_shards(path)
+    networks = {path.parent for path in folder.glob("*/diffusion_pytorch_model*.safetensors*")}
+    return problems + [f"{n.name}/config.json is missing" for n in networks if not (n / "config.json").is_file()]
+
+
+def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointFiles()) -> str | None:
     """
     The complete checkpoint of `output_dir` with the highest step, or `None`. Incomplete ones are passed over, which is
-    logged with what they lack.
+    logged with what they lack. `files` are the `checkpoint_files` of the trainer.
     """
     repair(output_dir)
     for folder in sorted(_checkpoints(Path(output_dir)), key=_step_of, reverse=True):
-        problems = checkpoint_problems(folder)
+        problems = checkpoint_problems(folder, files)
         if not problems:
             return str(folder)
         logger.warning(f"{folder} is passed over: {'; '.join(problems)}.")
     return None
 
 
-def checkpoint_to_resume(resume_from_checkpoint, output_dir: str | Path, world_size: int = 1) -> str | None:
+def checkpoint_to_resume(
+    resume_from_checkpoint, output_dir: str | Path, world_size: int = 1, files: CheckpointFiles = CheckpointFiles()
+) -> str | None:
     """
     The checkpoint that an argument of `train` means.
 
@@ -315,6 +338,7 @@ def checkpoint_to_resume(resume_from_checkpoint, output_dir: str | Path, world_s
         resume_from_checkpoint (`str`, `Path`, `bool` or `None`): a folder, or `True` for the last complete one.
         output_dir (`str` or `Path`): where `True` looks.
         world_size (`int`, *optional*, defaults to `1`): processes of this run.
+        files ([`CheckpointFiles`], *optional*): `checkpoint_files` of the trainer.
 
     Returns:
         `str`, or `None` for a run from the start.
@@ -325,9 +349,9 @@ def checkpoint_to_resume(resume_from_checkpoint, output_dir: str | Path, world_s
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
     if resume_from_checkpoint is True:
-        folder = last_checkpoint(output_dir)
+        folder = last_checkpoint(output_dir, files)
         if folder is None:
-            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f))}" for f in _checkpoints(Path(output_dir))]
+            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f, files))}" for f in _checkpoints(Path(output_dir))]
             found = f" What is there is incomplete ({' | '.join(broken)})." if broken else ""
             raise ValueError(
                 f"There is no checkpoint in {str(output_dir)!r} to resume from.{found} Train from the start, without "
@@ -335,9 +359,9 @@ def checkpoint_to_resume(resume_from_checkpoint, output_dir: str | Path, world_s
             )
     else:
         folder = str(resume_from_checkpoint)
-        problems = checkpoint_problems(folder)
+        problems = checkpoint_problems(folder, files)
         if problems:
-            other = last_checkpoint(Path(folder).absolute().parent)
+            other = last_checkpoint(Path(folder).absolute().parent, files)
             advice = f"Resume from {other!r}" if other else "There is no complete one beside it: train from the start"
             raise ValueError(f"{folder!r} is no complete checkpoint: {'; '.join(problems)}. {advice}.")
     written_by = len(_rng_files(Path(folder)))
@@ -354,16 +378,19 @@ def checkpoint_to_resume(resume_from_checkpoint, output_dir: str | Path, world_s
 
 class CheckpointingMixin:
     """
-    Makes a `transformers.Trainer` save and resume like this; it comes before the Trainer in the bases.
+    Gives a `transformers.Trainer` the checkpoints that are described above. List it before `Trainer` in the bases.
 
-    A subclass writes the model in `_write_model(folder, output_dir, state_dict)`, its own state in `_write_state(folder)`
-    and reads that back in `_read_state(folder)`, or with `None` starts anew; it returns whether no data is left. Every
-    process calls these.
-    `checkpoint_writers` are called on the process that saves with the folder of a checkpoint being written.
+    A subclass declares its files in `checkpoint_files`. It writes the model in `_write_model(folder, output_dir,
+    state_dict)`, its own state in `_write_state(folder)`, and reads that back in `_read_state(folder)`; with `None` that
+    starts a new run. It returns whether no data is left. Every process calls these three.
+
+    Callbacks that have files of their own in a checkpoint add a function to `checkpoint_writers`. It is called with the
+    folder of a checkpoint while it is being written, on the process that saves.
     """
 
+    checkpoint_files = CheckpointFiles()
     _staging = False  # a checkpoint is being written
-    _finished = False  # the checkpoint that is resumed has nothing after it
+    _resumed_at_end = False  # the run that is resumed has taken its last step already
 
     @property
     def checkpoint_writers(self) -> list[Callable[[Path], None]]:
@@ -456,12 +483,14 @@ class CheckpointingMixin:
         if self.args.should_save:
             clear_staging(self.args.output_dir)
         self.accelerator.wait_for_everyone()
-        folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.args.world_size)
+        folder = checkpoint_to_resume(
+            resume_from_checkpoint, self.args.output_dir, self.args.world_size, self.checkpoint_files
+        )
         exhausted = self._read_state(folder)
-        self._finished = folder is not None and (exhausted or 0 < self.args.max_steps <= global_step_of(folder))
+        self._resumed_at_end = folder is not None and (exhausted or 0 < self.args.max_steps <= global_step_of(folder))
         eval_on_start = self.args.eval_on_start
         self.args.eval_on_start = eval_on_start and folder is None  # the run has had it
-        if self._finished:  # there is no epoch any more, at whose beginning the Trainer would load them
+        if self._resumed_at_end:  # there is no epoch any more, at whose beginning the Trainer would load them
             self._load_rng_state(folder)
         try:
             return super().train(folder, *args, **kwargs)
@@ -487,4 +516,4 @@ class CheckpointingMixin:
 
     def set_initial_training_values(self, *args, **kwargs):
         values = super().set_initial_training_values(*args, **kwargs)
-        return (0, *values[1:]) if self._finished else values  # epochs
+        return (0, *values[1:]) if self._resumed_at_end else values  # epochs
