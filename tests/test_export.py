@@ -26,13 +26,15 @@ import torch
 from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from trl_spo import SPOTrainer, wrap_pipeline
-from trl_spo.export import merge_lora
+from trl_spo.export import locate_lora, merge_lora
 from trl_spo.kohya import export_comfyui, export_kohya, read_lora
 from trl_spo.pipelines.adapters import LORA_NAME
+from trl_spo.scripts.arguments import SamplerArguments
 
 from .flow_testing import tiny_flux_pipeline, tiny_sd3_pipeline
 from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
@@ -355,6 +357,69 @@ def test_errors_of_the_merge(tmp_path):
     with pytest.raises(ValueError, match=r"attn1.to_z' is not a layer of it"):
         merge_lora(pipeline, tmp_path / "renamed.safetensors", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def spoilt(tensors: dict, how: str) -> dict:
+    key = next(iter(tensors))
+    if how == "a layer too many":
+        return tensors | {key.replace("attn1", "attn3"): tensors[key].clone()}
+    if how == "another width":
+        return {name: torch.zeros(value.shape[0], 3) if "lora_A" in name else value for name, value in tensors.items()}
+    if how == "no number":
+        return tensors | {key: torch.full_like(tensors[key], torch.nan)}
+    return {"conv.weight": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("a layer too many", "does not fit this unet: '.*attn3.* is not a layer of it"),
+        ("another width", r"does not fit this unet: .* has weights of shape \(16, "),
+        ("no number", "holds numbers that are NaN or infinite, in 'unet"),
+        ("something else", "is not a LoRA of a unet"),
+    ],
+)
+def test_what_is_not_merged_is_not_sampled_with_either(how, message, tmp_path):
+    """Regression: `sample` and `evaluate` took what diffusers made of a file: a layer too many was passed over."""
+    folder, _ = random_lora("sd15", tmp_path)
+    tensors = load_file(folder / LORA_NAME)
+    file = tmp_path / "spoilt.safetensors"
+    save_file(
+        spoilt(
+            {name.replace("lora.down", "lora_A").replace("lora.up", "lora_B"): v for name, v in tensors.items()}, how
+        ),
+        file,
+    )
+    pipeline = tiny_sd_pipeline(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        merge_lora(pipeline, file, tmp_path / "merged")
+    with pytest.raises(ValueError, match=message):
+        SamplerArguments(lora=str(file), device="cpu").place(wrap_pipeline(pipeline))
+    assert not getattr(pipeline.unet, "peft_config", {})  # nothing was loaded
+
+
+def test_a_folder_with_one_lora_by_another_name(tmp_path):
+    folder, _ = random_lora("sd15", tmp_path)
+    (folder / LORA_NAME).rename(folder / "style.safetensors")
+    assert locate_lora(folder) == folder / "style.safetensors"
+    (folder / "other.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"several .safetensors files \(other.safetensors, style"):
+        locate_lora(folder)
+
+
+def test_samples_may_have_a_lora_of_the_text_encoder(tmp_path):
+    pipe = tiny_sd_pipeline(tmp_path)
+    layers = {}
+    for name, targets in (("unet", ["to_q"]), ("text_encoder", ["q_proj"])):
+        network = getattr(pipe, name)
+        network.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets))
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
+    type(pipe).save_lora_weights(tmp_path / "lora", **layers)
+    pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+    SamplerArguments(lora=str(tmp_path / "lora"), device="cpu").place(pipeline)
+    assert all("spo" in network.peft_config for network in (pipeline.unet, pipeline.text_encoder))
+    with pytest.raises(ValueError, match="more than a LoRA of the unet"):
+        merge_lora(tiny_sd_pipeline(tmp_path), tmp_path / "lora", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("config", [

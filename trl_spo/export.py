@@ -19,18 +19,20 @@ diffusers does the work, so this serves every family that SPO trains. What is ad
 not changed, and a layer of the LoRA that the model does not have is an error, where diffusers would ignore it.
 """
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft, logging
+from huggingface_hub import list_repo_files
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
-from .hub_files import load_diffusers_pipeline
+from .hub_files import load_diffusers_pipeline, locate_checkpoint, require_existing
 from .pipelines.adapters import LORA_NAME
-from .pipelines.base import SPOPipeline, layerwise_casting
+from .pipelines.base import SPOPipeline
 from .pipelines.components import plain_pipeline
 from .training.checkpointing import check_output_dir
 
@@ -85,22 +87,10 @@ def merge_lora(
     elif from_pretrained_kwargs:
         raise ValueError(f"{sorted(from_pretrained_kwargs)} need a path or Hub id of the pipeline, not an object.")
     pipeline = plain_pipeline(pipeline.sd_pipeline if isinstance(pipeline, SPOPipeline) else pipeline)
-    name = next((name for name in DENOISERS if getattr(pipeline, name, None) is not None), None)
-    if name is None or not hasattr(pipeline, "load_lora_weights"):
-        raise ValueError(
-            f"`pipeline` must be a diffusers pipeline with a `unet` or `transformer` that takes a LoRA, got "
-            f"`{type(pipeline).__name__}`."
-        )
-
-    if layerwise_casting(getattr(pipeline, name)):
-        raise ValueError(
-            f"The {name} of the pipeline stores its weights in 8 bits (`enable_layerwise_casting`), to which nothing can be added. "
-            "Pass the folder or Hub id of the base model."
-        )
+    name = denoiser_of(pipeline)
 
     # A second pipeline with a denoiser of its own; the other components are shared and stay as they are.
-    layers = _layers_of(pipeline, name, source)
-    _check_fit(getattr(pipeline, name), name, layers, source)
+    check_lora(pipeline, source)
     denoiser = copy.deepcopy(getattr(pipeline, name))
     if getattr(denoiser, "peft_config", None):
         logger.warning(f"Adapters {list(denoiser.peft_config)} of the pipeline are left out of the merged model.")
@@ -109,18 +99,98 @@ def merge_lora(
     merged.register_modules(**{name: denoiser})
 
     # Load, see that nothing was left behind, add the LoRA to the weights, and write.
-    merged.load_lora_weights(str(source.parent), weight_name=source.name)
+    load_lora_whole(merged, source)
+    merged.fuse_lora(components=[name], lora_scale=lora_scale, safe_fusing=True)
+    denoiser.unload_lora()
+    merged.save_pretrained(output_dir, safe_serialization=True)
+    return output_dir
+
+
+def denoiser_of(pipeline) -> str:
+    """
+    What the network of a diffusers pipeline is called that takes a LoRA.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = next((name for name in DENOISERS if getattr(pipeline, name, None) is not None), None)
+    if name is None or not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(
+            f"`pipeline` must be a diffusers pipeline with a `unet` or `transformer` that takes a LoRA, got "
+            f"`{type(pipeline).__name__}`."
+        )
+    return name
+
+
+def check_lora(pipeline, source: Path, with_text_encoders: bool = False) -> set[str]:
+    """
+    Whether a LoRA file is one of the pipeline's denoiser, whole, in numbers, and of layers it has; nothing is loaded.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        source (`Path`): the safetensors file.
+        with_text_encoders (`bool`, *optional*, defaults to `False`): allow a part for text encoders beside it.
+
+    Returns:
+        `set[str]`: the layers of the denoiser that it changes.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    name = denoiser_of(pipeline)
+    layers = _layers_of(pipeline, name, source, with_text_encoders)
+    _check_fit(getattr(pipeline, name), name, layers, source)
+    return {layer for layer, _ in layers}
+
+
+def load_lora_whole(pipeline, source: Path, with_text_encoders: bool = False, **kwargs) -> None:
+    r"""
+    `pipeline.load_lora_weights` of a local file, after [`check_lora`]; a layer that diffusers passes over is an error, too.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        source (`Path`): the safetensors file.
+        with_text_encoders (`bool`, *optional*, defaults to `False`): allow a part for text encoders.
+        kwargs: for `load_lora_weights`, such as `adapter_name`.
+
+    Raises:
+        ValueError: if the file does not fit, or is read in part.
+    """
+    layers = check_lora(pipeline, source, with_text_encoders)
+    pipeline.load_lora_weights(str(source.parent), weight_name=source.name, **kwargs)
+    denoiser = getattr(pipeline, denoiser_of(pipeline))
     loaded = {layer for layer, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
-    lost = sorted({layer for layer, _ in layers} - loaded)
+    lost = sorted(layers - loaded)
     if lost:
         raise ValueError(
             f"diffusers read only a part of the LoRA in {str(source)!r}: it left out {lost[0]!r}. Save the LoRA again with "
             "this version."
         )
-    merged.fuse_lora(components=[name], lora_scale=lora_scale, safe_fusing=True)
-    denoiser.unload_lora()
-    merged.save_pretrained(output_dir, safe_serialization=True)
-    return output_dir
+
+
+def locate_lora(lora: str | Path) -> Path:
+    """
+    The local path of a LoRA: a file, the only safetensors file of a folder or the one with diffusers' name, or that of a
+    repository on the Hub.
+
+    Raises:
+        FileNotFoundError: if there is none, or several and none has diffusers' name.
+    """
+    path = Path(lora)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+    else:
+        require_existing(lora, "LoRA", "Pass the folder that `SPOTrainer.save_model()` wrote, a file, or a Hub id.")
+        with contextlib.suppress(FileNotFoundError):
+            return Path(locate_checkpoint(str(lora), LORA_NAME))
+        names = [name for name in list_repo_files(str(lora)) if name.endswith(".safetensors")]
+    if LORA_NAME not in names and len(names) != 1:
+        found = f"several .safetensors files ({', '.join(names[:5])})" if names else "no .safetensors file"
+        raise FileNotFoundError(f"{str(lora)!r} has {found}, so there is no LoRA to load. Name the file.")
+    name = LORA_NAME if LORA_NAME in names else names[0]
+    return path / name if path.is_dir() else Path(locate_checkpoint(str(lora), name))
 
 
 def find_lora(path: str | Path) -> Path:
@@ -140,16 +210,24 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+            tensors, header = {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{str(file)!r} is not a safetensors file ({error}).") from error
+    broken = sorted(key for key, value in tensors.items() if not value.isfinite().all())
+    if broken:
+        raise ValueError(f"{str(file)!r} holds numbers that are NaN or infinite, in {broken[0]!r}.")
+    return tensors, header
 
 
-def _layers_of(pipeline, name: str, source: Path) -> dict[tuple[str, str], torch.Tensor]:
+def _layers_of(
+    pipeline, name: str, source: Path, with_text_encoders: bool = False
+) -> dict[tuple[str, str], torch.Tensor]:
     """The tensors of a LoRA file as diffusers understands it, by layer and part ("A.weight", "B.weight", ...)."""
     # Does the file hold a LoRA of the denoiser, and nothing else? kohya's names begin with `lora_unet_` in all families.
     tensors, _ = read_tensors(source)
     known = (f"{name}.", "lora_unet_")
+    if with_text_encoders:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(("text_encoder", "lora_te"))}
     foreign = sorted(key for key in tensors if not key.startswith(known))
     if foreign and len(foreign) < len(tensors):
         raise ValueError(
@@ -162,7 +240,8 @@ def _layers_of(pipeline, name: str, source: Path) -> dict[tuple[str, str], torch
     options = {"unet_config": pipeline.unet.config} if name == "unet" else {}
     state_dict = pipeline.lora_state_dict(str(source.parent), weight_name=source.name, **options)
     state_dict = state_dict[0] if isinstance(state_dict, tuple) else state_dict
-    state_dict = {key.removeprefix(f"{name}."): value for key, value in state_dict.items()}
+    prefix = f"{name}."
+    state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     layers = {}
     for key, value in convert_unet_state_dict_to_peft(state_dict).items():
         layer, found, part = key.partition(".lora_")

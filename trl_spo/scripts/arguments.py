@@ -22,7 +22,6 @@ too, and a parser takes each name once. The names that remain are theirs.
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 def resume_from(config):
@@ -353,15 +352,13 @@ class SamplerArguments:
 
     def place(self, pipeline):
         """Moves an [`SPOPipeline`] to the device, with the LoRA in it."""
-        from ..hub_files import require_existing
+        from ..export import load_lora_whole, locate_lora
 
         if self.lora is not None:
-            require_existing(
-                self.lora, "LoRA", "Pass the folder that `SPOTrainer.save_model()` wrote, a file, or a Hub id."
-            )
-            path = Path(self.lora)
-            if path.is_dir() and not any(path.glob("*.safetensors")):
-                raise SystemExit(f"{self.lora!r} has no .safetensors file, so there is no LoRA to load.")
-            pipeline.sd_pipeline.load_lora_weights(self.lora, adapter_name="spo")
+            try:
+                source = locate_lora(self.lora)
+            except FileNotFoundError as error:
+                raise SystemExit(str(error)) if os.path.isdir(self.lora) else error from None
+            load_lora_whole(pipeline.sd_pipeline, source, with_text_encoders=True, adapter_name="spo")
             pipeline.sd_pipeline.set_adapters("spo", self.lora_scale)
         return pipeline.to(self.target_device())
