@@ -33,6 +33,7 @@ import torch
 import yaml
 from PIL import Image, ImageChops
 
+import trl_spo
 from trl_spo import LatentRewardModel, StepAwareRewardModel
 
 from . import run_distributed
@@ -40,7 +41,7 @@ from .testing_utils import tiny_clip, tiny_sd_pipeline
 
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "trl_spo" / "accelerate_configs"
+CONFIGS = Path(trl_spo.__file__).parent / "accelerate_configs"
 BOUND = 180  # seconds in which every launch below must have ended; most of it is import time on a busy machine
 
 # Sums of float32 in another order: two processes add the halves of a batch, one adds it at once. Relative to the largest
@@ -66,7 +67,7 @@ def launch(folder: Path, *scenarios: str, config: Path = CONFIGS / "cpu_2proc.ya
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", 0]
-    command += [*(ROOT / "tests" / name for name in program), folder, *scenarios]
+    command += [*(Path(__file__).parent / name for name in program), folder, *scenarios]
     start = time.monotonic()
     process = subprocess.Popen(
         list(map(str, command)),

@@ -366,7 +366,7 @@ def test_two_processes_share_the_prompts(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    command += [str(root / "tests" / "run_evaluation_in_two_processes.py"), str(tmp_path)]
+    command += [str(Path(__file__).with_name("run_evaluation_in_two_processes.py")), str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = evaluate_pipeline(

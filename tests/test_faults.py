@@ -32,10 +32,11 @@ from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_sp
 
 
 ROOT = Path(__file__).parents[1]
+PROGRAM = Path(__file__).with_name("run_with_fault.py")
 
 
 def run(folder: Path, fault: str, prefix: tuple = ()) -> subprocess.CompletedProcess:
-    command = [*prefix, sys.executable, str(ROOT / "tests" / "run_with_fault.py"), str(folder), fault]
+    command = [*prefix, sys.executable, str(PROGRAM), str(folder), fault]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -76,7 +77,7 @@ def test_a_full_disk(tmp_path, undisturbed):
     `out` is a file system of 3 MB that is filled after step 3, but for 32 KiB. Failure, more room and resumption happen
     inside one shell: the file system is gone with it.
     """
-    program = f"{sys.executable} {ROOT / 'tests' / 'run_with_fault.py'} {tmp_path}"
+    program = f"{sys.executable} {PROGRAM} {tmp_path}"
     script = (
         f"mkdir -p {tmp_path}/out && mount -t tmpfs -o size=3m none {tmp_path} && mkdir {tmp_path}/out || exit 99; "
         f"{program} fill:3; echo STATUS $?; ls -A {tmp_path}/out; rm {tmp_path}/filler; {program} resume"

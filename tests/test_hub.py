@@ -102,7 +102,7 @@ def push(what: str, folder: Path, server) -> dict[str, bytes]:
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "tests.test_hub", what, str(folder)]
+    command = [sys.executable, "-m", __name__, what, str(folder)]
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
     )

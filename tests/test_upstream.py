@@ -184,12 +184,36 @@ def test_pages_of_the_documentation_have_no_dead_links(checkout):
         assert all(link.startswith(("http", "#")) or (docs / f"{link}.md").is_file() for link in links)
 
 
+def test_paths_of_tests_lead_to_files_of_the_checkout(checkout):
+    """
+    Regression: helpers that tests start as programs were looked for in `tests/`, modules under the name `tests.x`, and
+    other folders of this repository do not come along. A path or a name that is not there is found without running.
+    """
+    there = checkout / "tests" / "experimental" / "spo"
+    for path in there.glob("*.py"):
+        text = path.read_text()
+        assert not re.search(
+            r"""/ ["']tests["']|["']tests\.\w+["']|(from|import) (reliability|benchmarks|docs)\b""", text
+        ), path
+        for name in re.findall(r"""(?:with_name\(|parent / )["'](\w+\.py)["']""", text):
+            assert (there / name).is_file(), (path, name)
+        for name in re.findall(r"^from (tests\.[\w.]+) import", text, flags=re.MULTILINE):
+            assert (checkout / name.replace(".", "/")).with_suffix(".py").is_file(), (path, name)
+        for parts in re.findall(r"""(?:ROOT|root|parents\[3\])((?: / ["'][\w./]+["'])+)""", text):
+            name = "/".join(re.findall(r"""["']([^"']+)["']""", parts))
+            guarded = f"{name.split('/')[-1].split('.')[0].upper()}.is_file()" in text  # skipped where it is missing
+            assert (checkout / name).exists() or guarded, (path, name)
+
+
 def test_the_package_works_there(checkout):
     """Imports, the exact losses, a first optimizer step, and a run that saves: with the TRL that is installed."""
     tests = "tests/experimental/spo"
     names = ["test_losses.py", "test_pair_selection.py", "test_step_distribution.py"]
     names += ["test_spo_trainer.py::TestInvariants::test_first_step_has_ratio_one_and_loss_ln_two"]
     names += ["test_spo_trainer.py::TestSaving::test_full_model_loads_in_plain_diffusers"]
+    # Each starts itself or a helper as a program, from the root of the checkout.
+    names += ["test_evaluation.py::test_two_processes_share_the_prompts", "test_hub.py"]
+    names += ["test_faults.py::test_a_folder_that_belongs_to_somebody_else"]
     arguments = ["-q", "-p", "no:cacheprovider", *(f"{tests}/{name}" for name in names)]
     code = (
         f"import sys, pytest; status = pytest.main({arguments!r}); import trl, trl.experimental.spo as spo; "
