@@ -29,6 +29,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .reward_adapter import REWARD_ADAPTER, reward_parameters
 
@@ -184,7 +185,10 @@ def adapter_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _fingerprint(values: torch.Tensor) -> tuple:
-    """Equal for tensors with equal bits, in any memory order."""
+    """Equal for tensors with equal bits, in any memory order; quantised ones consist of several plain tensors."""
+    if is_traceable_wrapper_subclass(values):
+        parts, _ = values.__tensor_flatten__()
+        return values.shape, *(_fingerprint(getattr(values, name)) for name in parts)
     bits = values if values.element_size() > 1 or not values.is_floating_point() else values.view(torch.uint8)
     return values.dtype, values.shape, torch.hash_tensor(bits).view(torch.int64).item()
 

@@ -328,7 +328,9 @@ class SPOPipeline:
             require_no_adapters(self.denoiser, self.denoiser_name)
             before = self.compute_dtype
             weights = self.denoiser.parameters()
-            if any(not w.is_floating_point() or torch.finfo(w.dtype).bits < 16 for w in weights):
+            # Some libraries' quantised weights say they are float32, as what they stand for is.
+            quantised = getattr(self.denoiser, "hf_quantizer", None) is not None
+            if quantised or any(not w.is_floating_point() or torch.finfo(w.dtype).bits < 16 for w in weights):
                 raise ValueError(
                     f"The {self.denoiser_name} stores weights in 8 bits or less, so it cannot be trained as a whole. Train an adapter "
                     "(`use_peft=True`), or load it without quantisation and layerwise casting."
