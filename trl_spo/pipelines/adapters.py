@@ -144,6 +144,11 @@ def _already_there(existing: dict, what: str = "The pipeline") -> str:
 def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: str) -> None:
     """Inject an adapter, and see that the denoiser without it is still the base, and that a file can hold it."""
     before = {n.replace(".base_layer.", "."): _fingerprint(value) for n, value in denoiser.state_dict().items()}
+    if any(map(_is_fused, denoiser.modules())):
+        raise ValueError(
+            f"The attention of the {denoiser_name} is fused (`fuse_qkv_projections`), so layers such as `to_q` take no part in "
+            "it and an adapter on them would learn nothing. Call `pipe.unfuse_qkv_projections()` first."
+        )
     denoiser.requires_grad_(False)
     try:
         denoiser.add_adapter(copy.deepcopy(peft_config))  # peft writes the layers it found into it
@@ -172,6 +177,12 @@ def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             "that are repeated): neither the reference nor the published file would belong to the base. Use "
             "`init_lora_weights='gaussian'`, and load the pipeline again, as its weights are changed."
         )
+
+
+def _is_fused(module: torch.nn.Module) -> bool:
+    """Whether attention multiplies with one joined matrix; older classes keep the flag of it when it is undone."""
+    by_flag = hasattr(module, "unfuse_projections") and getattr(module, "fused_projections", False)
+    return by_flag or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
 def adapter_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -106,3 +106,61 @@ def check_network(network: torch.nn.Module, name: str) -> None:
             f"The {name} has weights on the meta device, which are shapes without numbers. Load the pipeline with "
             "`from_pretrained`, without sequential CPU offload."
         )
+
+
+# What a VAE's configuration may say about its latents, and the values that mean nothing.
+VAE_STATISTICS = {"shift_factor": (None, 0, 0.0), "latents_mean": (None,), "latents_std": (None,)}
+
+
+def check_vae_statistics(vae: torch.nn.Module, used: tuple[str, ...]) -> None:
+    """
+    Args:
+        vae (`torch.nn.Module`): of a pipeline.
+        used (`tuple` of `str`): statistics of its configuration that the family's diffusers pipeline reads.
+
+    Raises:
+        ValueError: if it has others: diffusers would leave them out when it samples, and SPO would not.
+    """
+    for name, nothing in VAE_STATISTICS.items():
+        value = getattr(vae.config, name, None)
+        if name not in used and value not in nothing:
+            raise ValueError(
+                f"The VAE has `{name}={value!r}` in its configuration, which diffusers' pipeline of this family does not read: it "
+                "belongs to another family. Load the VAE of the checkpoint."
+            )
+
+
+def check_inputs(transformer: torch.nn.Module, expected_channels: int, vae_channels: int | None) -> None:
+    """
+    Whether a transformer takes latents and text and nothing else.
+
+    Args:
+        transformer (`torch.nn.Module`): of a flow-matching pipeline.
+        expected_channels (`int`): channels of the latents that it takes.
+        vae_channels (`int`, *optional*): channels of the latents that the VAE makes, in the same form.
+
+    Raises:
+        ValueError: for transformers that also take images (inpainting, depth, edges) or other conditions, which diffusers'
+            pipeline would give them and SPO would leave out.
+    """
+    if vae_channels is not None and expected_channels != vae_channels:
+        raise ValueError(
+            f"The transformer takes latents with {expected_channels} channels and the VAE makes {vae_channels}. SPO trains "
+            "text-to-image models; those that also take an image (Fill, Depth, Canny) are not supported."
+        )
+    for name in OTHER_INPUTS:
+        if getattr(transformer.config, name, None):
+            raise ValueError(
+                f"The transformer has `{name}={getattr(transformer.config, name)!r}`: it takes an input that SPO does not give "
+                "it. Pass a plain text-to-image model."
+            )
+    for name in ("encoder_hid_proj", "image_proj"):
+        if getattr(transformer, name, None) is not None:
+            raise ValueError(
+                "The transformer carries an IP-Adapter and takes images beside the prompt, which SPO does not give it. Call "
+                "`pipe.unload_ip_adapter()` first."
+            )
+
+
+# Settings of transformers (Qwen-Image and its relatives) that stand for a further input.
+OTHER_INPUTS = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")

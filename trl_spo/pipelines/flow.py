@@ -27,7 +27,9 @@ from diffusers.utils import logging
 from peft import LoraConfig
 
 from ..scheduling_flow import FlowStepRule
+from .autoencoder import latent_channels
 from .base import SPOPipeline
+from .components import check_inputs, check_vae_statistics
 from .conditioning import LongPrompts, PromptEmbeds
 
 
@@ -122,6 +124,9 @@ class SPOFlowPipeline(SPOPipeline):
     required_components: tuple[str, ...] = ("transformer", "vae", "scheduler")
     lora_target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     patch_size = 2
+    channels_per_patch = 1  # of the latents, for each channel of the VAE
+    takes_guidance = False  # whether the transformer may be told the guidance scale
+    vae_statistics: tuple[str, ...] = ("shift_factor",)  # of the VAE's configuration, read beside `scaling_factor`
     max_sequence_length = 512
 
     def __init__(self, pipeline, use_lora: bool = True, sampler: str = "ddim", max_sequence_length: int | None = None):
@@ -130,6 +135,14 @@ class SPOFlowPipeline(SPOPipeline):
         self.step_rule = FlowStepRule(flow_scheduler(pipeline.scheduler), sampler)
         self.long_prompts = LongPrompts()
         self._check_networks()
+        vae_channels = latent_channels(self.vae)
+        check_inputs(self.denoiser, self.latent_channels(), vae_channels and vae_channels * self.channels_per_patch)
+        if self.denoiser.config.get("guidance_embeds") and not self.takes_guidance:
+            raise ValueError(
+                "The transformer is told the guidance (`guidance_embeds=True`), and SPO guides this family by a second call "
+                "instead. Pass a checkpoint without it."
+            )
+        check_vae_statistics(self.vae, self.vae_statistics)
 
     def _check_networks(self) -> None:
         """Whether the autoencoder says how its latents are scaled."""

@@ -50,6 +50,7 @@ class SPOFluxPipeline(SPOFlowPipeline):
         "scheduler",
     )
     lora_target_modules = TWO_STREAM_ATTENTION
+    takes_guidance = True
 
     @property
     def is_distilled(self) -> bool:

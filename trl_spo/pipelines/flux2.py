@@ -51,6 +51,7 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     # Attention of both kinds of blocks; in single blocks one projection makes queries, keys, values and the MLP's input.
     lora_target_modules = (*TWO_STREAM_ATTENTION, "to_qkv_mlp_proj")
+    channels_per_patch = 4
     patch_size = 1  # patches are pixels of the latents already
 
     def __init__(

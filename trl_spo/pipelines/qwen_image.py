@@ -37,6 +37,7 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
 
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     lora_target_modules = TWO_STREAM_ATTENTION
+    vae_statistics = ("latents_mean", "latents_std")
 
     def _check_networks(self) -> None:
         for name in ("latents_mean", "latents_std"):

@@ -28,6 +28,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from ..scheduling_ddim import DDIMStepRule
 from .base import SPOPipeline
+from .components import check_vae_statistics
 from .conditioning import LongPrompts, PromptEmbeds
 from .ddpo import DDPOMembers
 
@@ -70,6 +71,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
 
     denoiser_name = "unet"
     options = ("guidance_rescale", "clip_skip")
+    vae_statistics: tuple[str, ...] = ()  # of the VAE's configuration, read beside `scaling_factor`
     required_components = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     accepted_embeddings = {"addition_embed_type": (None, "text"), "encoder_hid_dim_type": (None, "text_proj")}
 
@@ -84,6 +86,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
                 "trains text-to-image UNets; inpainting and image-conditioned ones are not supported."
             )
         self._check_networks()
+        check_vae_statistics(self.sd_pipeline.vae, self.vae_statistics)
 
     def _check_networks(self) -> None:
         """Whether the components fit each other and the UNet needs nothing that SPO does not give it."""

@@ -37,6 +37,7 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
     """
 
     required_components = ("unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler")
+    vae_statistics = ("latents_mean", "latents_std")
     accepted_embeddings = {"addition_embed_type": ("text_time",)}
 
     def __init__(self, pipeline, use_lora: bool = True):
