@@ -251,6 +251,21 @@ class TestTraining:
             expected = model.eval().score(latents, PROMPTS[:2], 500)
             torch.testing.assert_close(again.score(latents, PROMPTS[:2], 500), expected)
 
+    def test_a_shared_reward_is_resumed(self, make_trainer, tmp_path):
+        """Regression: a LoRA in its checkpoints made them look like those of SPO, and none of them could be resumed."""
+        settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        ends = []
+        for checkpoint in (None, str(tmp_path / "run" / "checkpoint-1")):
+            pipe = wrap_pipeline(tiny_sd3_pipeline(tmp_path / "p"))
+            torch.manual_seed(0)
+            model = LatentRewardModel.from_pipeline(pipe, shared=True, projection_dim=12)
+            resolution = pipe.spatial_factor * pipe.latent_shape()[1]
+            make_trainer(model, trained_on=pipe, resolution=resolution, **settings).train(
+                resume_from_checkpoint=checkpoint
+            )
+            ends.append(state_of(model))
+        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
     def test_resuming_is_the_same_run(self, make_trainer, tmp_path):
         settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
         whole = make_trainer(**settings)

@@ -480,8 +480,20 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: st
     Raises:
         ValueError: if a weight is missing, unexpected, of another shape, or not of floating point where it should be.
     """
-    expected = _without_position_ids(model.state_dict())
     weights = _without_position_ids(weights)
+    check_fit(_without_position_ids(model.state_dict()), weights, source, what)
+    model.load_state_dict(weights, strict=False)
+
+
+def check_fit(
+    expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], source: str | Path, what: str
+) -> None:
+    """
+    The check of [`load_strictly`] alone: whether `weights` have the names, shapes and kinds of `expected`.
+
+    Raises:
+        ValueError: as there.
+    """
     shapes, dtypes = [], []
     for name in sorted(expected.keys() & weights.keys()):
         given, wanted = weights[name], expected[name]
@@ -499,7 +511,6 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], source: st
     problems = [f"{problem}: {_first_ten(names)}" for problem, names in found.items() if names]
     if problems:
         raise ValueError(f"{str(source)!r} does not fit {what}. " + "; ".join(problems) + ".")
-    model.load_state_dict(weights, strict=False)
 
 
 def _without_position_ids(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -212,6 +212,11 @@ class StepRewardTrainer(StepTrainer):
         self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         reward = wrap_reward(reward_model)
         reward.check_pipeline(self.pipeline)
+        if config.caption_loss_coef > 0 and not getattr(reward_model, "compares_embeddings", True):
+            raise ValueError(
+                "`caption_loss_coef` compares embeddings of images and captions, and the head of this "
+                f"{type(reward_model).__name__} makes none. Leave it at 0."
+            )
         self.sees = reward.sees
         self._reads_with_pipeline = getattr(reward_model, "reads_with_pipeline", False)
         if self.sees != "images":

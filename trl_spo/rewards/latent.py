@@ -69,18 +69,22 @@ from ..pipelines.components import plain_pipeline
 from ..pipelines.conditioning import PromptEmbeds
 from ..pipelines.flow import SPOFlowPipeline
 from ..pipelines.reward_adapter import REWARD_ADAPTER, add_reward_adapter
+from .dina import load_dina
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
 from .latent_config import LatentRewardModelConfig, check_latent_space, latent_space_of
 from .latent_features import (
+    BlockTokens,
     SharedFeatures,
     TransformerFeatures,
     UNetFeatures,
     check_blocks,
+    check_text_tokens,
     default_blocks,
     plain_config,
     pooled_text,
     without_adapters,
 )
+from .latent_heads import QueryAttentionHead
 
 
 STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
@@ -141,15 +145,25 @@ class LatentRewardModel(PreTrainedModel):
             self.backbone = TransformerFeatures(config.transformer_config, config.blocks)
             text_width = config.text_width
         self.text_encoders = nn.ModuleList(make_text_encoder(text) for text in config.text_configs)
+        self.head = self.visual_projection = self.text_projection = self.logit_scale = None
+        if config.head == "query_attention":
+            self.head = QueryAttentionHead(
+                self.backbone.widths[0], len(config.blocks), config.num_queries, config.num_heads
+            )
+            check_text_tokens(self.backbone.network, config.blocks)
+        else:
+            self._add_projections(text_width)
+        self.tokenizers = tokenizers
+        self.post_init()
+
+    def _add_projections(self, text_width: int) -> None:
+        config = self.config
         self.visual_projection = nn.Linear(sum(self.backbone.widths), config.projection_dim, bias=False)
         # A text encoder that projects its pooled output itself (SDXL's second) is taken as it is.
         projects = config.text_configs and config.text_configs[-1]["architecture"] == "CLIPTextModelWithProjection"
-        self.text_projection = None
         if not projects:
             self.text_projection = nn.Linear(text_width, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
-        self.tokenizers = tokenizers
-        self.post_init()
 
     def _init_weights(self, module):
         """Heads as in the paper's code; the backbone and the text encoders are always loaded."""
@@ -166,9 +180,10 @@ class LatentRewardModel(PreTrainedModel):
         """Whether the backbone is the denoiser of the pipeline that is judged, under an adapter of its own."""
         return self.config.shared
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
         """
-        Recompute the blocks of the backbone in the backward pass, as `gradient_checkpointing=True` asks.
+        Recompute the blocks of the backbone in the backward pass, as `gradient_checkpointing=True` asks. Arguments that
+        transformers gives are of its own models; diffusers has none.
 
         Raises:
             ValueError: for a shared backbone, whose blocks would be recomputed under the adapter of the policy.
@@ -183,10 +198,17 @@ class LatentRewardModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the networks; `logit_scale` may be in float32 beside them."""
-        return self.visual_projection.weight.dtype
+        return self.visual_projection.weight.dtype if self.head is None else self.head.query_tokens.dtype
+
+    @property
+    def compares_embeddings(self) -> bool:
+        """Whether its score is a cosine of features of latents and texts, which other losses can use, too."""
+        return self.head is None
 
     def cast(self, dtype: torch.dtype) -> "LatentRewardModel":
         """Casts the networks in place and leaves `logit_scale`, which multiplies every score, in float32."""
+        if self.logit_scale is None:
+            return self.to(dtype)
         logit_scale = self.logit_scale.detach().float().clone()
         self.to(dtype)
         self.logit_scale.data = logit_scale
@@ -285,13 +307,10 @@ class LatentRewardModel(PreTrainedModel):
             timesteps (`torch.Tensor` of shape `(B,)`): int64.
             text ([`PromptEmbeds`]): from [`~LatentRewardModel.encode_prompts`].
         """
-        dtype = self._require_reader().compute_dtype if self.config.shared else self.dtype
-        latents, text = latents.to(self.device, dtype), text.to(dtype)
-        timesteps = timesteps.to(self.device)
         if self.config.transformer_config is not None:
-            reader = self._require_reader()
-            sigma = reader.step_rule.sigma(timesteps).to(self.device, torch.float32)
-            return torch.cat(self.backbone(reader, latents, sigma, text), dim=-1)
+            return torch.cat([tokens.mean(1) for tokens in self._tokens(latents, timesteps, text).image], dim=-1)
+        latents, text = latents.to(self.device, self._backbone_dtype), text.to(self._backbone_dtype)
+        timesteps = timesteps.to(self.device)
         scale = self.config.guidance_scale
         if scale <= 1:
             added = self._added(text.pooled_prompt_embeds)
@@ -306,6 +325,18 @@ class LatentRewardModel(PreTrainedModel):
         cond, uncond = middle.chunk(2)
         guided = uncond + scale * (cond - uncond)
         return torch.cat([*(level[: len(latents)] for level in levels), guided], dim=-1)
+
+    @property
+    def _backbone_dtype(self) -> torch.dtype:
+        return self._require_reader().compute_dtype if self.config.shared else self.dtype
+
+    def _tokens(self, latents: torch.Tensor, timesteps: torch.Tensor, text: PromptEmbeds) -> BlockTokens:
+        """What is read off a transformer."""
+        reader = self._require_reader()
+        sigma = reader.step_rule.sigma(timesteps.to(self.device)).to(self.device, torch.float32)
+        return self.backbone(
+            reader, latents.to(self.device, self._backbone_dtype), sigma, text.to(self._backbone_dtype)
+        )
 
     def _added(self, pooled: torch.Tensor | None) -> dict | None:
         """SDXL's conditioning on the pooled text and the size, which is always the one the model was trained at."""
@@ -358,6 +389,10 @@ class LatentRewardModel(PreTrainedModel):
         timesteps = checked_timesteps(timesteps, len(latents), self.config.num_train_timesteps, self.device)
 
         text = text.to(self.device)
+        if self.head is not None:
+            tokens = self._tokens(latents, timesteps, text)
+            raw = self.head(tokens.image, tokens.text, tokens.time, text.prompt_mask).float()
+            return StepRewardOutput((raw + self.config.score_shift) / self.config.score_scale)
         visual = self.visual_projection(self.visual_features(latents, timesteps, text).to(self.dtype))
         pooled = pooled_text(text).to(self.dtype)
         if self.text_projection is not None:
@@ -603,6 +638,34 @@ class LatentRewardModel(PreTrainedModel):
         return model.eval()
 
     @classmethod
+    def from_dina_checkpoint(
+        cls, folder_or_id: str | Path, pipeline: Any, shared: bool = False
+    ) -> "LatentRewardModel":
+        r"""
+        A released DiNa-LRM (https://huggingface.co/liuhuohuo/DiNa-LRM-SD35M-12layers): an adapter on the first blocks of
+        Stable Diffusion 3.5 Medium, and a query-attention head. Only tensors are read.
+
+        Scores are the published (raw + 10) / 10. It was trained on all noise levels. Its authors noise encoded images to
+        sigma .1, which is timestep 100 here, and generated latents to .4.
+
+        Args:
+            folder_or_id (`str` or `Path`):
+                Folder or Hub id with `config.json` and `checkpoint/`.
+            pipeline (SPO or diffusers pipeline, path or Hub id):
+                Stable Diffusion 3.5 Medium. The adapter is merged into a copy of its first blocks.
+            shared (`bool`, *optional*, defaults to `False`):
+                Keep the adapter on the denoiser of the pipeline itself, as [`~LatentRewardModel.from_pipeline`] does.
+
+        Returns:
+            [`LatentRewardModel`] in evaluation mode.
+
+        Raises:
+            `FileNotFoundError`: If a file is missing.
+            `ValueError`: If the files describe another architecture, or their keys or shapes do not fit; they are named.
+        """
+        return load_dina(cls, folder_or_id, pipeline, shared)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, pipeline: Any | None = None, **kwargs):
         r"""
         Loads what [`~LatentRewardModel.save_pretrained`] wrote. Arguments as in
@@ -642,9 +705,17 @@ class LatentRewardModel(PreTrainedModel):
             reader,
             LoraConfig(**config.peft_config),
             {
-                "blocks": config.blocks,
-                "guidance_scale": config.guidance_scale,
-                "projection_dim": config.projection_dim,
+                name: getattr(config, name)
+                for name in (
+                    "blocks",
+                    "guidance_scale",
+                    "projection_dim",
+                    "head",
+                    "num_queries",
+                    "num_heads",
+                    "score_shift",
+                    "score_scale",
+                )
             },
         )
         weights = read_state_dict(locate_checkpoint(path, "model.safetensors"))
@@ -659,11 +730,12 @@ class LatentRewardModel(PreTrainedModel):
         Args:
             save_reader (`bool`, *optional*, defaults to the attribute of this name, which is `True`):
                 Of a model with a transformer: write its pipeline's text encoders, VAE and scheduler, too. Without them the
-                folder is smaller by gigabytes, and the loaded model reads prompts once it was given a pipeline.
+                folder is smaller by gigabytes, and the loaded model reads prompts once it was given a pipeline. Of one that
+                shares its denoiser: write the LoRA.
         """
         save_reader = self.save_reader if save_reader is None else save_reader
         main = kwargs.get("is_main_process", True)
-        if self.config.shared and main:  # its part of the denoiser, as a LoRA that diffusers reads
+        if self.config.shared and main and save_reader:  # its part of the denoiser, as a LoRA that diffusers reads
             save_lora(self.reader.sd_pipeline, self.reader.denoiser_name, save_directory, adapter_name=REWARD_ADAPTER)
         if self.reader is not None and not self.config.shared and save_reader and main:
             save_without_denoiser(self.reader, Path(save_directory) / PIPELINE_FOLDER)

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from .latent_features import plain_config
 
 
+HEADS = ("cosine", "query_attention")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
@@ -56,6 +57,13 @@ class LatentRewardModelConfig(PretrainedConfig):
             Of the autoencoder whose latents are judged.
         logit_scale_init (`float`, *optional*, defaults to `2.6592`):
             Logarithm of the factor of the cosine in a fresh model, ln(1 / 0.07).
+        head (`str`, *optional*, defaults to `"cosine"`):
+            `"cosine"` compares projected means with the projected text. `"query_attention"`, of a transformer alone, lets
+            learned queries read the tokens of image and text ([`QueryAttentionHead`]).
+        num_queries (`int`, *optional*, defaults to `4`), num_heads (`int`, *optional*, defaults to `8`):
+            Of the query-attention head.
+        score_shift (`float`, *optional*, defaults to `0.0`), score_scale (`float`, *optional*, defaults to `1.0`):
+            The score of that head is `(raw + score_shift) / score_scale`.
     """
 
     model_type = "latent_reward_model"
@@ -77,6 +85,11 @@ class LatentRewardModelConfig(PretrainedConfig):
         scaling_factor=0.18215,
         shift_factor=None,
         logit_scale_init=2.6592,
+        head="cosine",
+        num_queries=4,
+        num_heads=8,
+        score_shift=0.0,
+        score_scale=1.0,
         **kwargs,
     ):
         self.unet_config = {} if unet_config is None else plain_config(unet_config)
@@ -97,6 +110,15 @@ class LatentRewardModelConfig(PretrainedConfig):
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
         self.logit_scale_init = logit_scale_init
+        if head not in HEADS:
+            raise ValueError(f"`head` must be one of {HEADS}, got {head!r}.")
+        if head == "query_attention" and self.unet_config:
+            raise ValueError("`head='query_attention'` reads tokens of a transformer, and a UNet has none.")
+        self.head = head
+        self.num_queries = num_queries
+        self.num_heads = num_heads
+        self.score_shift = score_shift
+        self.score_scale = score_scale
         super().__init__(**kwargs)
 
     @property

@@ -21,6 +21,7 @@ blocks up to the last one that is read.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -31,6 +32,9 @@ from torch import nn
 from ..hub_files import load_strictly
 from ..pipelines.conditioning import PromptEmbeds
 from ..pipelines.reward_adapter import reward_adapter
+
+
+TIME_EMBEDDINGS = ("time_text_embed", "time_guidance_embed")  # of diffusers' transformers with two streams
 
 
 def plain_config(config) -> dict:
@@ -167,9 +171,7 @@ class TransformerFeatures(nn.Module):
                 kept[name] = value
         load_strictly(self.transformer, kept, source, "the backbone of the latent reward model")
 
-    def forward(
-        self, pipeline: Any, latents: torch.Tensor, sigma: torch.Tensor, text: PromptEmbeds
-    ) -> list[torch.Tensor]:
+    def forward(self, pipeline: Any, latents: torch.Tensor, sigma: torch.Tensor, text: PromptEmbeds) -> "BlockTokens":
         """
         Args:
             pipeline ([`SPOFlowPipeline`]): of the family; its way of calling the transformer is used, not its weights.
@@ -178,28 +180,47 @@ class TransformerFeatures(nn.Module):
             text ([`PromptEmbeds`]): B rows, in the dtype of the backbone.
 
         Returns:
-            list of `torch.Tensor` of shape `(B, width)`: means over image tokens, one per block that is read.
+            [`BlockTokens`]
         """
-        caught = {}
-        with catching(self.transformer, self.blocks, caught):
+        with catching(self.transformer, self.blocks) as tokens:
             pipeline.velocity(self.transformer, latents, sigma, text, pipeline.unguided_scale)
-        return [caught[number] for number in self.blocks]
+        return tokens
+
+
+@dataclass
+class BlockTokens:
+    """
+    What is read off a transformer.
+
+    Attributes:
+        image (list of `torch.Tensor` of shape `(B, N, width)`), text (list of `torch.Tensor` of shape `(B, L, width)`): tokens
+            behind each block that is read.
+        time (`torch.Tensor` of shape `(B, width)`): time embedding.
+    """
+
+    image: list[torch.Tensor] = field(default_factory=list)
+    text: list[torch.Tensor] = field(default_factory=list)
+    time: torch.Tensor | None = None
 
 
 @contextlib.contextmanager
-def catching(transformer: nn.Module, blocks: list[int], caught: dict[int, torch.Tensor]) -> Iterator[None]:
-    """A call of the transformer inside leaves the mean image token behind each of the blocks in `caught`."""
+def catching(transformer: nn.Module, blocks: list[int]) -> Iterator[BlockTokens]:
+    """A call of the transformer inside fills the tokens, in the order of `blocks`."""
+    found, tokens = {}, BlockTokens()
 
-    def catch(number: int):
-        def hook(module, args, output):
-            _, image_tokens = output  # both streams, text first
-            caught[number] = image_tokens.mean(1)
+    def catch(key: Any):
+        return lambda module, args, output: found.__setitem__(key, output)
 
-        return hook
-
-    handles = [transformer.transformer_blocks[number - 1].register_forward_hook(catch(number)) for number in blocks]
+    read = {number: transformer.transformer_blocks[number - 1] for number in blocks}
+    read["time"] = next(getattr(transformer, name) for name in TIME_EMBEDDINGS if hasattr(transformer, name))
+    handles = [module.register_forward_hook(catch(key)) for key, module in read.items()]
     try:
-        yield
+        yield tokens
+        for number in blocks:
+            text, image = found[number]
+            tokens.text.append(text)
+            tokens.image.append(image)
+        tokens.time = found["time"]
     finally:
         for handle in handles:
             handle.remove()
@@ -239,7 +260,7 @@ class SharedFeatures(nn.Module):
         channels = list(self.network.config.block_out_channels)
         return [*channels, channels[-1]]
 
-    def forward(self, *args) -> list[torch.Tensor]:
+    def forward(self, *args) -> "list[torch.Tensor] | BlockTokens":
         """Arguments and result of [`UNetFeatures`] or [`TransformerFeatures`]."""
         with reward_adapter(self.network):
             if self.blocks is None:
@@ -250,9 +271,8 @@ class SharedFeatures(nn.Module):
         def stop(module, args, output):
             raise _Enough
 
-        caught = {}
         last = self.network.transformer_blocks[max(self.blocks) - 1]
-        with catching(self.network, self.blocks, caught):
+        with catching(self.network, self.blocks) as tokens:
             handle = last.register_forward_hook(stop)
             try:
                 pipeline.velocity(self.network, latents, sigma, text, pipeline.unguided_scale)
@@ -260,7 +280,7 @@ class SharedFeatures(nn.Module):
                 pass
             finally:
                 handle.remove()
-        return [caught[number] for number in self.blocks]
+        return tokens
 
 
 def check_blocks(transformer: nn.Module, blocks: list[int]) -> None:
@@ -276,6 +296,18 @@ def check_blocks(transformer: nn.Module, blocks: list[int]) -> None:
         )
     if not blocks or min(blocks) < 1 or max(blocks) > len(available) or len(set(blocks)) < len(blocks):
         raise ValueError(f"`blocks` must be different numbers from 1 to {len(available)}, got {blocks}.")
+
+
+def check_text_tokens(transformer: nn.Module, blocks: list[int]) -> None:
+    """
+    Raises:
+        ValueError: if there are no text tokens behind one of these blocks.
+    """
+    if any(getattr(transformer.transformer_blocks[number - 1], "context_pre_only", False) for number in blocks):
+        raise ValueError(
+            f"`head='query_attention'` reads text tokens, and there are none behind the last block; leave it out of `blocks`, got "
+            f"{blocks}."
+        )
 
 
 def default_blocks(transformer: nn.Module) -> list[int]:
