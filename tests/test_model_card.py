@@ -23,14 +23,22 @@ import re
 import pytest
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from PIL import Image
 
-from trl_spo import SPOConfig, StepRewardConfig, wrap_pipeline
+from trl_spo import SPOConfig, SPOTrainer, StepRewardConfig, wrap_pipeline
 from trl_spo.scheduling_ddim import DDIMStepRule
 from trl_spo.step_distribution import SamplingCode
 from trl_spo.training.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
 
-from .testing_utils import ddim_scheduler, device_settings, tiny_sd_pipeline
+from .testing_utils import (
+    PROMPTS,
+    brightness_reward,
+    ddim_scheduler,
+    device_settings,
+    tiny_sd_pipeline,
+    tiny_spo_config,
+)
 
 
 SECRET = "hf_" + "s3cr3t" * 5
@@ -236,3 +244,27 @@ def test_strips_are_in_the_order_of_their_steps(tmp_path):
     for step in (999_999, 2_000_000):
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / f"step_{step:06d}.png")
     assert read_samples(tmp_path)["strips"] == ["images/step_999999.png", "images/step_2000000.png"]
+
+
+def test_a_base_with_fused_loras_has_no_name(tmp_path):
+    """Regression: the card named the untouched model, and on that the published LoRA is another model."""
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.register_to_config(_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]), "style")
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    trainer = SPOTrainer(tiny_spo_config(tmp_path), pipe, brightness_reward, train_dataset=PROMPTS)
+    card = trainer._model_card("name", tmp_path)
+    assert "base_model" not in card and "stable-diffusion-v1-5" not in card
+    plain = tiny_sd_pipeline(tmp_path)
+    plain.register_to_config(_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    trainer = SPOTrainer(tiny_spo_config(tmp_path), plain, brightness_reward, train_dataset=PROMPTS)
+    assert "base_model: stable-diffusion-v1-5" in trainer._model_card("name", tmp_path)
+
+
+def test_adapters_of_a_text_encoder_are_refused(tmp_path):
+    """They would be part of the model that is trained, and of nothing that is published."""
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"The text_encoder of the pipeline already has adapters \(default\)"):
+        SPOTrainer(tiny_spo_config(tmp_path), pipe, brightness_reward, train_dataset=PROMPTS)

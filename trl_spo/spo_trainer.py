@@ -39,9 +39,10 @@ from transformers.utils import logging
 from .hub_files import load_denoiser
 from .losses import spo_loss
 from .pair_loader import LoaderSizes, PairLoader
-from .pipelines.adapters import LORA_NAME, switch_dropout, takes_channels_last
+from .pipelines.adapters import LORA_NAME, require_no_adapters, switch_dropout, takes_channels_last
 from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
+from .pipelines.components import changes_of_the_base
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
 from .prompts import load_prompts, read_prompts
@@ -233,6 +234,14 @@ class SPOTrainer(StepTrainer):
         self.reward.check_prompts(prompts[:1])
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
+        for name, encoder in self.pipeline.text_encoders().items():
+            require_no_adapters(encoder, name)
+        self._base_changes = changes_of_the_base(self.pipeline.sd_pipeline)
+        if self._base_changes:
+            logger.warning(
+                f"The pipeline is not the model that its name says: {self._base_changes}. What is trained belongs to the pipeline "
+                "as it is; publish that, too (`pipe.save_pretrained`). The model card names no base model."
+            )
         self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
@@ -954,7 +963,7 @@ class SPOTrainer(StepTrainer):
         return spo_model_card(
             self.args,
             name=name,
-            base_model=getattr(pipeline.sd_pipeline, "name_or_path", None),
+            base_model=None if self._base_changes else getattr(pipeline.sd_pipeline, "name_or_path", None),
             step_rule=pipeline.step_rule,
             guidance=pipeline.call_arguments(self.args.guidance_scale, self.args.negative_prompt),
             denoiser_name=pipeline.denoiser_name,

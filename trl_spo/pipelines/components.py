@@ -108,6 +108,15 @@ def check_network(network: torch.nn.Module, name: str) -> None:
         )
 
 
+def changes_of_the_base(pipeline: Any) -> str:
+    """
+    In words, what was done to a diffusers pipeline after it was loaded, as far as diffusers keeps it: LoRAs that were fused.
+    Empty for none.
+    """
+    fused = sorted(getattr(pipeline, "fused_loras", None) or ())
+    return f"LoRAs are fused into it ({', '.join(fused)})" if fused else ""
+
+
 # What a VAE's configuration may say about its latents, and the values that mean nothing.
 VAE_STATISTICS = {"shift_factor": (None, 0, 0.0), "latents_mean": (None,), "latents_std": (None,)}
 
