@@ -18,6 +18,7 @@ error, so every export is judged by the images it gives, not by its keys alone.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -116,7 +118,8 @@ def test_what_the_trainer_saves_is_exported(tmp_path):
     assert (expected - base).abs().max() > 0.01
 
     file = export_kohya(tmp_path / "run", tmp_path / "exports" / "spo.safetensors")
-    assert {tensor.item() for key, tensor in load_file(file).items() if key.endswith(".alpha")} == {8.0}
+    # The strength of 8 / 4 is in the weights of the trainer's file, which has alpha = rank.
+    assert {tensor.item() for key, tensor in load_file(file).items() if key.endswith(".alpha")} == {4.0}
     pipeline.load_lora_weights(file)
     torch.testing.assert_close(image(pipeline), expected, atol=1e-5, rtol=0)
 
@@ -209,6 +212,62 @@ def test_header_and_files_without_configuration(tmp_path):
     pipeline.unload_lora_weights()
     pipeline.load_lora_weights(export_kohya(tmp_path / "bare.safetensors", tmp_path / "b.safetensors", "sd2"))
     torch.testing.assert_close(image(pipeline), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"r": 2, "lora_alpha": 6},
+        {"r": 2, "lora_alpha": 2, "rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_k": 5}},
+        {"r": 4, "lora_alpha": 3, "use_rslora": True},
+        {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["conv1"]},
+        {"r": 2, "lora_alpha": 6, "use_dora": True},
+        {"r": 2, "lora_alpha": 2},
+    ],
+    ids=str,
+)
+def test_readers_without_the_header_agree(adapter, tmp_path):
+    """
+    A reader that knows no header takes alpha = rank (ComfyUI, older versions of diffusers). By hand: what each layer adds is
+    B A of the file.
+    """
+    config = LoraConfig(**{"target_modules": ["to_q", "to_k"], "init_lora_weights": False, **adapter})
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make = {"train_dataset": PROMPTS, "peft_config": config}
+    trainer = SPOTrainer(tiny_spo_config(tmp_path, **settings), tiny_sd_pipeline(tmp_path), brightness_reward, **make)
+    trainer.train()
+    trainer.save_model()
+    own = get_peft_model_state_dict(trainer.pipeline.unet)
+    tensors = load_file(tmp_path / LORA_NAME)
+    for layer, module in trainer.pipeline.unet.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            down, up = (tensors[f"unet.{layer}.lora_{part}.weight"].flatten(1) for part in "AB")
+            trained = own[f"{layer}.lora_B.weight"].flatten(1) @ own[f"{layer}.lora_A.weight"].flatten(1)
+            torch.testing.assert_close(up @ down, trained * module.scaling["default"])
+
+    # With its header and without it, diffusers makes the same model of the file.
+    outputs = []
+    headless = "use_dora" not in adapter and "lora_bias" not in adapter  # these have tensors that need it
+    for reader in ("with", "without") if headless else ("with",):
+        folder = tmp_path / reader
+        folder.mkdir()
+        shutil.copy(tmp_path / LORA_NAME, folder)
+        if reader == "without":
+            save_file(tensors, folder / LORA_NAME, metadata={"format": "pt"})
+        plain = tiny_sd_pipeline(tmp_path)
+        plain.load_lora_weights(folder)
+        outputs.append(image(plain))
+    expected = image(trainer.pipeline.sd_pipeline)
+    for output in outputs:
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+
+    # Training goes on from it, and from a checkpoint bit for bit.
+    again = SPOTrainer(tiny_spo_config(tmp_path / "b"), tiny_sd_pipeline(tmp_path), brightness_reward, **make)
+    again.load_model(tmp_path)
+    for name, value in get_peft_model_state_dict(again.pipeline.unet).items():
+        torch.testing.assert_close(value, own[name], atol=1e-7, rtol=1e-6)
+    again.load_model(tmp_path / "checkpoint-1")
+    assert all(torch.equal(v, own[n]) for n, v in get_peft_model_state_dict(again.pipeline.unet).items())
 
 
 def test_errors_of_the_export(tmp_path):

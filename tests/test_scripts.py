@@ -32,6 +32,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trl_spo import LatentRewardModel, StepAwareRewardModel
@@ -122,7 +123,9 @@ def check_lora(pipeline, folder: Path):
 
     base = sample()
     pipeline.load_lora_weights(folder)
-    assert pipeline.unet.peft_config["default_0"].lora_alpha == 4
+    assert pipeline.unet.peft_config["default_0"].lora_alpha == 2  # the rank: the strength of 4 / 2 is in the weights
+    with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["trl_spo_folded"])["lora_alpha"] == 4
     assert np.abs(sample() - base).max() > 1e-3
 
 

@@ -841,7 +841,7 @@ class SPOTrainer(StepTrainer):
         if self.pipeline.use_lora:
             if state_dict is not None:
                 state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
-            self.pipeline.save_lora(folder, state_dict)
+            self.pipeline.save_lora(folder, state_dict, fold_alpha=not self._staging)
         else:
             self.pipeline.denoiser.save_pretrained(folder / self.pipeline.denoiser_name)
         self._write_model_card(folder, output_dir)

@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .reward_adapter import REWARD_ADAPTER, reward_parameters
@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a LoRA
 METADATA_KEY = "lora_adapter_metadata"  # in the header of the file, where diffusers keeps the configuration
+FOLDED_KEY = "trl_spo_folded"  # in the header, too: the strength of an adapter that is part of the weights of its file
 NOT_TRAINED = {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}  # of an adapter that is used
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "task_type", "auto_mapping")
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")  # what equal weights mean
@@ -250,6 +251,7 @@ def save_lora(
     save_directory: str | Path,
     state_dict: dict | None = None,
     adapter_name: str = "default",
+    fold_alpha: bool = False,
 ) -> None:
     """
     Write the adapter of a denoiser as `pytorch_lora_weights.safetensors`, its configuration (rank, alpha) inside: plain
@@ -261,17 +263,41 @@ def save_lora(
         save_directory (`str` or `Path`): folder.
         state_dict (`dict`, *optional*): of the denoiser, where the caller has gathered it from several processes.
         adapter_name (`str`, *optional*, defaults to `"default"`): which of its adapters; by default the policy's.
+        fold_alpha (`bool`, *optional*, defaults to `False`): multiply the second matrix of each layer by its strength, and write
+            alpha = rank: readers that know no header, and take just that, then agree with those that do. A checkpoint is
+            written without, so that it comes back bit for bit.
     """
     denoiser = getattr(pipeline, denoiser_name)
     layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter_name)
+    config = published_config(denoiser.peft_config[adapter_name])
+    folded = [name for name in layers if ".lora_B." in name] if fold_alpha else []
+    strengths = {name: _strength(denoiser, name, adapter_name) for name in folded}
+    folds = any(strength != 1 for strength in strengths.values())
+    if folds:
+        own = {name: config[name] for name in STRENGTH}
+        layers = {name: value * strengths.get(name, 1) for name, value in layers.items()}
+        config |= {"lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"]), "use_rslora": False}
     pipeline.save_lora_weights(
         save_directory,
         safe_serialization=True,
         **{
             f"{denoiser_name}_lora_layers": {name: value.contiguous() for name, value in layers.items()},
-            f"{denoiser_name}_lora_adapter_metadata": published_config(denoiser.peft_config[adapter_name]),
+            f"{denoiser_name}_lora_adapter_metadata": config,
         },
     )
+    if folds:  # what training goes on with
+        _add_to_header(Path(save_directory) / LORA_NAME, {FOLDED_KEY: json.dumps(own)})
+
+
+def _strength(denoiser: torch.nn.Module, name: str, adapter_name: str = "default") -> float:
+    """What a layer multiplies its two matrices with, by the name of one of them."""
+    return denoiser.get_submodule(name.partition(".lora_B.")[0]).scaling[adapter_name]
+
+
+def _add_to_header(file: Path, entries: dict[str, str]) -> None:
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata() or {}
+    save_file(load_file(file), file, metadata={**metadata, **entries})
 
 
 def load_lora(pipeline: Any, denoiser_name: str, directory: str | Path) -> None:
@@ -318,14 +344,21 @@ def load_lora(pipeline: Any, denoiser_name: str, directory: str | Path) -> None:
             f"The LoRA in {str(directory)!r} does not fit the adapter being trained (first difference: "
             f"{differing[0]!r}). Use the `peft_config` of the run that wrote it."
         )
-    _check_strength(Path(directory) / LORA_NAME, denoiser_name, denoiser.peft_config["default"])
+    folded = _check_strength(Path(directory) / LORA_NAME, denoiser_name, denoiser.peft_config["default"])
+    if folded:
+        layers = {n: v / _strength(denoiser, n) if ".lora_B." in n else v for n, v in layers.items()}
     set_peft_model_state_dict(denoiser, layers)
 
 
-def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> None:
-    """Equal names and shapes are not yet equal adapters: alpha and its like say how strong the weights are."""
+def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> bool:
+    """
+    Equal names and shapes are not yet equal adapters: alpha and its like say how strong the weights are. Returns whether they
+    are folded into the weights of the file.
+    """
     with safe_open(file, framework="pt") as handle:
-        header = json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}"))
+        metadata = handle.metadata() or {}
+    header = json.loads(metadata.get(METADATA_KEY, "{}"))
+    header |= {f"{denoiser_name}.{name}": value for name, value in json.loads(metadata.get(FOLDED_KEY, "{}")).items()}
     now = peft_config.to_dict()
     for name in STRENGTH:
         key = f"{denoiser_name}.{name}"
@@ -334,3 +367,4 @@ def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> 
                 f"The LoRA in {str(file.parent)!r} was trained with `{name}={header[key]!r}` and the adapter being trained has "
                 f"{now[name]!r}: the same weights would be another model. Use the `peft_config` of the run that wrote it."
             )
+    return FOLDED_KEY in metadata

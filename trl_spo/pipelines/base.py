@@ -406,9 +406,9 @@ class SPOPipeline:
         """Freeze the denoiser and add a trainable adapter in float32: see `pipelines.adapters`."""
         return add_lora(self.denoiser, peft_config or self.default_lora(), self.denoiser_name)
 
-    def save_lora(self, save_directory: str | Path, state_dict: dict | None = None) -> None:
+    def save_lora(self, save_directory: str | Path, state_dict: dict | None = None, fold_alpha: bool = False) -> None:
         """Write `pytorch_lora_weights.safetensors` in the format diffusers' `load_lora_weights` reads."""
-        save_lora(self.sd_pipeline, self.denoiser_name, save_directory, state_dict)
+        save_lora(self.sd_pipeline, self.denoiser_name, save_directory, state_dict, fold_alpha=fold_alpha)
 
     def load_lora(self, directory: str | Path) -> None:
         """Read such a file back into the adapter that is being trained: see `pipelines.adapters`."""
