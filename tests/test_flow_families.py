@@ -17,6 +17,8 @@ Necessity: a family that packs, scales or guides a little differently from diffu
 trains a model that nobody uses. Each is compared with its own diffusers pipeline, and trained end to end.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FluxPipeline
@@ -498,3 +500,27 @@ class TestBadInput:
         with pytest.raises(TypeError) as error:
             wrap_pipeline(3)
         assert all(f"`{name}`" in str(error.value) for name in FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["sd", *MAKERS])
+def test_the_negative_prompt_of_a_run_is_encoded_once(family, made, tmp_path):
+    """Three prompts are three texts and one negative one, and the bits are those of each prompt encoded whole."""
+    pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path)) if family == "sd" else made(family)
+    has_negative = family != "flux"
+    encoder = pipeline.text_encoders()["text_encoder"]
+    prompts = [*PROMPTS, "a tree"]
+    calls = []
+    hook = encoder.register_forward_hook(lambda *_: calls.append(1))
+    cache = EncodingCache()
+    rows = [cache.encode_prompts(pipeline, [prompt]) for prompt in prompts]
+    hook.remove()
+    assert len(calls) == 3 + has_negative
+    for prompt, row in zip(prompts, rows, strict=True):
+        expected = pipeline.encode_prompt([prompt], "")
+        for field in dataclasses.fields(PromptEmbeds):
+            values = getattr(row, field.name), getattr(expected, field.name)
+            assert (values[0] is None) == (values[1] is None), field.name
+            assert values[0] is None or torch.equal(*values), field.name
+    if has_negative:
+        other = cache.encode_prompts(pipeline, [prompts[0]], "a dog")
+        assert not torch.equal(other.negative_prompt_embeds, rows[0].negative_prompt_embeds)

@@ -186,6 +186,7 @@ class SPOPipeline:
     unguided_scale = 1.0  # the guidance scale that switches guidance off
     patch_size = 1  # latent pixels per side that become one token: sizes must be multiples of it
     options: tuple[str, ...] = ()  # of `configure`: those that the diffusers pipeline of the family has, too
+    negative_is_optional = False  # whether `encode_prompt` takes None for the negative prompt and leaves its half out
     step_rule: StepRule = None
 
     def __init__(self, pipeline, use_lora: bool = True):
@@ -416,11 +417,12 @@ class SPOPipeline:
 
     # --- to be implemented by a model family -------------------------------------------------------------------------
 
-    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+    def encode_prompt(self, prompts: list[str], negative_prompt: str | None = "", **size) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts.
-            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance.
+            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance. `None` leaves
+                that half out, in families with `negative_is_optional`: a run encodes its negative prompt once.
             size: `height` and `width` of the images in pixels, for models that are told.
 
         Returns:

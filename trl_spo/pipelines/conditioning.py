@@ -82,6 +82,15 @@ class PromptEmbeds:
 
         return self._map(move)
 
+    def with_negative_of(self, other: "PromptEmbeds") -> "PromptEmbeds":
+        """These prompts with the negative half of another, which has one row and is shared by all prompts."""
+        names = [f.name for f in fields(self) if f.name.startswith("negative_")]
+        values = {name: getattr(other, name) for name in names}
+        return replace(
+            self,
+            **{name: value.expand(len(self), *value.shape[1:]) for name, value in values.items() if value is not None},
+        )
+
     def repeat(self, repeats: int) -> "PromptEmbeds":
         """All rows, then all rows again: matches `candidates (K, B, ...).flatten(0, 1)`."""
         return self._map(lambda value: value.repeat(repeats, *(1,) * (value.ndim - 1)))

@@ -28,8 +28,9 @@ class EncodingCache:
 
     Of an image it keeps mean and standard deviation of the VAE's posterior, in main memory, and not a latent: every use
     still draws its own sample, with the same random numbers as without the cache. Once `max_bytes` are taken, new
-    images are not kept, and none is thrown out: in epochs that pass over the data in a new order each, throwing out the
-    oldest would lose every image just before it comes again. Of prompts it keeps the most recently used.
+    images are not kept, and nothing is evicted: epochs are reshuffled, so evicting the oldest entry would often drop an
+    image just before it is needed again. Of prompts it keeps the most recently used. The negative prompt of a run is
+    encoded once, not beside every prompt, in families with `negative_is_optional`.
 
     Every image and every prompt is encoded alone, in a batch of one. So what is in the cache changes no bit of a run:
     one that is resumed with an empty cache is the same run. Against a run without the cache, which encodes whole
@@ -57,6 +58,7 @@ class EncodingCache:
         self.num_bytes = self.num_images_encoded = self.num_prompts_encoded = 0
         self._posteriors: dict[str, torch.Tensor] = {}
         self._prompts: OrderedDict[tuple, PromptEmbeds] = OrderedDict()
+        self._negative: tuple[tuple, PromptEmbeds] | None = None  # the latest, which is the only one of a run
 
     @torch.no_grad()
     def encode_images(
@@ -117,13 +119,27 @@ class EncodingCache:
         if missing:
             with pipeline.encoders_on_device():
                 for key, prompt in missing.items():
-                    fresh[key] = pipeline.encode_prompt([prompt], negative_prompt, **size).to(home)
+                    fresh[key] = self._encode_prompt(pipeline, prompt, negative_prompt, size, home)
             self.num_prompts_encoded += len(missing)
 
         rows = [fresh[key] if key in fresh else self._prompts[key] for key in keys]
         for key, row in zip(keys, rows, strict=True):
             self._keep(key, row)
         return PromptEmbeds.cat(rows).to(pipeline.device)
+
+    def _encode_prompt(self, pipeline, prompt: str, negative_prompt: str, size: dict, home) -> PromptEmbeds:
+        """One row on the device `home`. The negative half comes from an earlier row, where the family encodes it apart."""
+        half = (id(pipeline), negative_prompt, pipeline.clip_skip, *sorted(size.items()))
+        if (
+            getattr(pipeline, "negative_is_optional", False)
+            and self._negative is not None
+            and self._negative[0] == half
+        ):
+            row = pipeline.encode_prompt([prompt], None, **size).to(home)
+            return row.with_negative_of(self._negative[1].to(home))
+        row = pipeline.encode_prompt([prompt], negative_prompt, **size).to(home)
+        self._negative = (half, row)
+        return row
 
     @torch.no_grad()
     def encode_texts(self, reward_model: Any, prompts: list[str]) -> Any:

@@ -48,6 +48,7 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
             default those at one, two and three quarters, which are (9, 18, 27) of the published encoders with 36 layers.
     """
 
+    negative_is_optional = True
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     # Attention of both kinds of blocks; in single blocks one projection makes queries, keys, values and the MLP's input.
     lora_target_modules = (*TWO_STREAM_ATTENTION, "to_qkv_mlp_proj")
@@ -79,17 +80,20 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
             )
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+    def encode_prompt(self, prompts: list[str], negative_prompt: str | None = "", **size) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts.
             negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional call; the published models know the
-                empty one.
+                empty one. `None` leaves that half out.
 
         Returns:
             [`PromptEmbeds`] with token features `(B, L, dim)` of both.
         """
-        positive, negative = self._encode_texts(list(prompts)), self._encode_texts([negative_prompt])
+        positive = self._encode_texts(list(prompts))
+        if negative_prompt is None:
+            return PromptEmbeds(positive)
+        negative = self._encode_texts([negative_prompt])
         return PromptEmbeds(positive, negative.expand_as(positive))
 
     def _encode_texts(self, texts: list[str]) -> torch.Tensor:

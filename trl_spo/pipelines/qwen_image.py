@@ -35,6 +35,7 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
         max_sequence_length (`int`, *optional*, defaults to `512`): tokens of the text.
     """
 
+    negative_is_optional = True
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     lora_target_modules = TWO_STREAM_ATTENTION
     vae_statistics = ("latents_mean", "latents_std")
@@ -48,17 +49,19 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
                 )
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], negative_prompt: str = " ", **size) -> PromptEmbeds:
+    def encode_prompt(self, prompts: list[str], negative_prompt: str | None = " ", **size) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts.
             negative_prompt (`str`, *optional*, defaults to `" "`): of the unconditional call; the published model is used
-                with a space, which stands for the empty prompt, too.
+                with a space, which stands for the empty prompt, too. `None` leaves that half out.
 
         Returns:
             [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: prompts differ in length.
         """
         positive, mask = self._encode_texts(list(prompts))
+        if negative_prompt is None:
+            return PromptEmbeds(positive, prompt_mask=mask)
         return with_masks(positive, mask, *self._encode_texts([negative_prompt or " "]))
 
     def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

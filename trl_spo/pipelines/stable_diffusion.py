@@ -72,6 +72,7 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
     denoiser_name = "unet"
     options = ("guidance_rescale", "clip_skip")
     vae_statistics: tuple[str, ...] = ()  # of the VAE's configuration, read beside `scaling_factor`
+    negative_is_optional = True
     required_components = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     accepted_embeddings = {"addition_embed_type": (None, "text"), "encoder_hid_dim_type": (None, "text_proj")}
 
@@ -127,16 +128,19 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
     # --- conditioning ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+    def encode_prompt(self, prompts: list[str], negative_prompt: str | None = "", **size) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts.
-            negative_prompt (`str`, *optional*, defaults to `""`): encoded once and shared by all prompts.
+            negative_prompt (`str`, *optional*, defaults to `""`): encoded once and shared by all prompts; `None`
+                leaves the negative half out.
 
         Returns:
             [`PromptEmbeds`] with `prompt_embeds` and `negative_prompt_embeds` of shape `(B, sequence_length, dim)`.
         """
         positive = self._encode_text(list(prompts), self.clip_skip)
+        if negative_prompt is None:
+            return PromptEmbeds(positive)
         negative = self._encode_text([negative_prompt])  # diffusers skips layers of the prompt alone
         return PromptEmbeds(positive, negative.expand_as(positive))
 

@@ -33,6 +33,7 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
             them.
     """
 
+    negative_is_optional = True
     required_components = (
         "transformer",
         "vae",
@@ -51,16 +52,19 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
         return self.denoiser.config.patch_size
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+    def encode_prompt(self, prompts: list[str], negative_prompt: str | None = "", **size) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts, given to all text encoders.
-            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance.
+            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance; `None` leaves
+                it out.
 
         Returns:
             [`PromptEmbeds`] with token features `(B, L, dim)` and pooled features, of both halves.
         """
         positive, _, pooled, _ = self._encode_texts(list(prompts), self.clip_skip)
+        if negative_prompt is None:
+            return PromptEmbeds(positive, pooled_prompt_embeds=pooled)
         negative, _, negative_pooled, _ = self._encode_texts([negative_prompt])  # of the prompt alone, as in diffusers
         return PromptEmbeds(positive, negative.expand_as(positive), pooled, negative_pooled.expand_as(pooled))
 

@@ -77,30 +77,33 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
 
     @torch.no_grad()
     def encode_prompt(
-        self, prompts: list[str], negative_prompt: str = "", height: int | None = None, width: int | None = None
+        self, prompts: list[str], negative_prompt: str | None = "", height: int | None = None, width: int | None = None
     ) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts, given to both text encoders.
             negative_prompt (`str`, *optional*, defaults to `""`): as in diffusers, the empty prompt is a zero
-                embedding where the pipeline says so (`force_zeros_for_empty_prompt`).
+                embedding where the pipeline says so (`force_zeros_for_empty_prompt`). `None` leaves the negative half out.
             height, width (`int`, *optional*): image size in pixels, for the size conditioning.
 
         Returns:
             [`PromptEmbeds`] with all fields set.
         """
         positive, _, pooled, _ = self._encode_both(list(prompts), None, self.clip_skip)
-        _, negative, _, negative_pooled = self._encode_both([""], negative_prompt or None)
         _, latent_height, latent_width = self.latent_shape(height, width)
         factor = self.spatial_factor
         size = (latent_height * factor, latent_width * factor)
         time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=positive.dtype, device=positive.device)
+        time_ids = time_ids.expand(len(positive), -1)
+        if negative_prompt is None:
+            return PromptEmbeds(positive, pooled_prompt_embeds=pooled, add_time_ids=time_ids)
+        _, negative, _, negative_pooled = self._encode_both([""], negative_prompt or None)
         return PromptEmbeds(
             positive,
             negative.expand_as(positive),
             pooled,
             negative_pooled.expand_as(pooled),
-            time_ids.expand(len(positive), -1),
+            time_ids,
         )
 
     def _encode_both(self, prompts: list[str], negative_prompt: str | None, clip_skip: int = 0):

@@ -39,21 +39,25 @@ class SPOZImagePipeline(SPOFlowPipeline):
         max_sequence_length (`int`, *optional*, defaults to `512`): tokens of the text.
     """
 
+    negative_is_optional = True
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     unguided_scale = 0.0
     lora_target_modules = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: list[str], negative_prompt: str = "", **size) -> PromptEmbeds:
+    def encode_prompt(self, prompts: list[str], negative_prompt: str | None = "", **size) -> PromptEmbeds:
         """
         Args:
             prompts (`list[str]`): B prompts.
-            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance.
+            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance; `None` leaves
+                it out.
 
         Returns:
             [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: captions differ in length.
         """
         positive, mask = pad_rows(self._encode_texts(list(prompts)))
+        if negative_prompt is None:
+            return PromptEmbeds(positive, prompt_mask=mask)
         return with_masks(positive, mask, *pad_rows(self._encode_texts([negative_prompt])))
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
