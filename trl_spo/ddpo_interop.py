@@ -237,6 +237,8 @@ def spo_config_from_ddpo(ddpo_config: Any, output_dir: str, **overrides) -> SPOC
             "`ddpo_config` must have attributes of TRL's `DDPOConfig` such as `sample_num_steps`, got "
             f"`{type(ddpo_config).__name__}`."
         )
+
+    # Settings that mean the same, then those that are said in another way here.
     settings = {new: given[old] for old, new in _SAME.items() if old in given}
     if "num_inference_steps" in settings:
         settings["branch_start_step"] = settings["num_inference_steps"] // 5
@@ -247,7 +249,8 @@ def spo_config_from_ddpo(ddpo_config: Any, output_dir: str, **overrides) -> SPOC
     precision = given.get("mixed_precision") or "no"
     if precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"`mixed_precision` must be 'no', 'fp16' or 'bf16', got {precision!r}.")
-    settings["fp16"], settings["bf16"] = precision == "fp16", precision == "bf16"
+    settings["fp16"] = precision == "fp16"
+    settings["bf16"] = precision == "bf16"
     if given.get("allow_tf32") and is_torch_tf32_available():
         settings["tf32"] = True
     settings["negative_prompt"] = _one_negative_prompt(given.get("negative_prompts"))
@@ -257,6 +260,7 @@ def spo_config_from_ddpo(ddpo_config: Any, output_dir: str, **overrides) -> SPOC
     if project.get("total_limit") is not None:
         settings["save_total_limit"] = project["total_limit"]
 
+    # What is left has no counterpart, and its user should know.
     unused = [name for name in given if name not in _SAME and name not in _TRANSLATED]
     unused += [f"project_kwargs[{key!r}]" for key in project if key != "total_limit"]
     if unused:

@@ -573,25 +573,24 @@ class SPOTrainer(StepTrainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
-        SPO loss of a micro-batch of pairs. Winner and loser of a pair that shares x_t come from one forward pass of the
+        SPO loss of a micro-batch of pairs. Both transitions of a pair that shares x_t come from one forward pass of the
         policy and one of the reference; only transitions inside a multi-step branch have an x_t each.
         """
         args = self.args
         self._set_timesteps(args)  # a callback may have sampled with other steps
+
+        # Each pair has a row in the batch; a rejected transition with an x_t of its own has another, behind them.
         pairs: StepPairs = inputs["pairs"]
-        chosen_row = torch.arange(len(pairs))
-        apart = chosen_row[~pairs.shared.cpu()]  # where it is anyway: nothing waits for the device
-        rejected_row = chosen_row.clone()
-        rejected_row[apart] = torch.arange(len(pairs), len(pairs) + len(apart))
+        rows = (index.to(args.device, non_blocking=True) for index in _rows_of_pairs(pairs))
+        chosen_row, rejected_row, own_forward = rows
         pairs = pairs.to(args.device, non_blocking=True)
-        chosen_row, rejected_row, apart = (
-            index.to(args.device, non_blocking=True) for index in (chosen_row, rejected_row, apart)
-        )
         latents, timesteps, embeds = pairs.latents, pairs.timesteps, self._encode(pairs.prompts)
-        if len(apart):
-            latents = torch.cat([latents, pairs.rejected_latents[apart]])
-            timesteps = torch.cat([timesteps, timesteps[apart]])
-            embeds = PromptEmbeds.cat([embeds, embeds[apart]])
+        if len(own_forward):
+            latents = torch.cat([latents, pairs.rejected_latents[own_forward]])
+            timesteps = torch.cat([timesteps, timesteps[own_forward]])
+            embeds = PromptEmbeds.cat([embeds, embeds[own_forward]])
+
+        # Step distributions of reference and policy.
         guidance_scale = args.guidance_scale if args.train_cfg else self.pipeline.unguided_scale
 
         def distribution(denoiser):
@@ -604,14 +603,11 @@ class SPOTrainer(StepTrainer):
             ref_mean, std = ref_mean.detach(), std.detach()
             mean = distribution(model).prev_sample_mean
 
+        # Log-probabilities of both transitions under both; only stochastic steps branch.
         def log_probs(mean):
-            return [
-                stochastic_log_prob(prev_latents, mean[row], std[row])  # only stochastic steps branch
-                for prev_latents, row in (
-                    (pairs.chosen_prev_latents, chosen_row),
-                    (pairs.rejected_prev_latents, rejected_row),
-                )
-            ]
+            chosen = stochastic_log_prob(pairs.chosen_prev_latents, mean[chosen_row], std[chosen_row])
+            rejected = stochastic_log_prob(pairs.rejected_prev_latents, mean[rejected_row], std[rejected_row])
+            return chosen, rejected
 
         chosen_logps, rejected_logps = log_probs(mean)
         ref_chosen_logps, ref_rejected_logps = log_probs(ref_mean)
@@ -977,6 +973,21 @@ class SPOTrainer(StepTrainer):
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )
+
+
+def _rows_of_pairs(pairs: StepPairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Rows of a batch in which N pairs are trained, on the CPU, where `pairs.shared` is: nothing waits for the device.
+
+    Returns:
+        Rows `(N,)` of the chosen transitions, rows `(N,)` of the rejected ones, and the pairs whose rejected transition
+        needs a forward pass of its own, whose rows begin at N.
+    """
+    chosen_row = torch.arange(len(pairs))
+    own_forward = chosen_row[~pairs.shared.cpu()]
+    rejected_row = chosen_row.clone()
+    rejected_row[own_forward] = torch.arange(len(pairs), len(pairs) + len(own_forward))
+    return chosen_row, rejected_row, own_forward
 
 
 def _with_reductions(metrics: dict[str, list]) -> dict[str, list]:

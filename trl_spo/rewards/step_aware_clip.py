@@ -349,7 +349,7 @@ class StepAwareRewardModel(PreTrainedModel):
             [`StepAwareRewardModel`]: the model itself.
 
         Raises:
-            `TypeError`: If `dtype` is no floating point type.
+            `TypeError`: If `dtype` is not a floating point type.
         """
         logit_scale = self.model.logit_scale.detach().float().clone()
         self.to(dtype)

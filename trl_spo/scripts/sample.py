@@ -71,6 +71,7 @@ def main(
     from ..sampling import generate_images
     from ..training.checkpointing import check_output_dir
 
+    # Prompts and seeds, before anything is loaded.
     check_output_dir(sampler_args.output_dir)
     if sample_args.prompt:
         prompts = read_prompts(list(sample_args.prompt), name="prompt")
@@ -79,11 +80,15 @@ def main(
     prompts = [prompt for prompt in prompts for _ in range(sample_args.images_per_prompt)]
     first = sampler_args.seed or 0
     seeds = list(range(first, first + len(prompts)))
+
+    # Sample.
     pipeline = sampler_args.place(model_args.load_pipeline())
     sampler = SAMPLER | sampler_args.overrides()
     images = generate_images(
         pipeline, prompts, seeds=seeds, batch_size=sampler_args.batch_size, progress="sampling", **sampler
     )
+
+    # Write the images, and how they were made.
     folder = Path(sampler_args.output_dir)
     paths = [folder / f"{index:05d}_seed{seed}.png" for index, seed in enumerate(seeds)]
     for path, image in zip(paths, numpy_to_pil(images.permute(0, 2, 3, 1).numpy()), strict=True):

@@ -179,11 +179,14 @@ def rotate(output_dir: str | Path, limit: int | None, newest: str | Path, best: 
     if not limit or limit < 0:
         return
     output_dir = Path(output_dir)
-    spared = {Path(newest).resolve()} | ({Path(best).resolve()} if best else set())
+    always_kept = {Path(newest).resolve()}
+    if best:
+        always_kept.add(Path(best).resolve())
     folders = _checkpoints(output_dir)
+
     # By time: in a folder that is used again, higher numbers may be older. Equal times fall back to the number.
-    old = sorted((f for f in folders if f.resolve() not in spared), key=lambda f: (_time_of(f), _step_of(f)))
-    kept = [f for f in folders if f.resolve() in spared]
+    old = sorted((f for f in folders if f.resolve() not in always_kept), key=lambda f: (_time_of(f), _step_of(f)))
+    kept = [f for f in folders if f.resolve() in always_kept]
     for folder in old[: max(0, len(folders) - max(limit, len(kept)))]:
         logger.info(f"Deleting {folder}: `save_total_limit` is {limit}.")
         nameless = output_dir / STAGING_NAME / f"{DELETED}{folder.name}"

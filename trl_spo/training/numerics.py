@@ -89,7 +89,8 @@ class NonFiniteGuard:
         self, what: str, finite: torch.Tensor, timesteps: torch.Tensor, prompts: Sequence[str], again: bool = False
     ):
         """
-        Remember which pairs of a micro-batch are finite, without looking: `check_step` does.
+        Queue the mask of finite pairs of a micro-batch. No value is copied to the host here: `check_step` reads the masks
+        of all micro-batches at once.
 
         Args:
             what (`str`): what was computed of them, for the message.
@@ -122,27 +123,34 @@ class NonFiniteGuard:
         Raises:
             ValueError: if there were too many of either.
         """
+        # Gradients of this process. The largest entry is NaN or infinite if any entry is.
         parameters = list(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # of FSDP 2
-        gradients = [g for g in gradients if g.numel()]
-        finite = [mask.all() for _, mask, _, _ in self._watched]
+        gradients = _local_gradients(parameters)
         broken = None
-        if gradients:  # the largest of all: a NaN or an infinity anywhere makes it one
+        if gradients:
             broken = ~get_total_norm(gradients, norm_type=float("inf")).isfinite()
         if over_processes is not None:  # a process may have no shard, and must be there all the same
             here = torch.zeros((), device=parameters[0].device) if broken is None else broken.float()
             broken = over_processes(here) > 0
+
+        # One flag per micro-batch, and one of the gradients. The host waits for the device once, here.
+        finite = [mask.all() for _, mask, _, _ in self._watched]
         if broken is not None:
             finite.append(~broken)
         flags = torch.stack([flag.to(finite[-1].device) for flag in finite]).tolist() if finite else []
-        watched, num_watched = self._watched, self._num_watched
-        self._watched, self._num_watched = [], 0
+        watched = self._watched
+        num_watched = self._num_watched
+        self._watched = []
+        self._num_watched = 0
         gradients_finite = bool(flags[len(watched)]) if broken is not None else True
+
+        # Only micro-batches with a broken pair are read, to name it.
         found = []
         for (what, mask, timesteps, prompts), good in zip(watched, flags, strict=False):
             rows = [] if good else (~mask).nonzero().flatten().tolist()
             found += [f"{what} at timestep {int(timesteps[row])}, prompt {prompts[row]!r}" for row in rows]
+
+        # Count, and stop a run that learns nothing.
         if not gradients_finite:
             self.num_skipped_steps += 1
             self.num_skipped_in_a_row += 1
@@ -156,6 +164,20 @@ class NonFiniteGuard:
                 f"Nothing is learnt like this. Lower the learning rate, or train in bfloat16 or float32. {self.hint}"
             )
         return len(found), gradients_finite
+
+
+def _local_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients, or what this process has of them: FSDP 2 gives each process a shard, which may be empty."""
+    local = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if hasattr(gradient, "to_local"):
+            gradient = gradient.to_local()
+        if gradient.numel():
+            local.append(gradient)
+    return local
 
 
 class SkipNonFiniteSteps(TrainerCallback):
