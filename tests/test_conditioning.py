@@ -104,6 +104,7 @@ def test_the_cache_joins_prompts_of_different_lengths():
     class Encoder:
         device = torch.device("cpu")
         offload_text_encoders = False
+        clip_skip = 0
         encoders_on_device = contextlib.nullcontext
 
         def encode_prompt(self, prompts, negative_prompt=""):
