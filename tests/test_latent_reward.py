@@ -34,6 +34,7 @@ from tests.testing_utils import PROMPTS, changed, state_of, tiny_sd_pipeline, ti
 from trl_spo import (
     LatentRewardModel,
     LatentRewardModelConfig,
+    SPOStableDiffusion3Pipeline,
     SPOTrainer,
     stepwise_rollout,
     wrap_pipeline,
@@ -341,6 +342,16 @@ class TestTransformers:
         ):
             loaded.score(latents, PROMPTS[:2], 500)
         loaded.check_pipeline(pipeline)
+        assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), model.score(latents, PROMPTS[:2], 500))
+
+    @torch.no_grad()
+    def test_a_pipeline_without_t5_and_with_short_texts(self, tmp_path):
+        """Regression: SD3 may lack its T5, and a saved reward then did not load; the length of texts was forgotten."""
+        pipeline = SPOStableDiffusion3Pipeline(tiny_sd3_pipeline(tmp_path, with_t5=False), max_sequence_length=3)
+        model = LatentRewardModel.from_pipeline(pipeline, projection_dim=12)
+        latents = torch.randn(2, *pipeline.latent_shape(), generator=torch.Generator().manual_seed(1))
+        model.save_pretrained(tmp_path / "saved")
+        loaded = LatentRewardModel.from_pretrained(tmp_path / "saved")
         assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), model.score(latents, PROMPTS[:2], 500))
 
     def test_lora_weights_in_the_pipeline_are_left_out(self, tmp_path):

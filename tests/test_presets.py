@@ -119,6 +119,8 @@ TABLE = {
         "gradient_checkpointing": True,
     },
     "latent_reward_sd15": LATENT_REWARD | {"max_steps": 4000, "warmup_steps": 500, "resolution": 512},
+    "latent_reward_sd3": LATENT_REWARD
+    | {"timesteps": None, "max_timestep": 999, "max_steps": 4000, "gradient_checkpointing": True, "dtype": "bfloat16"},
     "latent_reward_sdxl": LATENT_REWARD | {"max_steps": 8000, "warmup_steps": 1000, "resolution": 1024},
     "spo_sd15": SPO
     | {
@@ -213,7 +215,13 @@ def test_published_values(name):
     values = vars(model) | vars(reward) | vars(config)
     assert {key: values[key] for key in TABLE[name]} == TABLE[name]
     published = name in ("spo_sd15", "spo_sdxl", "lpo_sd15", "lpo_sdxl")
-    pairs_per_step = {"spo_sdxl": 16, "lpo_sdxl": 16, "latent_reward_sd15": 128, "latent_reward_sdxl": 32}
+    pairs_per_step = {
+        "spo_sdxl": 16,
+        "lpo_sdxl": 16,
+        "latent_reward_sd15": 128,
+        "latent_reward_sd3": 128,
+        "latent_reward_sdxl": 32,
+    }
     expected = pairs_per_step.get(name, 40 if name.startswith(("spo", "lpo")) else 64)
     assert expected == (
         config.per_device_train_batch_size

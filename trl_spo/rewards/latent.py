@@ -37,6 +37,7 @@ from the public code (https://github.com/Kwai-Kolors/LPO):
 
 import copy
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -559,6 +560,7 @@ class LatentRewardModel(PreTrainedModel):
             transformer_config={**plain_config(transformer.config), "_class_name": type(transformer).__name__},
             text_width=text_width,
             pipeline_class=type(pipeline).__name__,
+            max_sequence_length=reader.max_sequence_length,
             latent_space=latent_space_of(reader),
             num_train_timesteps=reader.num_train_timesteps,
             **config_kwargs,
@@ -684,9 +686,14 @@ class LatentRewardModel(PreTrainedModel):
         model, info = load_whole(super().from_pretrained, path, "latent reward model", *model_args, **kwargs)
         if model.tokenizers is None:
             model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
-        if model.reads_with_pipeline and (Path(path) / PIPELINE_FOLDER).is_dir():
-            own = load_diffusers_pipeline(Path(path) / PIPELINE_FOLDER, transformer=model.backbone.transformer)
-            model.check_pipeline(own)
+        own = Path(path) / PIPELINE_FOLDER
+        if model.reads_with_pipeline and pipeline is None and own.is_dir():
+            index = json.loads((own / "model_index.json").read_text())
+            # A part that the pipeline did without, such as SD3's T5, has to be left out by name.
+            missing = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[-1] is None}
+            parts = {**missing, "transformer": model.backbone.transformer}
+            model.check_pipeline(load_diffusers_pipeline(own, **parts))
+            model.reader.max_sequence_length = model.config.max_sequence_length
         if pipeline is not None:
             model.check_pipeline(pipeline)
         return (model, info) if return_info else model

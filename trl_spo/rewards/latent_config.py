@@ -43,8 +43,8 @@ class LatentRewardModelConfig(PretrainedConfig):
             Blocks of the transformer behind which image tokens are read, counted from 1.
         text_width (`int`, *optional*):
             Width of the pooled text features of the transformer's pipeline.
-        pipeline_class (`str`, *optional*):
-            Class of that diffusers pipeline.
+        pipeline_class (`str`, *optional*), max_sequence_length (`int`, *optional*):
+            Class of that diffusers pipeline, and the tokens that its text encoder reads.
         latent_space (`dict`, *optional*):
             What [`latent_space_of`] says of that pipeline.
         projection_dim (`int`, *optional*, defaults to `768`):
@@ -78,6 +78,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         blocks=None,
         text_width=None,
         pipeline_class=None,
+        max_sequence_length=None,
         latent_space=None,
         projection_dim=768,
         guidance_scale=7.5,
@@ -103,6 +104,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         self.blocks = blocks
         self.text_width = text_width
         self.pipeline_class = pipeline_class
+        self.max_sequence_length = max_sequence_length
         self.latent_space = latent_space
         self.projection_dim = projection_dim
         self.guidance_scale = guidance_scale
