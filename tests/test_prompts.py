@@ -144,4 +144,4 @@ def test_prompts_of_the_command_line_are_checked_like_those_of_files(tmp_path):
     for prompt, message in (("", "`prompt` has an empty prompt at position 1"), ("a\ud83d", "not valid Unicode")):
         arguments = sample.SampleArguments(prompt=["a cat", prompt])
         with pytest.raises(ValueError, match=message):
-            sample.main(sample.PipelineArguments("no/pipeline/here"), SamplerArguments(), arguments)
+            sample.main(sample.LoadedPipelineArguments("no/pipeline/here"), SamplerArguments(), arguments)
