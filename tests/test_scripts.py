@@ -125,7 +125,7 @@ def check_lora(pipeline, folder: Path):
     pipeline.load_lora_weights(folder)
     assert pipeline.unet.peft_config["default_0"].lora_alpha == 2  # the rank: the strength of 4 / 2 is in the weights
     with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["trl_spo_folded"])["lora_alpha"] == 4
+        assert json.loads(file.metadata()["folded_strength"])["lora_alpha"] == 4
     assert np.abs(sample() - base).max() > 1e-3
 
 

@@ -466,10 +466,10 @@ class TestResume:
         reward = StepRewardTrainer(
             tiny_step_reward_config(tmp_path / "reward", **config), tiny_sd_pipeline(tmp_path), model, image_pairs()
         )
-        with pytest.raises(ValueError, match="is a checkpoint of SPO, not of a reward model"):
+        with pytest.raises(ValueError, match="is a checkpoint of another trainer, which wrote spo_state.json"):
             reward.train(resume_from_checkpoint=lora)
         reward.train()
-        with pytest.raises(ValueError, match="has no spo_state.json, so it is no checkpoint of SPO"):
+        with pytest.raises(ValueError, match="is a checkpoint of another trainer, which wrote step_reward_state.json"):
             make_trainer(tmp_path, "b", **settings).train(str(tmp_path / "reward" / "checkpoint-2"))
 
     def test_full_fine_tuning_resumes(self, tmp_path):

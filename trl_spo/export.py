@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from .hub_files import load_diffusers_pipeline, locate_checkpoint, require_existing
 from .pipelines.adapters import LORA_NAME
-from .pipelines.base import SPOPipeline
+from .pipelines.base import SPOPipeline, layerwise_casting
 from .pipelines.components import plain_pipeline
 from .training.checkpointing import check_output_dir
 
@@ -88,6 +88,11 @@ def merge_lora(
         raise ValueError(f"{sorted(from_pretrained_kwargs)} need a path or Hub id of the pipeline, not an object.")
     pipeline = plain_pipeline(pipeline.sd_pipeline if isinstance(pipeline, SPOPipeline) else pipeline)
     name = denoiser_of(pipeline)
+    if layerwise_casting(getattr(pipeline, name)):
+        raise ValueError(
+            f"The {name} of the pipeline stores its weights in 8 bits (`enable_layerwise_casting`), to which nothing can be added. "
+            "Pass the folder or Hub id of the base model."
+        )
 
     # A second pipeline with a denoiser of its own; the other components are shared and stay as they are.
     check_lora(pipeline, source)

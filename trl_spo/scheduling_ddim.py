@@ -193,7 +193,10 @@ class DDIMStepRule(StepRule):
     def __init__(self, scheduler):
         self.scheduler = stochastic_ddim_scheduler(scheduler)
         self._stochastic: dict[tuple[int, float], list[bool]] = {}
-        self._pure_noise = set((self.scheduler.alphas_cumprod <= 0).nonzero().flatten().tolist())
+        signal = self.scheduler.alphas_cumprod
+        self._pure_noise = set()
+        if signal.device.type != "meta":  # estimates of memory work on shapes, which have no values
+            self._pure_noise = set((signal <= 0).nonzero().flatten().tolist())
 
     @property
     def num_train_timesteps(self) -> int:

@@ -169,7 +169,9 @@ class SPOTrainer(StepTrainer):
     _name = "SPO"
     _nonfinite_metric = "pairs/nonfinite"
     checkpoint_files = CheckpointFiles(
-        weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"), state=(STATE_NAME, PAIRS_NAME)
+        weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"),
+        state=(STATE_NAME, PAIRS_NAME),
+        foreign=("step_reward_state.json",),
     )
 
     def __init__(

@@ -42,6 +42,7 @@ from .rewards.base import is_reward_model, load_reward_model, wrap_reward
 from .rewards.inputs import StepRewardOutput, freeze, thaw
 from .step_reward_config import StepRewardConfig
 from .training.base import StepTrainer
+from .training.checkpointing import CheckpointFiles
 from .training.gather import gather_rows
 from .training.model_card import step_reward_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
@@ -142,6 +143,7 @@ class StepRewardTrainer(StepTrainer):
 
     _tag_names = ["trl", "spo", "step-aware-reward-model"]
     _name = "SPO step-aware reward model"
+    checkpoint_files = CheckpointFiles(foreign=("spo_state.json",))
     _nonfinite_metric = "nonfinite_pairs"
 
     def __init__(
@@ -514,8 +516,6 @@ class StepRewardTrainer(StepTrainer):
         self._metrics.clear()
         if folder is None:
             return False
-        if (Path(folder) / "spo_state.json").is_file():
-            raise ValueError(f"{folder!r} is a checkpoint of SPO, not of a reward model. Name one of this trainer's.")
         if not (Path(folder) / STATE_NAME).is_file():
             logger.warning(f"{folder!r} has no {STATE_NAME}: the next log is about the steps from here on only.")
             return False

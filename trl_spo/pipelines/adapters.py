@@ -38,7 +38,9 @@ logger = logging.get_logger(__name__)
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a LoRA
 METADATA_KEY = "lora_adapter_metadata"  # in the header of the file, where diffusers keeps the configuration
-FOLDED_KEY = "trl_spo_folded"  # in the header, too: the strength of an adapter that is part of the weights of its file
+FOLDED_KEY = (
+    "folded_strength"  # in the header, too: the strength of an adapter that is part of the weights of its file
+)
 NOT_TRAINED = {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}  # of an adapter that is used
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "task_type", "auto_mapping")
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")  # what equal weights mean
@@ -198,6 +200,8 @@ def adapter_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def _fingerprint(values: torch.Tensor) -> tuple:
     """Equal for tensors with equal bits, in any memory order; quantised ones consist of several plain tensors."""
+    if values.device.type == "meta":  # shapes without numbers, which estimates of memory work on
+        return values.dtype, values.shape
     if is_traceable_wrapper_subclass(values):
         parts, _ = values.__tensor_flatten__()
         return values.shape, *(_fingerprint(getattr(values, name)) for name in parts)

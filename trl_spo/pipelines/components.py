@@ -101,7 +101,9 @@ def check_network(network: torch.nn.Module, name: str) -> None:
             f"A part of the {name} is wrapped, {wrapped[0]!r}, so its weights would be saved under names that nobody reads. "
             "Compile in place, as `module.compile()` and `compile_repeated_blocks()` do, or set `compile_regions`."
         )
-    if any(weight.device.type == "meta" for weight in network.parameters()):
+    # Whoever works on shapes, as estimates of memory do, says so by `torch.device("meta")` around it.
+    wants_shapes = torch.empty(0).device.type == "meta"
+    if not wants_shapes and any(weight.device.type == "meta" for weight in network.parameters()):
         raise ValueError(
             f"The {name} has weights on the meta device, which are shapes without numbers. Load the pipeline with "
             "`from_pretrained`, without sequential CPU offload."

@@ -56,10 +56,12 @@ class CheckpointFiles:
     Attributes:
         weights (`tuple[str]`): glob patterns of files that its `_write_model` writes; one of them must match.
         state (`tuple[str]`): names of files that its `_write_state` writes and its `_read_state` cannot do without.
+        foreign (`tuple[str]`): names of files that tell the checkpoint of another trainer.
     """
 
     weights: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json", "pytorch_model*")
     state: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
 
 def check_output_dir(output_dir: str | Path, create: bool = True):
@@ -362,6 +364,11 @@ def checkpoint_to_resume(
             )
     else:
         folder = str(resume_from_checkpoint)
+        other = [name for name in files.foreign if (Path(folder) / name).is_file()]
+        if other:
+            raise ValueError(
+                f"{folder!r} is a checkpoint of another trainer, which wrote {other[0]}. Name one of this trainer's."
+            )
         problems = checkpoint_problems(folder, files)
         if problems:
             other = last_checkpoint(Path(folder).absolute().parent, files)
