@@ -39,7 +39,6 @@ import copy
 import dataclasses
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,13 @@ from ..hub_files import (
 )
 from ..pipelines.adapters import save_lora
 from ..pipelines.auto import wrap_pipeline
+from ..pipelines.base import SPOPipeline
 from ..pipelines.components import plain_pipeline
 from ..pipelines.conditioning import PromptEmbeds
-from ..pipelines.flow import SPOFlowPipeline
 from ..pipelines.reward_adapter import REWARD_ADAPTER, add_reward_adapter
 from .dina import load_dina
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
-from .latent_config import LatentRewardModelConfig, check_latent_space, latent_space_of
+from .latent_config import LatentRewardModelConfig, check_latent_space, check_made_for, latent_space_of
 from .latent_features import (
     BlockTokens,
     SharedFeatures,
@@ -89,8 +88,10 @@ from .latent_heads import QueryAttentionHead
 
 
 STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
-PIPELINE_FOLDER = (
-    "pipeline"  # beside saved weights: the pipeline whose text encoders a transformer's reward reads with
+PIPELINE_FOLDER = "pipeline"  # beside saved weights: whose text encoders a transformer's reward reads with
+# What makes a model that shares its denoiser, beside the pipeline and the adapter.
+SHARED_SETTINGS = (
+    "blocks guidance_scale projection_dim head num_queries num_heads score_shift score_scale logit_scale_init".split()
 )
 
 
@@ -131,6 +132,7 @@ class LatentRewardModel(PreTrainedModel):
     ):
         super().__init__(config)
         self.reader = None  # the SPO pipeline that encodes prompts, where that is not done here
+        self._saved_reader = None  # folder of one, loaded if no other is given
         self.save_reader = True
         if config.shared:
             if shared is None:
@@ -271,11 +273,20 @@ class LatentRewardModel(PreTrainedModel):
         empty = torch.full_like(rows, unique[""])
         return PromptEmbeds(tokens[rows], tokens[empty], pooled[rows], pooled[empty])
 
-    def _require_reader(self) -> SPOFlowPipeline:
+    def _require_reader(self) -> SPOPipeline:
         """
+        The pipeline that encodes prompts: the one that is judged, or else the one that was saved beside the weights.
+
         Raises:
-            ValueError: if there is no pipeline to encode prompts.
+            ValueError: if there is none.
         """
+        if self.reader is None and self._saved_reader is not None:
+            index = json.loads((self._saved_reader / "model_index.json").read_text())
+            # A part that the pipeline did without, such as SD3's T5, has to be left out by name.
+            missing = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[-1] is None}
+            parts = {**missing, "transformer": self.backbone.network}
+            self.check_pipeline(load_diffusers_pipeline(self._saved_reader, **parts))
+            self.reader.max_sequence_length = self.config.max_sequence_length
         if self.reader is None:
             raise ValueError(
                 f"This latent reward model encodes prompts with a {self.config.pipeline_class}, and its folder holds none. "
@@ -289,9 +300,13 @@ class LatentRewardModel(PreTrainedModel):
         reader = self._require_reader()
         check_texts(prompts)
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        guided = self.config.transformer_config is None and self.config.guidance_scale > 1
         with reader.encoders_on_device():
-            text = reader.encode_prompt(list(unique))
-        if self.config.transformer_config is not None or self.config.guidance_scale <= 1:
+            if guided or not reader.negative_is_optional:
+                text = reader.encode_prompt(list(unique))
+            else:
+                text = reader.encode_prompt(list(unique), None)
+        if not guided:
             text = dataclasses.replace(
                 text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
             )
@@ -435,18 +450,12 @@ class LatentRewardModel(PreTrainedModel):
         """
         if self.reads_with_pipeline:
             wrapped = wrap_pipeline(pipeline)
-            theirs = type(wrapped.sd_pipeline).__name__
             if self.config.shared and wrapped.denoiser is not self.backbone.network:
                 raise ValueError(
                     "The latent reward model shares the denoiser of another pipeline. Save it, and load it onto this one "
                     "with `LatentRewardModel.from_pretrained(path, pipeline=pipeline)`."
                 )
-            if theirs != self.config.pipeline_class:
-                raise ValueError(
-                    f"The latent reward model was made for a {self.config.pipeline_class}, and the pipeline is a {theirs}: "
-                    "it would judge noise. Take a reward model that was made for this pipeline."
-                )
-            check_latent_space(self.config.latent_space, latent_space_of(wrapped))
+            check_made_for(self.config, wrapped)
             self.reader = wrapped
             return
         pipeline = getattr(pipeline, "sd_pipeline", pipeline)
@@ -455,14 +464,10 @@ class LatentRewardModel(PreTrainedModel):
                 f"The latent reward model judges latents of a UNet's noise schedule, and a {type(pipeline).__name__} has "
                 "another one. Take a reward model that was made for this pipeline."
             )
-        vae, config = pipeline.vae.config, self.config
-        theirs = (vae.latent_channels, vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
-        ours = (config.latent_channels, config.scaling_factor, config.shift_factor or 0.0)
-        if not all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) for a, b in zip(theirs, ours, strict=True)):
-            raise ValueError(
-                f"The latent reward model judges latents with (channels, scale, shift) = {ours}, and the pipeline's are "
-                f"{theirs}: it would judge noise. Take a reward model that was made for this pipeline."
-            )
+        ours = {"channels": self.config.latent_channels, "scaling_factor": self.config.scaling_factor}
+        if self.config.shift_factor:
+            ours["shift_factor"] = self.config.shift_factor
+        check_latent_space(ours, latent_space_of(wrap_pipeline(pipeline)))
         if not self.tokenizers:
             self.tokenizers = tokenizers_of(pipeline, len(self.text_encoders))
 
@@ -523,23 +528,12 @@ class LatentRewardModel(PreTrainedModel):
         reader = wrap_pipeline(pipeline)
         denoiser = reader.denoiser
         peft_config = peft_config or reader.default_lora()
-        with reader.encoders_on_device():
-            text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
-        architecture = {**plain_config(denoiser.config), "_class_name": type(denoiser).__name__}
-        settings = {"unet_config": architecture}
-        if not isinstance(denoiser, UNet2DConditionModel):
-            config_kwargs.setdefault("blocks", default_blocks(denoiser))
-            check_blocks(denoiser, config_kwargs["blocks"])
-            settings = {"transformer_config": architecture}
+        if isinstance(denoiser, UNet2DConditionModel):
+            settings = {"unet_config": denoiser.config, **config_kwargs}
+        else:
+            settings = transformer_settings(denoiser, config_kwargs)
         config = cls.config_class(
-            **settings,
-            shared=True,
-            peft_config=plain_lora(peft_config),
-            text_width=text_width,
-            pipeline_class=type(reader.sd_pipeline).__name__,
-            latent_space=latent_space_of(reader),
-            num_train_timesteps=reader.num_train_timesteps,
-            **config_kwargs,
+            shared=True, peft_config=plain_lora(peft_config), **reader_settings(reader), **settings
         )
         adapter = add_reward_adapter(denoiser, peft_config)
         model = cls(config, shared=SharedFeatures(denoiser, adapter, config.blocks))
@@ -551,21 +545,8 @@ class LatentRewardModel(PreTrainedModel):
         """A model around copies of a transformer's first blocks."""
         reader = wrap_pipeline(pipeline)
         transformer = reader.denoiser
-        with reader.encoders_on_device():
-            text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
-        if getattr(transformer, "transformer_blocks", None) is not None:
-            config_kwargs.setdefault("blocks", default_blocks(transformer))
-        config_kwargs.setdefault("blocks", [1])
-        config = cls.config_class(
-            transformer_config={**plain_config(transformer.config), "_class_name": type(transformer).__name__},
-            text_width=text_width,
-            pipeline_class=type(pipeline).__name__,
-            max_sequence_length=reader.max_sequence_length,
-            latent_space=latent_space_of(reader),
-            num_train_timesteps=reader.num_train_timesteps,
-            **config_kwargs,
-        )
-        model = cls(config)
+        settings = transformer_settings(transformer, config_kwargs)
+        model = cls(cls.config_class(**reader_settings(reader), **settings))
         model.backbone.load_network(without_adapters(transformer), "the pipeline's transformer")
         model.reader = reader
         return model.cast(transformer.dtype).eval()
@@ -679,7 +660,8 @@ class LatentRewardModel(PreTrainedModel):
         """
         path = str(pretrained_model_name_or_path)
         require_existing(path, "latent reward model")
-        config = cls.config_class.from_pretrained(path)
+        where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+        config = cls.config_class.from_pretrained(path, **where)
         if config.shared and pipeline is not None:
             return cls._onto(pipeline, path, config)
         return_info = kwargs.pop("output_loading_info", False)
@@ -687,13 +669,8 @@ class LatentRewardModel(PreTrainedModel):
         if model.tokenizers is None:
             model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
         own = Path(path) / PIPELINE_FOLDER
-        if model.reads_with_pipeline and pipeline is None and own.is_dir():
-            index = json.loads((own / "model_index.json").read_text())
-            # A part that the pipeline did without, such as SD3's T5, has to be left out by name.
-            missing = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[-1] is None}
-            parts = {**missing, "transformer": model.backbone.transformer}
-            model.check_pipeline(load_diffusers_pipeline(own, **parts))
-            model.reader.max_sequence_length = model.config.max_sequence_length
+        if own.is_dir():
+            model._saved_reader = own
         if pipeline is not None:
             model.check_pipeline(pipeline)
         return (model, info) if return_info else model
@@ -702,29 +679,9 @@ class LatentRewardModel(PreTrainedModel):
     def _onto(cls, pipeline, path: str, config: LatentRewardModelConfig) -> "LatentRewardModel":
         """A saved model that shares its denoiser, on the denoiser of a pipeline."""
         reader = wrap_pipeline(pipeline)
-        theirs = type(reader.sd_pipeline).__name__
-        if theirs != config.pipeline_class:
-            raise ValueError(
-                f"The latent reward model in {path!r} was made for a {config.pipeline_class}, got a {theirs}."
-            )
-        check_latent_space(config.latent_space, latent_space_of(reader))
-        model = cls._sharing(
-            reader,
-            LoraConfig(**config.peft_config),
-            {
-                name: getattr(config, name)
-                for name in (
-                    "blocks",
-                    "guidance_scale",
-                    "projection_dim",
-                    "head",
-                    "num_queries",
-                    "num_heads",
-                    "score_shift",
-                    "score_scale",
-                )
-            },
-        )
+        check_made_for(config, reader)
+        settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
+        model = cls._sharing(reader, LoraConfig(**config.peft_config), settings)
         weights = read_state_dict(locate_checkpoint(path, "model.safetensors"))
         load_strictly(model, weights, path, "the latent reward model")
         return model.eval()
@@ -744,12 +701,42 @@ class LatentRewardModel(PreTrainedModel):
         main = kwargs.get("is_main_process", True)
         if self.config.shared and main and save_reader:  # its part of the denoiser, as a LoRA that diffusers reads
             save_lora(self.reader.sd_pipeline, self.reader.denoiser_name, save_directory, adapter_name=REWARD_ADAPTER)
-        if self.reader is not None and not self.config.shared and save_reader and main:
-            save_without_denoiser(self.reader, Path(save_directory) / PIPELINE_FOLDER)
-        if self.tokenizers and kwargs.get("is_main_process", True):
+        if self.reads_with_pipeline and not self.config.shared and save_reader and main:
+            save_without_denoiser(self._require_reader(), Path(save_directory) / PIPELINE_FOLDER)
+        if self.tokenizers and main:
             for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False):
                 tokenizer.save_pretrained(Path(save_directory) / name)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def transformer_settings(transformer: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """
+    `settings` of a [`LatentRewardModelConfig`] with the architecture of a transformer, and the blocks that are read.
+
+    Raises:
+        ValueError: for a transformer with one stream, or blocks that do not exist.
+    """
+    blocks = settings.get("blocks")
+    check_blocks(transformer, [1] if blocks is None else blocks)
+    architecture = {**plain_config(transformer.config), "_class_name": type(transformer).__name__}
+    return {
+        **settings,
+        "transformer_config": architecture,
+        "blocks": default_blocks(transformer) if blocks is None else list(blocks),
+    }
+
+
+def reader_settings(reader: SPOPipeline) -> dict[str, Any]:
+    """What a [`LatentRewardModelConfig`] says of the pipeline that reads prompts and whose latents are judged."""
+    with reader.encoders_on_device():
+        text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
+    return {
+        "text_width": text_width,
+        "pipeline_class": type(reader.sd_pipeline).__name__,
+        "max_sequence_length": getattr(reader, "max_sequence_length", None),
+        "latent_space": latent_space_of(reader),
+        "num_train_timesteps": reader.num_train_timesteps,
+    }
 
 
 def plain_lora(peft_config: LoraConfig) -> dict[str, Any]:
@@ -766,9 +753,8 @@ def save_without_denoiser(pipeline, folder: Path) -> None:
     """A diffusers pipeline as a folder, but for its denoiser."""
     components = dict(pipeline.sd_pipeline.components)
     components[pipeline.denoiser_name] = None
-    complains = logging.getLogger(
-        "diffusers.pipelines.pipeline_utils"
-    )  # that a part which is not there cannot be saved
+    # It complains that a part which is not there cannot be saved.
+    complains = logging.getLogger("diffusers.pipelines.pipeline_utils")
     level = complains.level
     complains.setLevel(logging.ERROR)
     try:

@@ -148,6 +148,22 @@ def latent_space_of(pipeline) -> dict[str, Any]:
     return space
 
 
+def check_made_for(config: LatentRewardModelConfig, pipeline) -> None:
+    """
+    Whether a model that reads with a pipeline was made for one like this [`SPOPipeline`].
+
+    Raises:
+        ValueError: for a pipeline of another class, or with latents of another space.
+    """
+    theirs = type(pipeline.sd_pipeline).__name__
+    if theirs != config.pipeline_class:
+        raise ValueError(
+            f"The latent reward model was made for a {config.pipeline_class}, and the pipeline is a {theirs}: it would judge "
+            "noise. Take a reward model that was made for this pipeline."
+        )
+    check_latent_space(config.latent_space, latent_space_of(pipeline))
+
+
 def check_latent_space(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """
     Raises:
