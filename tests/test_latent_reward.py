@@ -40,7 +40,9 @@ from trl_spo import (
     wrap_pipeline,
     wrap_reward,
 )
-from trl_spo.sampling import score_images
+from trl_spo.evaluation.evaluate import EvaluationProtocol, evaluate_pipeline
+from trl_spo.rewards import latent
+from trl_spo.sampling import generate_images, score_images
 from trl_spo.scripts.arguments import RewardModelArguments
 
 
@@ -378,6 +380,45 @@ class TestTransformers:
         for plain, recomputed in zip(*gradients, strict=True):
             torch.testing.assert_close(plain, recomputed)
 
+    def test_text_encoders_beside_the_weights_wait_until_they_are_needed(self, tmp_path, monkeypatch):
+        """A trainer gives the reward its own pipeline: a second set of text encoders must not be loaded first."""
+        pipeline, model, latents = self.made(tiny_sd3_pipeline, tmp_path)
+        with torch.no_grad():
+            expected = model.score(latents, PROMPTS[:2], 500)
+        model.save_pretrained(tmp_path / "saved")
+        loads = []
+        load = latent.load_diffusers_pipeline
+        monkeypatch.setattr(latent, "load_diffusers_pipeline", lambda *a, **k: loads.append(1) or load(*a, **k))
+        given = LatentRewardModel.from_pretrained(tmp_path / "saved")
+        given.check_pipeline(pipeline)
+        alone = LatentRewardModel.from_pretrained(tmp_path / "saved")
+        for loaded, count in ((given, 0), (alone, 1), (alone, 1)):
+            with torch.no_grad():
+                assert torch.equal(loaded.score(latents, PROMPTS[:2], 500), expected)
+            assert len(loads) == count
+
+    def test_the_empty_prompt_is_not_read(self, tmp_path):
+        """Nothing is guided here, and large text encoders are slow."""
+        pipeline, model, _ = self.made(tiny_sd3_pipeline, tmp_path)
+        lengths = []
+        encoder = pipeline.sd_pipeline.text_encoder_3
+        encoder.register_forward_hook(lambda m, args, output: lengths.append(len(args[0])))
+        model.encode_prompts([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+        assert lengths == [2]
+
+    def test_it_is_a_metric(self, tmp_path):
+        """`evaluate_pipeline` shows it what the VAE makes of the images, and refuses another pipeline before sampling."""
+        pipeline, model, _ = self.made(tiny_sd3_pipeline, tmp_path)
+        protocol = EvaluationProtocol("p", scheduler="FlowMatchEuler", num_inference_steps=2, guidance_scale=1.0)
+        result = evaluate_pipeline(pipeline, PROMPTS[:2], {"latent": model}, protocol=protocol)
+        images = generate_images(pipeline, PROMPTS[:2], seeds=[0, 1], **protocol.sampler())
+        mean, _ = pipeline.image_posterior(images * 2 - 1)
+        with torch.no_grad():
+            expected = model.score(mean, PROMPTS[:2], 0)
+        torch.testing.assert_close(result.scores["latent"], expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="made for a StableDiffusion3Pipeline"):
+            evaluate_pipeline(tiny_sd_pipeline(tmp_path / "sd"), PROMPTS[:2], {"latent": model})
+
     def test_lpo_trains_a_flow_model(self, tmp_path):
         pipeline, model, _ = self.made(tiny_sd3_pipeline, tmp_path)
         before = state_of(model)
@@ -401,6 +442,8 @@ class TestTransformers:
     def test_other_pipelines_are_refused(self, tmp_path, pipe, model):
         with pytest.raises(ValueError, match="`ZImageTransformer2DModel` has one stream for text and image"):
             LatentRewardModel.from_pipeline(tiny_z_image_pipeline(tmp_path / "z"))
+        with pytest.raises(ValueError, match="`ZImageTransformer2DModel` has one stream for text and image"):
+            LatentRewardModel.from_pipeline(tiny_z_image_pipeline(tmp_path / "z2"), shared=True)
         sd3 = tiny_sd3_pipeline(tmp_path / "sd3")
         flow_reward = LatentRewardModel.from_pipeline(sd3)
         with pytest.raises(

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from ..images import eight_bits
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
-from ..rewards.base import is_reward_model
+from ..rewards.base import is_reward_model, wrap_reward
 from ..sampling import generate_images, score_images
 from ..training.checkpointing import check_output_dir
 from .sheets import before_after_sheet, image_grid
@@ -251,10 +251,12 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _apply_metric(name: str, metric: Callable, images: torch.Tensor, prompts: list[str], whose: str) -> torch.Tensor:
+def _apply_metric(
+    name: str, metric: Callable, images: torch.Tensor, prompts: list[str], whose: str, pipeline: SPOPipeline
+) -> torch.Tensor:
     """`(n,)` finite scores, or an error that names the metric and the prompt."""
     if is_reward_model(metric):  # at timestep 0
-        scores = score_images(images, prompts, metric)
+        scores = score_images(images, prompts, metric, pipeline=pipeline)
     else:
         scores = torch.as_tensor(metric(images, prompts)).detach().float().cpu()
     if scores.shape != (len(prompts),):
@@ -312,7 +314,8 @@ def evaluate_pipeline(
         prompts (`list[str]`): one per image; repeat a prompt for several images of it. Statistics are over distinct
             prompts.
         metrics (`dict[str, Callable]` or `list[str]`): by name, callables `(images (n, 3, H, W) in [0, 1], prompts) ->
-            (n,)` such as those of `trl_spo.evaluation.metrics`, or step-aware reward models, which judge at timestep 0.
+            (n,)` such as those of `trl_spo.evaluation.metrics`, or reward models, which judge at timestep 0; a latent one
+            judges what the pipeline's VAE makes of the images.
             A list of names loads them with `metrics.load_metric`.
         protocol ([`EvaluationProtocol`] or `str`, *optional*, defaults to `"spo-paper"`): or the name of one in
             `PROTOCOLS`.
@@ -360,6 +363,8 @@ def evaluate_pipeline(
         metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
 
     # Each process evaluates its share of the images, and gets the records of all.
+    for metric in filter(is_reward_model, metrics.values()):
+        wrap_reward(metric).check_pipeline(pipeline)  # refuses latents of another space before any image
     task = _Task(pipeline, base, prompts, seeds, metrics, protocol, num_sheet_images)
     rank, num_ranks = _rank_and_world_size(pipeline.device)
     records = _evaluate_shares(task, batch_size, progress, rank, num_ranks)
@@ -471,7 +476,9 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
     # Their scores, row by row.
     records = [{"row": row, "scores": {}, "images": {}} for row in rows]
     for side, images in sides.items():
-        scores = {name: _apply_metric(name, metric, images, prompts, side) for name, metric in task.metrics.items()}
+        scores = {}
+        for name, metric in task.metrics.items():
+            scores[name] = _apply_metric(name, metric, images, prompts, side, task.pipeline)
         for i, record in enumerate(records):
             record["scores"][side] = {name: values[i].item() for name, values in scores.items()}
             if record["row"] < task.num_sheet_images:
