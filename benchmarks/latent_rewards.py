@@ -57,7 +57,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from anywhere
 
 from benchmarks.compare.evaluate import exact_scores, two_way
-from benchmarks.compare.methods import Meter, Recorder, restore_adapter, train_spo
+from benchmarks.compare.methods import Meter, Recorder, restore_adapter, reward_config, train_spo
 from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set, load_flow_pipeline, load_pipeline
 from examples.shapes.preferences import make_preferences
@@ -76,7 +76,6 @@ from examples.shapes.settings import (
 from trl_spo import (
     LatentRewardModel,
     StepAwareRewardModel,
-    StepRewardConfig,
     StepRewardTrainer,
     wrap_pipeline,
     wrap_reward,
@@ -141,24 +140,15 @@ def train_reward(kind: str, model: str, pipeline, pairs, seed: int, folder: Path
     if kind == "latent_filtered":
         pairs, counts = consistent(pairs)
     if kind == "pixel":
-        settings, steps = FLOW_REWARD_SETTINGS if model == "flow" else REWARD_SETTINGS, REWARD_STEPS
+        settings = FLOW_REWARD_SETTINGS if model == "flow" else REWARD_SETTINGS
+        steps = REWARD_STEPS
         reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
     else:
-        settings, steps = latent_reward_settings(model), LATENT_REWARD_STEPS
+        settings = latent_reward_settings(model)
+        steps = LATENT_REWARD_STEPS
         torch.manual_seed(seed)
         reward_model = LatentRewardModel.from_pipeline(pipeline, guidance_scale=1.0)
-    config = StepRewardConfig(
-        output_dir=str(folder),
-        **{**settings, "cache_latents": True},
-        eval_timesteps=[0],
-        max_steps=steps,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    config = reward_config(settings, steps, seed, folder)
     trainer = StepRewardTrainer(config, pipeline, reward_model, train_dataset=pairs)
     start = time.process_time()
     trainer.train()
@@ -257,7 +247,8 @@ class EquivalentMeter(Meter):
 
     def _count_backbone(self, module, inputs, output):
         if not self._paused:
-            self.forward += self.weight * len(output[0])
+            features = output if isinstance(output, list) else output.image  # of a UNet, of a transformer
+            self.forward += self.weight * len(features[0])
 
     def close(self):
         super().close()
@@ -307,10 +298,9 @@ def train(model: str, arm: str, seed: int, reward_model, tuned: dict) -> dict:
         scores = scores_of(pipeline, "validation", 2)
         return {name: values.mean().item() for name, values in scores.items()}
 
-    recorder = Recorder(pipeline.denoiser, MARKS, validate)
-    recorder.meter.close()
     backbone = reward_model.backbone if kind != "pixel" else None
-    recorder.meter = EquivalentMeter(pipeline.denoiser, backbone, weight)
+    meter = EquivalentMeter(pipeline.denoiser, backbone, weight)
+    recorder = Recorder(pipeline.denoiser, MARKS, validate, meter)
     with tempfile.TemporaryDirectory() as folder:
         train_spo(pipeline, recorder, reward_model, seed, {**settings_of(model, kind, changes), **tuned}, Path(folder))
     recorder.meter.close()

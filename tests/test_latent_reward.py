@@ -532,6 +532,26 @@ class TestShared:
         assert len(names) == sum(".default." in name for name, _ in pipeline.denoiser.named_parameters())
         assert not any("reward" in name for name in names)
 
+    def test_compiled_blocks_serve_both_adapters(self, tmp_path, family):
+        """The policy's blocks are compiled on a GPU by default; the reward runs them under its own adapter."""
+        pipeline = wrap_pipeline(family(tmp_path / "pipeline"))
+        model, latents = moved_reward(pipeline)
+        with torch.no_grad():
+            expected = model.score(latents, PROMPTS[:2], 500)
+        config = tiny_spo_config(
+            tmp_path / "run",
+            branch_start_step=0,
+            preference_threshold=0.0,
+            torch_compile=True,
+            torch_compile_backend="eager",
+        )
+        trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS, peft_config=lora())
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert losses[0] == pytest.approx(0.693147, abs=1e-5) and losses[1] != losses[0]
+        with torch.no_grad():
+            torch.testing.assert_close(model.score(latents, PROMPTS[:2], 500), expected)
+
     def test_what_is_saved_is_loaded_onto_a_pipeline(self, tmp_path, family):
         model, latents = moved_reward(family(tmp_path / "a"))
         model.save_pretrained(tmp_path / "saved")

@@ -865,10 +865,6 @@ class SPOTrainer(StepTrainer):
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
-            if not (Path(folder) / STATE_NAME).is_file():
-                raise ValueError(
-                    f"{folder!r} has no {STATE_NAME}, so it is no checkpoint of SPO. Name one of this trainer's."
-                )
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
             self._check_waiting(folder, state.get("transitions"))

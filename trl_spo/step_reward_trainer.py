@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .losses import caption_contrastive_loss, step_preference_loss
@@ -488,7 +487,7 @@ class StepRewardTrainer(StepTrainer):
 
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
         """What the parent saves, and a model card. Text encoders of the pipeline, which never change, are in no checkpoint."""
-        self.model.save_reader = not output_dir.name.startswith(PREFIX_CHECKPOINT_DIR)
+        self.model.save_reader = not self._staging
         if self._lends_dimension and self.args.should_save:
             state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
             state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}

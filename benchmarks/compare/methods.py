@@ -156,6 +156,7 @@ class Recorder:
         unet (`torch.nn.Module`): what is trained.
         marks (`list[int]`): rising numbers of UNet evaluations; the last one ends the run.
         evaluate (`Callable[[], dict]`, *optional*): scores of the current model; not counted.
+        meter ([`Meter`], *optional*): what counts; by default a meter of the UNet.
 
     Attributes:
         points (`list[dict]`): `mark`, `evaluations`, `cpu_seconds`, `wall_seconds`, `updates`, the scores, and what
@@ -163,9 +164,15 @@ class Recorder:
         states (`list[dict]`): the adapter at each point.
     """
 
-    def __init__(self, unet: torch.nn.Module, marks: list[int], evaluate: Callable[[], dict] | None = None):
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        marks: list[int],
+        evaluate: Callable[[], dict] | None = None,
+        meter: Meter | None = None,
+    ):
         self.unet, self.marks, self.evaluate = unet, list(marks), evaluate
-        self.meter = Meter(unet)
+        self.meter = Meter(unet) if meter is None else meter
         self.points, self.states, self.updates, self._next = [], [], 0, 0
 
     def __call__(self, **extra) -> bool:
@@ -200,6 +207,22 @@ REWARDS = {
 """Learned rewards: step-aware; the same without step conditioning; of finished images only; for branching at all steps."""
 
 
+def reward_config(settings: dict, steps: int, seed: int, output_dir: Path) -> StepRewardConfig:
+    """A quiet run of `steps` optimizer steps with `settings`, which are fields of [`StepRewardConfig`]."""
+    return StepRewardConfig(
+        output_dir=str(output_dir),
+        **{**settings, "cache_latents": True},
+        eval_timesteps=[0],
+        max_steps=steps,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+    )
+
+
 def train_reward_model(
     kind: str, pipeline, preferences, seed: int, steps: int, output_dir: Path
 ) -> tuple[StepAwareRewardModel, dict[str, float]]:
@@ -210,19 +233,7 @@ def train_reward_model(
         `tuple`: the model, and what its training cost: UNet `evaluations` and `cpu_seconds`.
     """
     recipe = REWARDS[kind]
-    config = StepRewardConfig(
-        output_dir=str(output_dir),
-        **{**REWARD_SETTINGS, "timesteps": recipe["timesteps"]},
-        eval_timesteps=[0],
-        max_steps=steps,
-        cache_latents=True,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
+    config = reward_config({**REWARD_SETTINGS, "timesteps": recipe["timesteps"]}, steps, seed, output_dir)
     model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP, step_conditioning=recipe["step_conditioning"])
     meter = Meter(pipeline.unet)
     trainer = StepRewardTrainer(config, pipeline, model, train_dataset=preferences)

@@ -38,9 +38,7 @@ logger = logging.get_logger(__name__)
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a LoRA
 METADATA_KEY = "lora_adapter_metadata"  # in the header of the file, where diffusers keeps the configuration
-FOLDED_KEY = (
-    "folded_strength"  # in the header, too: the strength of an adapter that is part of the weights of its file
-)
+FOLDED_KEY = "folded_strength"  # in the header, too: the strength that is part of the weights of a file
 NOT_TRAINED = {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}  # of an adapter that is used
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "task_type", "auto_mapping")
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")  # what equal weights mean

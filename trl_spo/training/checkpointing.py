@@ -509,7 +509,7 @@ class CheckpointingMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optim = getattr(self.args.optim, "value", self.args.optim)
-        own = [set(group) for group in getattr(self.optimizer, "param_groups", [])]
+        own = [set(group) for group in self._param_groups()]
         what = f"The optimizer state in {checkpoint!r} does not belong to `optim={optim!r}`"
         advice = "Resume with the `optim` of the run that wrote it."
         try:
