@@ -308,10 +308,14 @@ class TestTraining:
             torch.testing.assert_close(value, cached.model.state_dict()[name], rtol=1e-3, atol=1e-4)
 
     def test_bfloat16(self, make_trainer):
-        trainer = make_trainer(bf16=True)
-        trainer.train()
+        """Autocast rounds, and nothing more: the weights stay float32, and the first loss is nearly that of float32."""
+        losses = {}
+        for bf16 in (False, True):
+            trainer = make_trainer(bf16=bf16)
+            trainer.train()
+            losses[bf16] = train_logs(trainer)[0]["loss"]
         assert trainer.model.dtype == torch.float32
-        assert all(torch.isfinite(torch.tensor(log["loss"])) for log in train_logs(trainer))
+        assert losses[True] == pytest.approx(losses[False], rel=0.05) and losses[True] != losses[False]
 
 
 class TestBadInput:
@@ -323,10 +327,20 @@ class TestBadInput:
     def test_labels_come_from_a_judge_of_images(self, make_trainer, pipeline):
         with pytest.raises(ValueError, match="judges latents, not finished images. Pass a `preference_model`"):
             make_trainer(relabel_preferences=True)
-        redness = make_trainer(
-            relabel_preferences=True, preference_model=lambda images, prompts: images[:, 0].mean((1, 2))
-        )
-        redness.train()
+
+        # The judge's labels are trained on: pairs that are given the wrong way round have the loss of the right ones.
+        def redness(images, prompts):
+            return 100 * images[:, 0].mean((1, 2))
+
+        swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in image_pairs()]
+        losses = []
+        for rows in (image_pairs(), swapped):
+            trainer = make_trainer(rows=rows, relabel_preferences=True, preference_model=redness)
+            batch = StepPreferenceCollator(16, keep_unlabelled=True)(rows)
+            losses.append(trainer.compute_loss(trainer.model, batch).item())
+        plain = make_trainer(rows=swapped)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+        assert plain.compute_loss(plain.model, StepPreferenceCollator(16)(swapped)).item() > losses[1] + 0.01
         with pytest.raises(ValueError, match="must judge images, got `LatentRewardModel`"):
             judge = LatentRewardModel.from_pipeline(pipeline)
             make_trainer(relabel_preferences=True, preference_model=judge).train()

@@ -256,5 +256,16 @@ def image_pairs() -> list[dict]:
     return rows
 
 
+def assert_is_gradient(function, at: torch.Tensor) -> None:
+    """Whether autograd's gradient of `function(at)`, a number, is the slope along one direction by central differences."""
+    at = at.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(function(at), at)
+    direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slope = (function(at + 0.01 * direction) - function(at - 0.01 * direction)) / 0.02
+    assert slope.abs() > 1e-3
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=0.03, atol=1e-4)
+
+
 def train_logs(trainer) -> list[dict]:
     return [log for log in trainer.state.log_history if "loss" in log]
