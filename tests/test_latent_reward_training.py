@@ -17,6 +17,8 @@ Necessity: a latent reward that was trained on other latents than a rollout make
 half of a pair, gives scores that look like any others.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -306,6 +308,16 @@ class TestTraining:
         assert cached.encoding_cache.num_images_encoded == 2 * len(PROMPTS)
         for name, value in state_of(plain.model).items():
             torch.testing.assert_close(value, cached.model.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+    def test_broken_latents_are_called_so(self, make_trainer, pipeline):
+        trainer = make_trainer(max_steps=200)
+        handle = trainer.pipeline.vae.encoder.register_forward_hook(lambda module, args, output: output * math.nan)
+        try:
+            with pytest.raises(ValueError, match=r"pairs were not finite.*noisy latents at timestep "):
+                trainer.train()
+        finally:
+            handle.remove()
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
 
     def test_bfloat16(self, make_trainer):
         """Autocast rounds, and nothing more: the weights stay float32, and the first loss is nearly that of float32."""

@@ -41,9 +41,8 @@ def _is_clear(
     chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """p_win - p_lose > threshold under the softmax of the two scores; never for scores that are not finite."""
-    half_gap = (
-        chosen_scores / 2 - rejected_scores / 2
-    )  # halves first: the gap of two finite scores may be too large a number
+    # Halves first: the gap of two finite scores may be too large a number.
+    half_gap = chosen_scores / 2 - rejected_scores / 2
     return torch.isfinite(half_gap) & (torch.tanh(half_gap) > threshold)
 
 

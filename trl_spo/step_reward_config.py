@@ -110,7 +110,7 @@ class StepRewardConfig(StepTrainingArguments):
         freeze_text_tower (`bool`, *optional*, defaults to `False`):
             Whether to train the vision tower only.
         max_nonfinite_fraction (`float`, *optional*, defaults to `0.05`):
-            Pairs with a NaN or an infinity in the predicted images or the scores are left out, named and counted;
+            Pairs with a NaN or an infinity in the samples or the scores are left out, named and counted;
             training stops once they exceed this share of all (the first 1,000 are judged together). An optimizer step
             whose gradients are not finite is skipped; 20 in a row stop the training.
 

@@ -104,7 +104,8 @@ class StepRewardTrainer(StepTrainer):
             not changed.
         reward_model ([`StepAwareRewardModel`], [`LatentRewardModel`] or `str`):
             The model to train, or the folder or Hub id of one. Start from [`StepAwareRewardModel.from_clip`] or
-            [`LatentRewardModel.from_pipeline`]. Trained in float32 (under autocast with `bf16` or `fp16`), since steps of 3e-6 vanish in half precision weights.
+            [`LatentRewardModel.from_pipeline`]. Trained in float32 (under autocast with `bf16` or `fp16`), since steps of
+            3e-6 vanish in half precision weights.
         train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[dict]`, *optional*):
             Image pairs in Pick-a-Pic's or TRL's preference format. Defaults to `config.dataset_name`.
         eval_dataset (the same or a `dict` of them, *optional*):
@@ -409,7 +410,8 @@ class StepRewardTrainer(StepTrainer):
         weights = torch.where(finite, weights, 0.0)
         losses = step_preference_loss(scores_0, scores_1, label_0, label_1)  # (B,)
         if model.training:
-            self.guard.watch("predicted images", finite, timesteps, inputs["prompts"])
+            samples = "predicted images" if self.sees == "images" else self.sees.replace("_", " ")
+            self.guard.watch(samples, finite, timesteps, inputs["prompts"])
             self.guard.watch("scores", losses.isfinite(), timesteps, inputs["prompts"], again=True)
         if self.args.caption_loss_coef > 0:
             caption_losses = self._caption_losses(output, inputs, weights > 0)

@@ -30,7 +30,8 @@ class StepRewardOutput(ModelOutput):
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size,)`):
-            `exp(logit_scale) * cos(image, text)`, float32.
+            `exp(logit_scale) * cos(image, text)`, float32, or what the query-attention head of a [`LatentRewardModel`]
+            answers. That head has no features to compare: the other three are `None`.
         image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
             Normalised features of the samples, float32.
         text_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
