@@ -35,17 +35,11 @@ from the public code (https://github.com/Kwai-Kolors/LPO):
   harm (paper, table 5).
 """
 
-import copy
-import dataclasses
-import json
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftConfig
 from torch import nn
@@ -54,40 +48,40 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from ..hub_files import (
     load_diffusers_pipeline,
     load_strictly,
-    load_tokenizer,
     load_whole,
     locate_checkpoint,
-    optional_file,
-    read_plain,
     read_state_dict,
     require_existing,
-    whole_networks,
 )
 from ..pipelines.adapters import save_lora
 from ..pipelines.auto import wrap_pipeline
-from ..pipelines.base import SPOPipeline
 from ..pipelines.components import plain_pipeline
 from ..pipelines.conditioning import PromptEmbeds
-from ..pipelines.reward_adapter import REWARD_ADAPTER, add_reward_adapter
+from ..pipelines.reward_adapter import REWARD_ADAPTER
 from .dina import load_dina
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
+from .latent_building import copy_transformer, copy_unet, share_denoiser
 from .latent_config import LatentRewardModelConfig, check_latent_space, check_made_for, latent_space_of
 from .latent_features import (
     BlockTokens,
     SharedFeatures,
     TransformerFeatures,
     UNetFeatures,
-    check_blocks,
     check_text_tokens,
-    default_blocks,
-    plain_config,
     pooled_text,
-    without_adapters,
 )
 from .latent_heads import QueryAttentionHead
+from .latent_text import (
+    PipelineReader,
+    encode_with_clips,
+    load_tokenizers,
+    make_text_encoder,
+    save_without_denoiser,
+    tokenizers_of,
+)
+from .lpo import load_lpo
 
 
-STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
 PIPELINE_FOLDER = "pipeline"  # beside saved weights: whose text encoders a transformer's reward reads with
 # What makes a model that shares its denoiser, beside the pipeline and the adapter.
 SHARED_SETTINGS = (
@@ -131,8 +125,6 @@ class LatentRewardModel(PreTrainedModel):
         self, config: LatentRewardModelConfig, tokenizers: list | None = None, shared: SharedFeatures | None = None
     ):
         super().__init__(config)
-        self.reader = None  # the SPO pipeline that encodes prompts, where that is not done here
-        self._saved_reader = None  # folder of one, loaded if no other is given
         self.save_reader = True
         if config.shared:
             if shared is None:
@@ -147,6 +139,7 @@ class LatentRewardModel(PreTrainedModel):
         else:
             self.backbone = TransformerFeatures(config.transformer_config, config.blocks)
             text_width = config.text_width
+        self.reader = PipelineReader(config, self.backbone.network) if self.reads_with_pipeline else None
         self.text_encoders = nn.ModuleList(make_text_encoder(text) for text in config.text_configs)
         self.head = self.visual_projection = self.text_projection = self.logit_scale = None
         if config.head == "query_attention":
@@ -228,7 +221,7 @@ class LatentRewardModel(PreTrainedModel):
         """
         if self.reads_with_pipeline:
             check_texts(prompts)
-            self._require_reader()
+            self.reader.require()
             return []
         if not self.tokenizers:
             raise ValueError(
@@ -248,69 +241,18 @@ class LatentRewardModel(PreTrainedModel):
             found.append(encoded.input_ids.to(self.device))
         return found
 
-    def _encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token features `(B, L, dim)` as the diffusion model attends to them, and pooled features `(B, dim)`."""
-        ids = self.tokenize(prompts)
-        if len(self.text_encoders) == 1:
-            output = self.text_encoders[0](ids[0])
-            return output.last_hidden_state, output.pooler_output
-        outputs = [
-            encoder(part, output_hidden_states=True) for encoder, part in zip(self.text_encoders, ids, strict=True)
-        ]
-        tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return tokens, outputs[-1].text_embeds
-
     def encode_prompts(self, prompts: list[str]) -> PromptEmbeds:
         """
         Everything that scoring needs of the prompts, one row each: features of the tokens and of the empty prompt, and
         pooled features. Each distinct prompt passes through the text encoders once.
         """
         if self.reads_with_pipeline:
-            return self._read(prompts)
+            return self.reader.encode(prompts)
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys([*prompts, ""]))}
-        tokens, pooled = self._encode(list(unique))
+        tokens, pooled = encode_with_clips(self.text_encoders, self.tokenize(list(unique)))
         rows = torch.tensor([unique[prompt] for prompt in prompts], device=tokens.device)
         empty = torch.full_like(rows, unique[""])
         return PromptEmbeds(tokens[rows], tokens[empty], pooled[rows], pooled[empty])
-
-    def _require_reader(self) -> SPOPipeline:
-        """
-        The pipeline that encodes prompts: the one that is judged, or else the one that was saved beside the weights.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        if self.reader is None and self._saved_reader is not None:
-            index = json.loads((self._saved_reader / "model_index.json").read_text())
-            # A part that the pipeline did without, such as SD3's T5, has to be left out by name.
-            missing = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[-1] is None}
-            parts = {**missing, "transformer": self.backbone.network}
-            self.check_pipeline(load_diffusers_pipeline(self._saved_reader, **parts))
-            self.reader.max_sequence_length = self.config.max_sequence_length
-        if self.reader is None:
-            raise ValueError(
-                f"This latent reward model encodes prompts with a {self.config.pipeline_class}, and its folder holds none. "
-                "Call `check_pipeline(pipeline)` first, as the trainers do."
-            )
-        return self.reader
-
-    @torch.no_grad()
-    def _read(self, prompts: list[str]) -> PromptEmbeds:
-        """Features of prompts by the frozen text encoders of the pipeline; of the empty prompt if the middle is guided."""
-        reader = self._require_reader()
-        check_texts(prompts)
-        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        guided = self.config.transformer_config is None and self.config.guidance_scale > 1
-        with reader.encoders_on_device():
-            if guided or not reader.negative_is_optional:
-                text = reader.encode_prompt(list(unique))
-            else:
-                text = reader.encode_prompt(list(unique), None)
-        if not guided:
-            text = dataclasses.replace(
-                text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
-            )
-        return text[torch.tensor([unique[prompt] for prompt in prompts], device=text.prompt_embeds.device)]
 
     # ---- scores ----
 
@@ -344,11 +286,11 @@ class LatentRewardModel(PreTrainedModel):
 
     @property
     def _backbone_dtype(self) -> torch.dtype:
-        return self._require_reader().compute_dtype if self.config.shared else self.dtype
+        return self.reader.require().compute_dtype if self.config.shared else self.dtype
 
     def _tokens(self, latents: torch.Tensor, timesteps: torch.Tensor, text: PromptEmbeds) -> BlockTokens:
         """What is read off a transformer."""
-        reader = self._require_reader()
+        reader = self.reader.require()
         sigma = reader.step_rule.sigma(timesteps.to(self.device)).to(self.device, torch.float32)
         return self.backbone(
             reader, latents.to(self.device, self._backbone_dtype), sigma, text.to(self._backbone_dtype)
@@ -455,8 +397,7 @@ class LatentRewardModel(PreTrainedModel):
                     "The latent reward model shares the denoiser of another pipeline. Save it, and load it onto this one "
                     "with `LatentRewardModel.from_pretrained(path, pipeline=pipeline)`."
                 )
-            check_made_for(self.config, wrapped)
-            self.reader = wrapped
+            self.reader.take(wrapped)
             return
         pipeline = getattr(pipeline, "sd_pipeline", pipeline)
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
@@ -505,10 +446,10 @@ class LatentRewardModel(PreTrainedModel):
         if isinstance(pipeline, (str, Path)):
             pipeline = load_diffusers_pipeline(pipeline)
         if shared:
-            return cls._sharing(pipeline, peft_config, config_kwargs)
+            return share_denoiser(cls, pipeline, peft_config, config_kwargs)
         pipeline = plain_pipeline(getattr(pipeline, "sd_pipeline", pipeline))
         if isinstance(getattr(pipeline, "transformer", None), nn.Module):
-            return cls._from_transformer(pipeline, config_kwargs)
+            return copy_transformer(cls, pipeline, config_kwargs)
         if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
             raise TypeError(
                 "A latent reward model is made from a pipeline with a `UNet2DConditionModel` (Stable Diffusion 1, 2 or "
@@ -518,50 +459,9 @@ class LatentRewardModel(PreTrainedModel):
         encoders = [encoder for encoder in encoders if encoder is not None]
         vae = pipeline.vae.config
         settings = {"scaling_factor": vae.scaling_factor, "shift_factor": getattr(vae, "shift_factor", None)}
-        model = cls._from_parts(pipeline.unet, encoders, {**settings, **config_kwargs})
+        model = copy_unet(cls, pipeline.unet, encoders, {**settings, **config_kwargs})
         model.tokenizers = tokenizers_of(pipeline, len(encoders))
         return model.eval()
-
-    @classmethod
-    def _sharing(cls, pipeline, peft_config: PeftConfig | None, config_kwargs: dict) -> "LatentRewardModel":
-        """A model on the pipeline's own denoiser."""
-        reader = wrap_pipeline(pipeline)
-        denoiser = reader.denoiser
-        peft_config = peft_config or reader.default_lora()
-        if isinstance(denoiser, UNet2DConditionModel):
-            settings = {"unet_config": denoiser.config, **config_kwargs}
-        else:
-            settings = transformer_settings(denoiser, config_kwargs)
-        config = cls.config_class(
-            shared=True, peft_config=plain_lora(peft_config), **reader_settings(reader), **settings
-        )
-        adapter = add_reward_adapter(denoiser, peft_config)
-        model = cls(config, shared=SharedFeatures(denoiser, adapter, config.blocks))
-        model.reader = reader
-        return model.to(reader.device).eval()
-
-    @classmethod
-    def _from_transformer(cls, pipeline, config_kwargs: dict) -> "LatentRewardModel":
-        """A model around copies of a transformer's first blocks."""
-        reader = wrap_pipeline(pipeline)
-        transformer = reader.denoiser
-        settings = transformer_settings(transformer, config_kwargs)
-        model = cls(cls.config_class(**reader_settings(reader), **settings))
-        model.backbone.load_network(without_adapters(transformer), "the pipeline's transformer")
-        model.reader = reader
-        return model.cast(transformer.dtype).eval()
-
-    @classmethod
-    def _from_parts(cls, unet: UNet2DConditionModel, encoders: list, settings: dict) -> "LatentRewardModel":
-        """A model around the weights of a UNet and its text encoders; heads as they are initialised."""
-        texts = [{**encoder.config.to_dict(), "architecture": type(encoder).__name__} for encoder in encoders]
-        last = encoders[-1].config
-        settings = {"projection_dim": getattr(last, "projection_dim", last.hidden_size), **settings}
-        model = cls(cls.config_class(plain_config(unet.config), texts, **settings))
-        model.backbone.load_network(without_adapters(unet), "the pipeline's UNet")
-        for own, given in zip(model.text_encoders, encoders, strict=True):
-            own.load_state_dict(given.state_dict())
-        return model.cast(unet.dtype)
 
     @classmethod
     def from_original_checkpoint(
@@ -589,36 +489,7 @@ class LatentRewardModel(PreTrainedModel):
             `FileNotFoundError`: If a part is missing.
             `ValueError`: If keys or shapes of a network or of the heads do not fit; they are named.
         """
-        source = os.fspath(folder_or_id)
-        require_existing(source, "latent reward model")
-        parts = {
-            name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")
-        }
-        is_xl = optional_file(source, f"{parts['text_encoder_2']}/config.json") is not None
-        with whole_networks(unused=("up_blocks.", "conv_norm_out.", "conv_out.")):
-            unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
-            encoders = [transformers.CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])]
-            if is_xl:
-                second = transformers.CLIPTextModelWithProjection
-                encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
-        # The files do not name their latent space: SDXL's and that of SD1 and SD2 are told apart by the text encoders.
-        settings = {"scaling_factor": 0.13025 if is_xl else 0.18215}
-        file = locate_checkpoint(source, f"{subfolder}/{STATE_NAME}" if subfolder else STATE_NAME)
-        heads = read_heads(file)
-        settings["projection_dim"] = len(heads.get("visual_projection.weight", torch.empty(0)))
-        model = cls._from_parts(unet, encoders, {**settings, **config_kwargs})
-        expected = nn.ModuleDict({"visual_projection": model.visual_projection})
-        if model.text_projection is not None:
-            expected["text_projection"] = model.text_projection
-        logit_scale = heads.pop("logit_scale", None)
-        if logit_scale is None:
-            raise ValueError(f"{file!r} has no 'logit_scale'; it holds {sorted(heads)}.")
-        load_strictly(expected, heads, file, "the heads of a latent reward model")
-        model.logit_scale.data = logit_scale.float().reshape(())
-        for place, folder in ((source, subfolder), (tokenizer, None)):
-            if place is not None and model.tokenizers is None:
-                model.tokenizers = load_tokenizers(place, folder, len(encoders))
-        return model.eval()
+        return load_lpo(cls, folder_or_id, subfolder, tokenizer, config_kwargs)
 
     @classmethod
     def from_dina_checkpoint(
@@ -670,7 +541,7 @@ class LatentRewardModel(PreTrainedModel):
             model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
         own = Path(path) / PIPELINE_FOLDER
         if own.is_dir():
-            model._saved_reader = own
+            model.reader.folder = own
         if pipeline is not None:
             model.check_pipeline(pipeline)
         return (model, info) if return_info else model
@@ -681,7 +552,7 @@ class LatentRewardModel(PreTrainedModel):
         reader = wrap_pipeline(pipeline)
         check_made_for(config, reader)
         settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
-        model = cls._sharing(reader, LoraConfig(**config.peft_config), settings)
+        model = share_denoiser(cls, reader, LoraConfig(**config.peft_config), settings)
         weights = read_state_dict(locate_checkpoint(path, "model.safetensors"))
         load_strictly(model, weights, path, "the latent reward model")
         return model.eval()
@@ -700,112 +571,14 @@ class LatentRewardModel(PreTrainedModel):
         save_reader = self.save_reader if save_reader is None else save_reader
         main = kwargs.get("is_main_process", True)
         if self.config.shared and main and save_reader:  # its part of the denoiser, as a LoRA that diffusers reads
-            save_lora(self.reader.sd_pipeline, self.reader.denoiser_name, save_directory, adapter_name=REWARD_ADAPTER)
+            reader = self.reader.require()
+            save_lora(reader.sd_pipeline, reader.denoiser_name, save_directory, adapter_name=REWARD_ADAPTER)
         if self.reads_with_pipeline and not self.config.shared and save_reader and main:
-            save_without_denoiser(self._require_reader(), Path(save_directory) / PIPELINE_FOLDER)
+            save_without_denoiser(self.reader.require(), Path(save_directory) / PIPELINE_FOLDER)
         if self.tokenizers and main:
             for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False):
                 tokenizer.save_pretrained(Path(save_directory) / name)
         super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def transformer_settings(transformer: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """
-    `settings` of a [`LatentRewardModelConfig`] with the architecture of a transformer, and the blocks that are read.
-
-    Raises:
-        ValueError: for a transformer with one stream, or blocks that do not exist.
-    """
-    blocks = settings.get("blocks")
-    check_blocks(transformer, [1] if blocks is None else blocks)
-    architecture = {**plain_config(transformer.config), "_class_name": type(transformer).__name__}
-    return {
-        **settings,
-        "transformer_config": architecture,
-        "blocks": default_blocks(transformer) if blocks is None else list(blocks),
-    }
-
-
-def reader_settings(reader: SPOPipeline) -> dict[str, Any]:
-    """What a [`LatentRewardModelConfig`] says of the pipeline that reads prompts and whose latents are judged."""
-    with reader.encoders_on_device():
-        text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
-    return {
-        "text_width": text_width,
-        "pipeline_class": type(reader.sd_pipeline).__name__,
-        "max_sequence_length": getattr(reader, "max_sequence_length", None),
-        "latent_space": latent_space_of(reader),
-        "num_train_timesteps": reader.num_train_timesteps,
-    }
-
-
-def plain_lora(peft_config: LoraConfig) -> dict[str, Any]:
-    """The settings of a LoRA that differ from peft's defaults, as values that JSON has."""
-    defaults = LoraConfig().to_dict()
-    settings = {}
-    for name, value in peft_config.to_dict().items():
-        if value != defaults.get(name):
-            settings[name] = sorted(value) if isinstance(value, set) else value
-    return settings
-
-
-def save_without_denoiser(pipeline, folder: Path) -> None:
-    """A diffusers pipeline as a folder, but for its denoiser."""
-    components = dict(pipeline.sd_pipeline.components)
-    components[pipeline.denoiser_name] = None
-    # It complains that a part which is not there cannot be saved.
-    complains = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level = complains.level
-    complains.setLevel(logging.ERROR)
-    try:
-        type(pipeline.sd_pipeline)(**components).save_pretrained(folder)
-    finally:
-        complains.setLevel(level)
-
-
-def make_text_encoder(config: dict) -> PreTrainedModel:
-    """A text encoder of the class that its configuration names, with random weights."""
-    config = copy.deepcopy(config)
-    architecture = getattr(transformers, config.pop("architecture"))
-    for name in ("dtype", "torch_dtype"):  # one model has one dtype, said by its weights
-        config.pop(name, None)
-    return architecture(architecture.config_class(**config))
-
-
-def tokenizers_of(pipeline, count: int) -> list | None:
-    """The tokenizers of a pipeline's first `count` text encoders, `None` if one is missing."""
-    found = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")][:count]
-    return None if any(tokenizer is None for tokenizer in found) else found
-
-
-def load_tokenizers(path: str, folder: str | None, count: int) -> list | None:
-    """`tokenizer/` and `tokenizer_2/` of a folder or Hub id, `None` if they are not there."""
-    found = []
-    for name in ("tokenizer", "tokenizer_2")[:count]:
-        tokenizer = load_tokenizer(path, f"{folder}/{name}" if folder else name)
-        if tokenizer is None:
-            return None
-        found.append(tokenizer)
-    return found
-
-
-def read_heads(path: str) -> dict[str, torch.Tensor]:
-    """
-    The heads in a `state_dict.pt` of a released latent reward, flat: `visual_projection.weight`,
-    `text_projection.weight` and `logit_scale`, which may be a plain number.
-
-    Raises:
-        ValueError: if the file holds anything but tensors and numbers.
-    """
-    content = read_plain(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path!r} must hold a dictionary, got a {type(content).__name__}.")
-    flat = {}
-    for name, value in content.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        for key, entry in inner:
-            flat[f"{name}.{key}" if key else name] = torch.as_tensor(entry)
-    return flat
 
 
 AutoConfig.register(LatentRewardModelConfig.model_type, LatentRewardModelConfig, exist_ok=True)

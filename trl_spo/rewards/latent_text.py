@@ -1,0 +1,154 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+How latent rewards read prompts: with text encoders of their own, trained with them, or with the frozen ones of the
+pipeline whose latents they judge.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..hub_files import load_diffusers_pipeline, load_tokenizer
+from ..pipelines.auto import wrap_pipeline
+from ..pipelines.base import SPOPipeline
+from ..pipelines.conditioning import PromptEmbeds
+from .inputs import check_texts
+from .latent_config import LatentRewardModelConfig, check_made_for
+
+
+class PipelineReader:
+    """
+    Encodes prompts with the frozen text encoders of a pipeline.
+
+    Args:
+        config ([`LatentRewardModelConfig`]):
+            Of the reward model that reads. Pipelines that it was not made for are refused.
+        denoiser (`torch.nn.Module`):
+            The part of a transformer that the reward model carries.
+    """
+
+    def __init__(self, config: LatentRewardModelConfig, denoiser: nn.Module):
+        self.config = config
+        self.denoiser = denoiser
+        self.pipeline: SPOPipeline | None = None
+        self.folder: Path | None = None
+        """Where a pipeline was saved beside the weights. It is loaded when prompts are read and no other one is there."""
+
+    def take(self, pipeline: SPOPipeline) -> None:
+        """
+        Read with this pipeline from now on.
+
+        Raises:
+            ValueError: if the reward model was made for another one.
+        """
+        check_made_for(self.config, pipeline)
+        self.pipeline = pipeline
+
+    def require(self) -> SPOPipeline:
+        """
+        The pipeline that was taken, or else the one that was saved beside the weights.
+
+        Raises:
+            ValueError: if there is neither.
+        """
+        if self.pipeline is None and self.folder is not None:
+            index = json.loads((self.folder / "model_index.json").read_text())
+            # A part that the pipeline did without, such as SD3's T5, has to be left out by name.
+            missing = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[-1] is None}
+            parts = {**missing, "transformer": self.denoiser}
+            self.take(wrap_pipeline(load_diffusers_pipeline(self.folder, **parts)))
+            self.pipeline.max_sequence_length = self.config.max_sequence_length
+        if self.pipeline is None:
+            raise ValueError(
+                f"This latent reward model encodes prompts with a {self.config.pipeline_class}, and its folder holds none. "
+                "Call `check_pipeline(pipeline)` first, as the trainers do."
+            )
+        return self.pipeline
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> PromptEmbeds:
+        """Features of prompts by the frozen text encoders of the pipeline; of the empty prompt if the middle is guided."""
+        reader = self.require()
+        check_texts(prompts)
+        unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        guided = self.config.transformer_config is None and self.config.guidance_scale > 1
+        with reader.encoders_on_device():
+            if guided or not reader.negative_is_optional:
+                text = reader.encode_prompt(list(unique))
+            else:
+                text = reader.encode_prompt(list(unique), None)
+        if not guided:
+            text = dataclasses.replace(
+                text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
+            )
+        return text[torch.tensor([unique[prompt] for prompt in prompts], device=text.prompt_embeds.device)]
+
+
+def encode_with_clips(encoders: nn.ModuleList, ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token features `(B, L, dim)` as the diffusion model attends to them, and pooled features `(B, dim)`."""
+    if len(encoders) == 1:
+        output = encoders[0](ids[0])
+        return output.last_hidden_state, output.pooler_output
+    outputs = [encoder(part, output_hidden_states=True) for encoder, part in zip(encoders, ids, strict=True)]
+    tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return tokens, outputs[-1].text_embeds
+
+
+def make_text_encoder(config: dict) -> PreTrainedModel:
+    """A text encoder of the class that its configuration names, with random weights."""
+    config = copy.deepcopy(config)
+    architecture = getattr(transformers, config.pop("architecture"))
+    for name in ("dtype", "torch_dtype"):  # one model has one dtype, said by its weights
+        config.pop(name, None)
+    return architecture(architecture.config_class(**config))
+
+
+def tokenizers_of(pipeline, count: int) -> list | None:
+    """The tokenizers of a pipeline's first `count` text encoders, `None` if one is missing."""
+    found = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")][:count]
+    return None if any(tokenizer is None for tokenizer in found) else found
+
+
+def load_tokenizers(path: str, folder: str | None, count: int) -> list | None:
+    """`tokenizer/` and `tokenizer_2/` of a folder or Hub id, `None` if they are not there."""
+    found = []
+    for name in ("tokenizer", "tokenizer_2")[:count]:
+        tokenizer = load_tokenizer(path, f"{folder}/{name}" if folder else name)
+        if tokenizer is None:
+            return None
+        found.append(tokenizer)
+    return found
+
+
+def save_without_denoiser(pipeline, folder: Path) -> None:
+    """A diffusers pipeline as a folder, but for its denoiser."""
+    components = dict(pipeline.sd_pipeline.components)
+    components[pipeline.denoiser_name] = None
+    # It complains that a part which is not there cannot be saved.
+    complains = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = complains.level
+    complains.setLevel(logging.ERROR)
+    try:
+        type(pipeline.sd_pipeline)(**components).save_pretrained(folder)
+    finally:
+        complains.setLevel(level)

@@ -1,0 +1,92 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The released latent rewards of LPO (https://huggingface.co/casiatao/LRM): a UNet and its text encoders in diffusers'
+format, and `state_dict.pt` with the heads.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from ..hub_files import load_strictly, locate_checkpoint, optional_file, read_plain, require_existing, whole_networks
+from .latent_building import copy_unet
+from .latent_text import load_tokenizers
+
+
+STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
+
+
+def read_heads(path: str) -> dict[str, torch.Tensor]:
+    """
+    The heads in a `state_dict.pt` of a released latent reward, flat: `visual_projection.weight`,
+    `text_projection.weight` and `logit_scale`, which may be a plain number.
+
+    Raises:
+        ValueError: if the file holds anything but tensors and numbers.
+    """
+    content = read_plain(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path!r} must hold a dictionary, got a {type(content).__name__}.")
+    flat = {}
+    for name, value in content.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, entry in inner:
+            flat[f"{name}.{key}" if key else name] = torch.as_tensor(entry)
+    return flat
+
+
+def load_lpo(
+    model_class: type, folder_or_id: str | Path, subfolder: str | None, tokenizer: str | None, config_kwargs: dict
+) -> nn.Module:
+    """See [`LatentRewardModel.from_original_checkpoint`]."""
+    # The networks, of which SDXL's reward has one more. The up blocks never run.
+    source = os.fspath(folder_or_id)
+    require_existing(source, "latent reward model")
+    parts = {name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")}
+    is_xl = optional_file(source, f"{parts['text_encoder_2']}/config.json") is not None
+    with whole_networks(unused=("up_blocks.", "conv_norm_out.", "conv_out.")):
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
+        encoders = [transformers.CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])]
+        if is_xl:
+            second = transformers.CLIPTextModelWithProjection
+            encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
+
+    # The files do not name their latent space: SDXL's and that of SD1 and SD2 are told apart by the text encoders.
+    settings = {"scaling_factor": 0.13025 if is_xl else 0.18215}
+    file = locate_checkpoint(source, f"{subfolder}/{STATE_NAME}" if subfolder else STATE_NAME)
+    heads = read_heads(file)
+    settings["projection_dim"] = len(heads.get("visual_projection.weight", torch.empty(0)))
+    model = copy_unet(model_class, unet, encoders, {**settings, **config_kwargs})
+
+    # The heads. The scale is a plain number in some files, so it is not a weight of a module.
+    expected = nn.ModuleDict({"visual_projection": model.visual_projection})
+    if model.text_projection is not None:
+        expected["text_projection"] = model.text_projection
+    logit_scale = heads.pop("logit_scale", None)
+    if logit_scale is None:
+        raise ValueError(f"{file!r} has no 'logit_scale'; it holds {sorted(heads)}.")
+    load_strictly(expected, heads, file, "the heads of a latent reward model")
+    model.logit_scale.data = logit_scale.float().reshape(())
+
+    # Tokenizers lie beside the weights, or in a pipeline that the caller names, or come with the pipeline to be trained.
+    for place, folder in ((source, subfolder), (tokenizer, None)):
+        if place is not None and model.tokenizers is None:
+            model.tokenizers = load_tokenizers(place, folder, len(encoders))
+    return model.eval()
