@@ -265,6 +265,9 @@ SPO = [
 ]  # fmt: skip
 REWARD = [
     ("resolution-zero", {"resolution": 0}, ValueError, "`resolution` must be at least 1, got 0"),
+    ("background-unknown", {"image_background": "whitish"}, ValueError, "`image_background`: An opaque colour .*'whitish'"),
+    ("background-transparent", {"image_background": "#ffffff80"}, ValueError, "`image_background`: An opaque colour"),
+    ("background-none", {"image_background": None}, TypeError, "`image_background` must be a string, got None"),
     ("timesteps-crossed", {"min_timestep": 9, "max_timestep": 3}, ValueError, "0 <= min_timestep <= max_timestep.* 9"),
     ("timestep-negative", {"min_timestep": -1}, ValueError, "0 <= min_timestep"),
     ("timesteps-empty", {"timesteps": []}, ValueError, "`timesteps` must hold at least one timestep"),
@@ -503,6 +506,15 @@ def skipped(world, result):
     assert (collator.num_bad, batch["prompts"]) == (1, ["good"])
 
 
+def on_white() -> Image.Image:
+    """The palette of eight colours whose first is transparent, whose second is half so, by PIL's own paste."""
+    paletted = picture().quantize(8)
+    alpha = paletted.point([0, 0x7F] + [255] * 254, "L")
+    white = Image.new("RGB", paletted.size, "white")
+    white.paste(paletted.convert("RGB"), mask=alpha)
+    return white
+
+
 def grey_with(dtype, factor):
     return Image.fromarray((np.asarray(picture("L")).astype(dtype) * factor).astype(dtype))
 
@@ -516,7 +528,7 @@ IMAGES = [
     handled("image-grey", collate(encoded(picture("L"))), looks_like(lambda: picture("L"))),
     handled("image-grey-and-alpha", collate(encoded(picture("LA"))), looks_like(lambda: picture("L"))),
     handled("image-rgba", collate(encoded(picture("RGBA"))), looks_like(picture)),
-    handled("image-palette-and-transparency", collate(encoded(picture().quantize(8), transparency=b"\0\x7f\xff")), looks_like(lambda: picture().quantize(8).convert("RGB"))),
+    handled("image-palette-and-transparency", collate(encoded(picture().quantize(8), transparency=b"\0\x7f")), looks_like(on_white)),
     handled("image-premultiplied-alpha", collate(picture("RGBA").convert("RGBa")), looks_like(picture)),
     handled("image-16-bit", collate(encoded(grey_with(np.uint16, 257))), looks_like(lambda: picture("L"))),
     handled("image-32-bit", collate(grey_with(np.int32, 257)), looks_like(lambda: picture("L"))),

@@ -31,8 +31,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_spo import StepAwareRewardModel, wrap_pipeline
-from trl_spo.images import image_to_tensor
+from trl_spo import StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
+from trl_spo.images import image_to_tensor, read_image
 from trl_spo.noised_pairs import noised_pairs
 from trl_spo.pipelines.encoding_cache import EncodingCache
 from trl_spo.preference_collator import StepPreferenceCollator
@@ -42,6 +42,7 @@ from trl_spo.preference_dataset import (
     load_preference_dataset,
     prepare_preference_dataset,
 )
+from trl_spo.preference_filters import GapRule, filter_consistent_pairs
 from trl_spo.preference_labels import preference_labels, relabel_preferences, score_clean_images
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
@@ -186,6 +187,108 @@ class TestCollator:
         assert tensor[:, 4, 2].tolist() == RED.tolist() and tensor[:, 4, 7].tolist() == BLUE.tolist()
         ramp = Image.fromarray(np.array([[[0] * 3, [51] * 3, [255] * 3]], dtype=np.uint8).repeat(3, axis=0))
         torch.testing.assert_close(image_to_tensor(ramp, 3)[0, 0], torch.tensor([-1.0, -0.6, 1.0]))
+
+
+def transparent(mode: str) -> Image.Image:
+    """Two pixels: red that is left over under full transparency, and opaque blue; in "LA" and the like black and white."""
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 255, 255))
+    if mode in ("LA", "La"):
+        image = Image.new("LA", (2, 1), (0, 0))
+        image.putpixel((1, 0), (255, 255))
+    if mode == "P":  # a palette that has alpha
+        paletted = Image.new("P", (2, 1))
+        paletted.putpalette([255, 0, 0, 0, 0, 0, 255, 255], "RGBA")
+        paletted.putpixel((1, 0), 1)
+        return paletted
+    return image if image.mode == mode else image.convert(mode)
+
+
+def with_key(mode: str, values: tuple, key) -> bytes:
+    """A PNG of two pixels in which one colour stands for transparency."""
+    image = Image.new(mode, (2, 1), values[0])
+    image.putpixel((1, 0), values[1])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=key)
+    return buffer.getvalue()
+
+
+def pixels(image: Image.Image) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+GREEN = (0, 128, 0)  # "green" of HTML
+
+
+class TestTransparency:
+    """Programs leave any colour under transparent pixels, and a reward model must not learn from what nobody sees."""
+
+    @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "P", "LA", "La"])
+    def test_the_background_shows_through(self, mode):
+        opaque = (255,) * 3 if mode in ("LA", "La") else (0, 0, 255)
+        image = transparent(mode)
+        assert pixels(read_image(image)) == [(255, 255, 255), opaque]
+        assert pixels(read_image(image, "green")) == [GREEN, opaque]
+
+    @pytest.mark.parametrize(
+        ("content", "opaque"),
+        [
+            (with_key("RGB", ((9, 9, 9), (0, 0, 255)), (9, 9, 9)), (0, 0, 255)),
+            (with_key("L", (7, 100), 7), (100, 100, 100)),
+            (with_key("1", (0, 1), 0), (255, 255, 255)),
+            (with_key("P", (0, 1), 0), None),
+            (with_key("I;16", (300, 257 * 80), 300), (80, 80, 80)),
+        ],
+        ids=["RGB", "L", "1", "P", "I;16"],
+    )
+    def test_a_colour_that_stands_for_transparency(self, content, opaque):
+        first, second = pixels(read_image(content, "green"))
+        assert first == GREEN and (second == opaque if opaque is not None else second != GREEN)
+
+    def test_half_transparent_pixels_are_mixed(self):
+        """Blue at alpha 51 of 255, a fifth, on white: 0.2 x 0 + 0.8 x 255 = 204 of red and green, and 255 of blue."""
+        image = Image.new("RGBA", (1, 1), (0, 0, 255, 51))
+        assert read_image(image).getpixel((0, 0)) == (204, 204, 255)
+        assert read_image(image, "black").getpixel((0, 0)) == (0, 0, 51)
+
+    def test_nothing_bleeds_at_edges_when_an_image_is_made_smaller(self):
+        """Red under transparent pixels beside white ones: laid on white first, the smaller image is white all over."""
+        image = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+        image.paste((255, 255, 255, 255), (5, 0, 16, 16))
+        assert image_to_tensor(read_image(image), 7).eq(1).all()
+
+    def test_every_reader_of_pairs_takes_the_background_of_the_config(self, tmp_path):
+        """The training, the labels of a preference model, and filters see one picture: green where nothing is."""
+        clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+        rows = [pickapic_row(jpg_0=clear, jpg_1=png("blue"))]
+        green = torch.tensor(GREEN).view(3, 1, 1) / 127.5 - 1
+
+        settings = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "resolution": 16}
+        reward_model = StepAwareRewardModel.from_clip(tiny_clip(tmp_path / "clip"))
+        pipeline = tiny_sd_pipeline(tmp_path / "pipeline")
+        for colour, expected in (({}, 1.0), ({"image_background": "green"}, green)):
+            trainer = StepRewardTrainer(StepRewardConfig(**settings, **colour), pipeline, reward_model, rows)
+            images = next(iter(trainer.get_train_dataloader()))["images_0"]
+            assert images.sub(expected).abs().max() < 1e-6
+
+        seen = []
+
+        def look(images, prompts):
+            seen.append(images[0] * 2 - 1)
+            return torch.arange(len(images), 0, -1)
+
+        relabel_preferences(rows, look, resolution=8, background="green")
+        filter_consistent_pairs(rows, {"x": look}, {"x": GapRule(-9, 9)}, resolution=8, background="green")
+        assert len(seen) == 2 and all(image.sub(green).abs().max() < 1e-6 for image in seen)
+
+    def test_a_background_must_be_a_colour(self):
+        for act in (
+            lambda: read_image(picture("red"), "whitish"),
+            lambda: StepPreferenceCollator(16, background="#fff0"),
+            lambda: filter_consistent_pairs([pickapic_row()], {"x": "x"}, {"x": (0, 1)}, background=""),
+        ):
+            with pytest.raises(ValueError, match="An opaque colour is needed, such as 'white'"):
+                act()
 
 
 class TestDataset:

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 
 # Formats that PIL decodes by itself. For others it may start a program (EPS: Ghostscript).
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+WHITE = "white"  # what web pages and most viewers show behind a transparent image
 LARGEST_ASPECT_RATIO = 8  # longer images lose their ends before they are resized
 
 
@@ -40,17 +41,39 @@ def _image_formats() -> list[str]:
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]  # older versions of PIL know fewer
 
 
-def read_image(image: Any) -> Image.Image:
+def parse_colour(colour: str) -> tuple[int, int, int]:
+    """
+    Red, green and blue of a colour, each in [0, 255].
+
+    Args:
+        colour (`str`): as `PIL.ImageColor` knows it: a name, `"#ffffff"`, `"rgb(255, 255, 255)"`, ...
+
+    Raises:
+        `ValueError`: If it is no colour, or a transparent one.
+    """
+    try:
+        red, green, blue, alpha = ImageColor.getcolor(colour, "RGBA")
+    except (ValueError, AttributeError, TypeError):
+        alpha = None
+    if alpha != 255:
+        raise ValueError(f"An opaque colour is needed, such as 'white' or '#ffffff', got {colour!r}.")
+    return red, green, blue
+
+
+def read_image(image: Any, background: str = WHITE) -> Image.Image:
     r"""
     An RGB image from whatever a dataset row may hold.
 
     It is turned upright if its EXIF data says that it lies on its side (as `datasets` does). Of an animation the first
-    frame is taken, 16 bits per channel are scaled to 8, and transparency is left out.
+    frame is taken, and 16 bits per channel are scaled to 8. A transparent image is laid on a background: under fully transparent
+    pixels files hold any colour, which nobody sees.
 
     Args:
         image (`PIL.Image.Image`, `bytes` or `dict`):
             A decoded image, an encoded one, or the record `{"bytes": ..., "path": ...}` of an undecoded
             `datasets.Image` feature.
+        background (`str`, *optional*, defaults to `"white"`):
+            Colour that shows through transparent images.
 
     Returns:
         `PIL.Image.Image`, fully decoded.
@@ -58,8 +81,9 @@ def read_image(image: Any) -> Image.Image:
     Raises:
         `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
             pixels: a small file may unpack to gigabytes.
-        `ValueError`: If it is of another type.
+        `ValueError`: If it is of another type, or the background is no opaque colour.
     """
+    background = parse_colour(background)
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
         if isinstance(image, str):
@@ -77,7 +101,7 @@ def read_image(image: Any) -> Image.Image:
         if limit is not None and image.width * image.height > limit:  # an image that was given may be opened, not read
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are more than {limit}")
         image.load()  # before the EXIF data: broken pixels are an error, broken EXIF data is ignored
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image), background)
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{type(error).__name__}: {error}") from error
 
@@ -89,21 +113,33 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """PIL's `convert("RGB")`, but images of more than 8 bits or of fractions are scaled instead of clipped."""
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """
+    PIL's `convert("RGB")`, but transparent images are laid on a background, and those of more than 8 bits or of fractions are
+    scaled instead of clipped.
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        largest = pixels.max(initial=0)
-        if image.mode.startswith("I;16") or (image.mode == "I" and largest > 255):
-            pixels = pixels / 257
-        elif image.mode == "F" and largest <= 1:
-            pixels = pixels * 255
-        image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
-    elif image.mode == "La":
-        image = image.convert("LA")
-    elif image.mode == "P" and "transparency" in image.info:
+        image = _scaled(image)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """One channel of 8 bits from one of more bits or of fractions; with alpha if one value stands for transparency."""
+    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    opaque = pixels != image.info.get("transparency", np.inf)
+    largest = pixels.max(initial=0)
+    if image.mode.startswith("I;16") or (image.mode == "I" and largest > 255):
+        pixels = pixels / 257
+    elif image.mode == "F" and largest <= 1:
+        pixels = pixels * 255
+    scaled = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+    if not opaque.all():
+        scaled.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    return scaled
 
 
 def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .images import image_to_tensor, read_image
+from .images import WHITE, image_to_tensor, parse_colour, read_image
 from .preference_dataset import (
     PreferenceColumns,
     check_prompt,
@@ -70,6 +70,8 @@ class StepPreferenceCollator:
         image_keys (`bool`, *optional*, defaults to `False`):
             Add `keys_0` and `keys_1`, hashes of the pixels under which an [`EncodingCache`] keeps the encodings, so that an
             image that occurs in several pairs, as Pick-a-Pic's do, is encoded once.
+        background (`str`, *optional*, defaults to `"white"`):
+            Colour that shows through transparent images.
 
     Example:
 
@@ -91,12 +93,15 @@ class StepPreferenceCollator:
         max_bad_image_fraction: float = 0.01,
         keep_unlabelled: bool = False,
         image_keys: bool = False,
+        background: str = WHITE,
     ):
+        parse_colour(background)
         self.resolution = resolution
         self.prompt_column = prompt_column
         self.max_bad_image_fraction = max_bad_image_fraction
         self.keep_unlabelled = keep_unlabelled
         self.image_keys = image_keys
+        self.background = background
         self.num_seen = self.num_bad = self.num_unlabelled = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,7 +150,7 @@ class StepPreferenceCollator:
             return None
         self.num_seen += 1
         try:
-            pictures = [read_image(row[name]) for name in columns.images]
+            pictures = [read_image(row[name], self.background) for name in columns.images]
         except OSError as error:
             self.num_bad += 1
             logger.warning("Skipped a pair with an unreadable image (prompt %r): %s", row[columns.prompt], error)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .images import image_to_tensor, read_image
+from .images import WHITE, image_to_tensor, parse_colour, read_image
 from .preference_dataset import PreferenceColumns, find_preference_columns, is_labelled, leave_undecoded, read_labels
 
 
@@ -79,6 +79,7 @@ def filter_consistent_pairs(
     prompt_column: str | None = None,
     batch_size: int = 16,
     resolution: int = 512,
+    background: str = WHITE,
 ) -> FilteredPairs:
     r"""
     Keeps the preference pairs with which other metrics agree, and says how many were dropped and why.
@@ -99,12 +100,15 @@ def filter_consistent_pairs(
             Pairs per call of a function.
         resolution (`int`, *optional*, defaults to `512`):
             Side in pixels of the square images that functions are shown.
+        background (`str`, *optional*, defaults to `"white"`):
+            Colour that shows through transparent images, for functions.
 
     Returns:
         [`FilteredPairs`].
 
     Raises:
-        `ValueError`: If the dataset is empty or a stream, a column is missing, a metric has no rule, or nothing is kept.
+        `ValueError`: If the dataset is empty or a stream, a column is missing, a metric has no rule, the background
+            is no opaque colour, or nothing is kept.
 
     Example:
 
@@ -115,6 +119,7 @@ def filter_consistent_pairs(
     ```
     """
     # What is asked, before any image is scored.
+    parse_colour(background)
     dataset = leave_undecoded(dataset)
     if not hasattr(dataset, "__len__"):
         raise ValueError("A stream cannot be filtered in advance: load the dataset without `streaming`.")
@@ -128,7 +133,7 @@ def filter_consistent_pairs(
     # Signs of the preferences, 0 for ties, and the gaps of all metrics in their direction.
     rows = _without_images(dataset, columns)
     preferences = [_preference(row, columns) for row in rows]
-    scored = _scores(dataset, gaps, columns, batch_size, resolution)
+    scored = _scores(dataset, gaps, columns, batch_size, resolution, background)
     counts = {"pairs": 0, "ties": 0, "kept_pairs": 0, "kept_ties": 0}
     counts |= {f"dropped/{name}": 0 for name in (*gaps, "unlabelled", "no_score")}
 
@@ -205,7 +210,12 @@ def _preference(row: dict, columns: PreferenceColumns) -> int | None:
 
 
 def _scores(
-    dataset, gaps: Mapping[str, GapSource], columns: PreferenceColumns, batch_size: int, resolution: int
+    dataset,
+    gaps: Mapping[str, GapSource],
+    columns: PreferenceColumns,
+    batch_size: int,
+    resolution: int,
+    background: str,
 ) -> dict[str, list[float]]:
     """Of the metrics that are functions: score of the first minus that of the second image, NaN where one is unreadable."""
     functions = {name: source for name, source in gaps.items() if callable(source)}
@@ -216,7 +226,7 @@ def _scores(
     for index in range(len(dataset)):
         row = dataset[index]
         try:
-            images = [image_to_tensor(read_image(row[name]), resolution) for name in columns.images]
+            images = [image_to_tensor(read_image(row[name], background), resolution) for name in columns.images]
         except OSError:
             images = None
         if images is not None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from .images import image_to_tensor, read_image
+from .images import WHITE, image_to_tensor, read_image
 from .preference_dataset import PreferenceColumns, find_preference_columns, leave_undecoded
 from .rewards.base import is_reward_model, wrap_reward
 
@@ -113,6 +113,7 @@ def relabel_preferences(
     batch_size: int = 16,
     resolution: int = 512,
     prompt_column: str | None = None,
+    background: str = WHITE,
 ) -> Any:
     r"""
     Replaces human labels by the preferences of a model, for a whole dataset at once.
@@ -135,6 +136,8 @@ def relabel_preferences(
             Side in pixels of the square images that the model is shown, as in [`StepRewardConfig`].
         prompt_column (`str`, *optional*):
             Column of the prompts.
+        background (`str`, *optional*, defaults to `"white"`):
+            Colour that shows through transparent images, as in [`StepRewardConfig`].
 
     Returns:
         The same kind of dataset, with new `label_0`, `label_1` and `has_label`; the one passed in is not changed.
@@ -169,7 +172,7 @@ def relabel_preferences(
 
     # Score the readable pairs in batches. A pair that cannot be read keeps its two zeros, which mean "no label".
     labels = torch.zeros(len(dataset), 2)
-    pairs = _read_pairs(dataset, columns, resolution)
+    pairs = _read_pairs(dataset, columns, resolution, background)
     while batch := list(islice(pairs, batch_size)):
         indices, prompts, images_0, images_1 = zip(*batch, strict=True)
         images = torch.stack([*images_0, *images_1])
@@ -190,11 +193,11 @@ def relabel_preferences(
     return dataset
 
 
-def _read_pairs(dataset, columns: PreferenceColumns, resolution: int) -> Iterator[tuple]:
+def _read_pairs(dataset, columns: PreferenceColumns, resolution: int, background: str) -> Iterator[tuple]:
     """`(index, prompt, image_0, image_1)` of the readable pairs."""
     for index, row in enumerate(dataset):
         try:
-            images = [image_to_tensor(read_image(row[name]), resolution) for name in columns.images]
+            images = [image_to_tensor(read_image(row[name], background), resolution) for name in columns.images]
         except OSError:
             continue
         yield index, row[columns.prompt], *images

@@ -14,6 +14,7 @@
 
 from dataclasses import dataclass, field
 
+from .images import WHITE, parse_colour
 from .training.arguments import StepTrainingArguments
 
 
@@ -59,6 +60,9 @@ class StepRewardConfig(StepTrainingArguments):
         resolution (`int`, *optional*, defaults to `512`):
             Side in pixels to which the images of a pair are brought (short side, then centre crop) before the VAE.
             512 suits Stable Diffusion 1.5, 1024 SDXL.
+        image_background (`str`, *optional*, defaults to `"white"`):
+            Colour that shows through transparent images: a name, `"#808080"` or another form of `PIL.ImageColor`. Under
+            transparent pixels files hold any colour, mostly black, which nobody sees.
         prediction_batch_size (`int`, *optional*):
             Pairs that go through the denoiser and the VAE in one call. Smaller needs less memory and gives the same
             images up to rounding. Defaults to the whole batch.
@@ -184,6 +188,9 @@ class StepRewardConfig(StepTrainingArguments):
     resolution: int = field(
         default=512, metadata={"help": "Side in pixels to which the images are brought before the VAE."}
     )
+    image_background: str = field(
+        default=WHITE, metadata={"help": "Colour that shows through transparent images, by name or as `#808080`."}
+    )
     prediction_batch_size: int | None = field(
         default=None,
         metadata={"help": "Pairs per call of the denoiser and the VAE. Defaults to the whole batch."},
@@ -277,5 +284,9 @@ class StepRewardConfig(StepTrainingArguments):
         for name in ("max_bad_image_fraction", "max_nonfinite_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+        try:
+            parse_colour(self.image_background)
+        except ValueError as error:
+            raise ValueError(f"`image_background`: {error}") from error
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay False: the collator reads the preference columns.")

@@ -270,6 +270,7 @@ class StepRewardTrainer(StepTrainer):
             config.max_bad_image_fraction,
             keep_unlabelled=config.relabel_preferences,
             image_keys=config.cache_latents,
+            background=config.image_background,
         )
 
     def _start(self, config: StepRewardConfig) -> None:

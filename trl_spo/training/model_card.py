@@ -46,7 +46,7 @@ SPO_RECIPE = (
 ).split()
 REWARD_RECIPE = (
     "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
-    "gradient_accumulation_steps world_size resolution guidance_scale guidance_rescale clip_skip min_timestep max_timestep timesteps "
+    "gradient_accumulation_steps world_size resolution image_background guidance_scale guidance_rescale clip_skip min_timestep max_timestep timesteps "
     "eval_timesteps independent_noise only_different max_pairs_per_prompt freeze_text_tower caption_loss_coef relabel_preferences "
     "bf16 fp16 seed"
 ).split()
