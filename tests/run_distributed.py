@@ -133,7 +133,8 @@ class ReplayingTrainer(RecordingTrainer):
         parts = [rank[seed] for rank in self.recorded if seed in rank]
         assert sorted(prompts) == sorted(prompt for own, _ in parts for prompt in own)
         for _, pairs in parts:
-            self._record_rollout(pairs)
+            self._check_scores(pairs)
+            self._metrics.add_rollout(pairs)
         return StepPairs.cat([pairs for _, pairs in parts])
 
 

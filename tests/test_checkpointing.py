@@ -23,7 +23,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ from trl_spo.training.checkpointing import (
     write_text,
 )
 from trl_spo.training.ema import EMA_NAME
-from trl_spo.training.running_means import RunningMeans
+from trl_spo.training.pair_metrics import PairMetrics
 
 from .testing_utils import (
     PROMPTS,
@@ -280,13 +279,12 @@ class TestChoice:
         ]
         parts = []
         for rank in range(world):
-            args = types.SimpleNamespace(process_index=rank, world_size=world)
-            trainer = types.SimpleNamespace(args=args, _metrics=RunningMeans())
-            SPOTrainer._load_metrics(trainer, saved, {})
-            parts.append(trainer._metrics.state_dict())
+            metrics = PairMetrics()
+            metrics.restore(saved, {}, rank, world)
+            parts.append(metrics.state_dict())
         assert [sum(part["loss"][i] for part in parts if part) for i in (0, 1)] == [15.0, 5.0]
-        trainer._metrics.load_state_dict()
-        logged = trainer._metrics.pop(gather=lambda own: parts)
+        metrics.clear()
+        logged = metrics.pop(gather=lambda own: parts)
         assert logged == {"loss": 3.0, "time/train": 14.0 / world, "skipped_steps": 1.0}
 
     def test_other_forms_of_weights(self, run):
@@ -581,7 +579,7 @@ class TestPairsThatWait:
 
 def test_another_seed_is_said(finished, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("trl_spo.spo_trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("trl_spo.training.waiting_pairs.logger.warning", warnings.append)
     spo_trainer(tmp_path, seed=7)._read_state(str(finished / "checkpoint-2"))
     assert any("was written with `seed=42` and this run has 7" in warning for warning in warnings)
 

@@ -206,6 +206,8 @@ def added_metrics(trainer: type, more: str = "") -> set[str]:
     sources = [
         read(ROOT / "trl_spo" / f"{name}.py") for name in (trainer.__module__.partition(".")[2], "training/base")
     ]
+    if trainer is SPOTrainer:
+        sources.append(read(ROOT / "trl_spo" / "training" / "pair_metrics.py").replace("self.add(", "_metrics.add("))
     found = {
         key for source in sources for key in re.findall(rf"(?:means|_metrics)\.add\(f?\"([^\"]+)\"{more}", source)
     }

@@ -609,8 +609,7 @@ class TestLogging:
         pairs = trainer.rollout(PROMPTS[:3], seed=0)
         expected = pairs.final_scores.double().std(correction=0).item()
         assert 0 < expected < 0.1
-        trainer.pair_loader.num_prompts_seen = 3
-        assert trainer._pop_metrics()["reward_std"] == pytest.approx(expected, rel=1e-3)
+        assert trainer._metrics.pop_logs()["reward_std"] == pytest.approx(expected, rel=1e-3)
 
     def test_step_reward_metrics_by_hand(self, tmp_path):
         trainer = make_trainer(tmp_path)

@@ -33,7 +33,6 @@ from accelerate.utils import DynamoBackend, gather_object
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .hub_files import load_denoiser
@@ -54,65 +53,25 @@ from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
-from .training.callbacks import ImageLoggingCallback
+from .training.callbacks import ImageLoggingCallback, PairEpochCallback
 from .training.checkpointing import CheckpointFiles, global_step_of
+from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
-from .training.memory import (
-    busy_chunk_sizes,
-    free_bytes,
-    power_of_two_below,
-    rollout_budget_gib,
-    rollout_chunk_sizes,
-)
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
-from .training.running_means import RunningMeans, gather_from_processes
+from .training.pair_metrics import PairMetrics
+from .training.running_means import gather_from_processes
+from .training.spo_checks import check_reward_timesteps, check_sharding, check_shared_reward, choose_best_metric
+from .training.waiting_pairs import check_waiting_pairs, transition_settings
 
 
 logger = logging.get_logger(__name__)
 
 PAIRS_NAME = "spo_pairs.safetensors"
 STATE_NAME = "spo_state.json"
-CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")
 # Median of c / sigma (see `timestep_weights`) over the branching steps of the paper's run: Stable Diffusion 1, 20 steps, from
 # the fifth on, eta 1.
 REFERENCE_SENSITIVITY = 0.68
-# Of what a transition is a draw. Others may change from one part of a run to the next.
-TRANSITION_SETTINGS = (
-    "num_inference_steps", "sampler", "eta", "guidance_scale", "guidance_rescale", "negative_prompt", "clip_skip", "height",
-    "width", "seed",
-)  # fmt: skip
-TIMESTEP_BIN = 200  # width of the timestep ranges in `pairs/valid_fraction_t_{lo}_{hi}`
-
-
-class _EpochCallback(TrainerCallback):
-    """Tells the Trainer where epochs and the run really end: the number of valid pairs is not known beforehand."""
-
-    def __init__(self, trainer: "SPOTrainer"):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        loader = self.trainer.pair_loader
-        state.epoch = loader.epoch
-        if loader.exhausted:
-            if loader.waiting:
-                logger.warning(f"{loader.waiting} pairs are left at the end, too few for a step; they are not used.")
-            control.should_training_stop = True
-            if args.save_strategy == "steps":
-                control.should_save = True
-        elif loader.epoch_finished:
-            control.should_epoch_stop = True
-        if args.max_steps <= 0:
-            self._update_progress_bar(state, loader)
-        return control
-
-    def _update_progress_bar(self, state, loader: PairLoader):
-        per_prompt = (loader.num_pairs_seen + loader.waiting) / loader.num_prompts_seen
-        total = math.ceil(per_prompt * loader.total_prompts / loader.pairs_per_step)
-        for callback in self.trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if bar is not None:
-                bar.total = state.global_step if loader.exhausted else max(total, state.global_step + 1)
 
 
 class SPOTrainer(StepTrainer):
@@ -211,7 +170,8 @@ class SPOTrainer(StepTrainer):
 
     def _check(self, config: SPOConfig, reward_model, train_dataset, eval_dataset) -> tuple:
         """What can be said before anything is loaded. Returns the prompts to train on and to evaluate with."""
-        self._check_strategies(config, self.metrics)
+        check_sharding(config)
+        choose_best_metric(config, self.metrics)
         self.check_output(config)
         if train_dataset is None:
             if config.dataset_name is None:
@@ -247,9 +207,9 @@ class SPOTrainer(StepTrainer):
         self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
-        self._check_shared_reward(config)
+        check_shared_reward(config, self.reward)
         self.reward.check_pipeline(self.pipeline)
-        self._check_reward_timesteps(config, self.reward)
+        check_reward_timesteps(config, self.reward, self._set_timesteps(config))
         vae = config.scoring_vae if scoring_vae is None else scoring_vae
         self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)  # `None` also ends that of an earlier run
         self.reward_model = reward_model if self.reward.module is None else self.reward.module
@@ -280,10 +240,8 @@ class SPOTrainer(StepTrainer):
         self.pair_loader: PairLoader | None = None
         self._prompts = prompts
         self._encodings = EncodingCache()
-        self._metrics = RunningMeans()
-        self._last_rollout_metrics: dict[str, float] = {}
+        self._metrics = PairMetrics()
         self._seen_before = (0, 0)  # pairs and steps when this call of `train` began
-        self._largest_gap = 0.0  # of scores of one prompt and step, in this process
         self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
         self.guard = NonFiniteGuard(
@@ -309,7 +267,7 @@ class SPOTrainer(StepTrainer):
             )
 
     def _add_callbacks(self, config: SPOConfig, shown_prompts: Sequence[str]) -> None:
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(PairEpochCallback(self))
         self.add_callback(SkipNonFiniteSteps(self))
         if config.log_images_steps > 0:
             shown = shown_prompts[: config.num_eval_images]
@@ -331,57 +289,6 @@ class SPOTrainer(StepTrainer):
     def _stores_channels_last(config: SPOConfig) -> bool:
         """A CPU decodes faster in this order; CUDA's group norm takes twice as long in it."""
         return config.device.type != "cuda" if config.channels_last is None else config.channels_last
-
-    def _check_strategies(self, config: SPOConfig, metrics: dict[str, Callable]):
-        """What can be trained and measured at all."""
-        launched_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # by `accelerate launch`
-        if config.fsdp or launched_sharded or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "SPO rolls out and scores with the whole denoiser between optimizer steps, so its parameters cannot be "
-                "sharded: use plain data parallel training or DeepSpeed ZeRO-1 or 2 instead of FSDP or ZeRO-3."
-            )
-        measured = config.load_best_model_at_end or config.save_strategy == "best"
-        if not measured and config.lr_scheduler_type != "reduce_lr_on_plateau":
-            return
-        known = [f"{name}_{kind}" for name in ("reward", *metrics) for kind in ("mean", "std")]
-        if config.metric_for_best_model in (None, "loss", "eval_loss"):  # there is no evaluation loss
-            config.metric_for_best_model = "reward_mean"
-            config.greater_is_better = True
-        elif config.metric_for_best_model.removeprefix("eval_") not in known:
-            raise ValueError(
-                f"`metric_for_best_model` must be one of {known}, got {config.metric_for_best_model!r}. Further metrics "
-                "come with the `metrics` argument of the trainer."
-            )
-        if config.lr_scheduler_type == "reduce_lr_on_plateau":  # of itself it waits for a number that falls
-            mode = "max" if config.greater_is_better else "min"
-            config.lr_scheduler_kwargs = {"mode": mode, **(config.lr_scheduler_kwargs or {})}
-
-    def _check_shared_reward(self, config: SPOConfig):
-        """A reward on the policy's own weights bears neither their training nor a dtype of its own."""
-        if not self.reward.shares_denoiser:
-            return
-        if not config.use_peft:
-            raise ValueError(
-                "The latent reward shares the weights of the denoiser, which `use_peft=False` trains: it would change while it "
-                "judges. Train a LoRA, or use a latent reward with weights of its own."
-            )
-        if config.reward_dtype is not None:
-            raise ValueError(
-                "The latent reward shares the denoiser, which has its own dtype: leave `reward_dtype` out."
-            )
-
-    def _check_reward_timesteps(self, config: SPOConfig, reward: Reward):
-        """The reward must know the timesteps it will be asked about. The first one, of pure noise, is never scored."""
-        if reward.num_train_timesteps is None:
-            return
-        timesteps = self._set_timesteps(config)
-        scored = timesteps if config.reward_timestep == "branch" else [*timesteps[1:], 0]
-        known = reward.num_train_timesteps
-        if max(scored) >= known:
-            raise ValueError(
-                f"The sampler uses timesteps up to {max(scored)}, and the reward model knows those up to {known - 1}. Use "
-                "a reward model that was trained for this pipeline."
-            )
 
     def _set_timesteps(self, config: SPOConfig) -> list[int]:
         """The schedule of the config's number of steps and image size."""
@@ -479,7 +386,8 @@ class SPOTrainer(StepTrainer):
                 generator=generator,
                 return_trajectory=return_trajectory,
             )
-        self._record_rollout(pairs)
+        self._check_scores(pairs)
+        self._metrics.add_rollout(pairs)
         self._metrics.add("time/rollout", time.perf_counter() - start, reduce="per_process")
         return pairs
 
@@ -498,78 +406,22 @@ class SPOTrainer(StepTrainer):
         return {name: size or self._chunk_sizes[name] for name, size in sizes.items()}
 
     def _choose_chunk_sizes(self, embeds: PromptEmbeds, free: int | None = None) -> dict[str, int]:
-        """`free` bytes on the device; by default it is asked."""
-        args = self.args
-        latent_shape = self.pipeline.latent_shape(args.height, args.width)
-        busy = busy_chunk_sizes(args.device.type, math.prod(latent_shape[1:]), self._scored_pixels(latent_shape))
-        free = free_bytes(args.device) if free is None else free
-        if args.memory_budget is None and free is None:
-            denoiser, decoder = busy
-            reward = 16 if args.device.type == "cpu" else 32
-            return dict(zip(CHUNK_SIZES, (denoiser, decoder, reward), strict=True))
-
-        # As many samples as fit the memory; without a budget of the user no more than are of use.
-        budget, largest = args.memory_budget, args.num_candidates * args.per_device_rollout_batch_size
-        if budget is None:
-            budget, largest = max(rollout_budget_gib(free, self.model), 1e-9), max(busy)
         with self.accelerator.autocast():
-            denoiser, scoring = rollout_chunk_sizes(
-                self.pipeline,
-                self.reward,
-                embeds,
-                latent_shape,
-                args.guidance_scale,
-                budget,
-                largest=largest,
-                image_size=args.scoring_image_size,
-            )
-        if args.memory_budget is None:
-            denoiser = min(busy[0], power_of_two_below(denoiser))
-            scoring = min(busy[1], power_of_two_below(scoring))
-        return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
-
-    def _scored_pixels(self, latent_shape: tuple[int, ...]) -> float:
-        """Pixels of an image as it is decoded for scoring."""
-        pixels = self.pipeline.num_pixels(self.args.height, self.args.width)
-        if self.args.scoring_image_size is None:
-            return pixels
-        short_side = min(latent_shape[1:]) * math.sqrt(pixels / math.prod(latent_shape[1:]))
-        return pixels * min(1.0, self.args.scoring_image_size / short_side) ** 2
+            return choose_chunk_sizes(self.args, self.pipeline, self.reward, embeds, free)
 
     def why_no_pairs(self) -> str:
         """What kept candidates from forming pairs, and what to change."""
-        threshold = self.args.preference_threshold
-        if self._largest_gap == 0:
-            return (
-                "All candidates of a prompt got the same score: the reward does not tell images of one prompt apart. "
-                "Check what it returns for two different images."
-            )
-        return (
-            f"The largest difference of two scores was {self._largest_gap:.3g}, p_win - p_lose = "
-            f"{math.tanh(self._largest_gap / 2):.3g}; none exceeds `preference_threshold={threshold}`. Lower the "
-            "threshold, raise the scale of the reward, or branch at other steps."
-        )
+        return self._metrics.why_no_pairs(self.args.preference_threshold)
 
-    def _record_rollout(self, pairs: StepPairs):
+    def _check_scores(self, pairs: StepPairs) -> None:
+        """
+        Raises:
+            ValueError: if no score of a rollout is finite, or too many of all rollouts are not.
+        """
         scores = torch.cat([branch.scores for branch in pairs.branches])
         if not scores.isfinite().any():
             raise ValueError(f"A rollout has no finite score: {pairs.nonfinite[0]}. {self.guard.hint}")
         self.guard.record(sum(branch.scores.shape[1] for branch in pairs.branches), [str(n) for n in pairs.nonfinite])
-        self._metrics.add("pairs/nonfinite", len(pairs.nonfinite), reduce="sum")
-        for branch in pairs.branches:
-            scores, valid = branch.scores, branch.selection.valid
-            margin = scores.double().max(0).values - scores.double().min(0).values  # in float32 it may be infinite
-            self._largest_gap = max(self._largest_gap, margin.nan_to_num(0.0, 0.0, 0.0).max().item())
-            low = branch.timestep // TIMESTEP_BIN * TIMESTEP_BIN
-            self._metrics.add("step_reward/mean", scores.mean(0))
-            self._metrics.add("step_reward/std", scores.double().std(0))
-            self._metrics.add("step_reward/margin", margin)
-            self._metrics.add("pairs/valid_fraction", valid.float())
-            self._metrics.add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
-        if pairs.final_scores is not None:
-            self._metrics.add("reward_mean", pairs.final_scores)
-            # In float64: the standard deviation is a difference of squares, which are much larger than it.
-            self._metrics.add("reward_square", pairs.final_scores.double() ** 2)
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -626,8 +478,9 @@ class SPOTrainer(StepTrainer):
         loss = losses.sum() * scale
         if model.training:
             self.guard.watch("log-probabilities", losses.isfinite(), inputs["pairs"].timesteps, pairs.prompts)
-        self._metrics.add("loss", losses)  # logged instead of the Trainer's own, of which version 4 keeps four digits
-        self._record_loss(output, chosen_logps, rejected_logps, *logps, kl)
+        log_ratios = (logps[0] - logps[2], logps[1] - logps[3])
+        policy_logps = (chosen_logps, rejected_logps)
+        self._metrics.add_loss(output, losses, kl, policy_logps, log_ratios, args.beta, args.epsilon)
         return (loss, output) if return_outputs else loss
 
     @contextlib.contextmanager
@@ -677,46 +530,13 @@ class SPOTrainer(StepTrainer):
         self._metrics.add("time/train", time.perf_counter() - start, reduce="per_process")
         return loss
 
-    @torch.no_grad()
-    def _record_loss(self, output, chosen_logps, rejected_logps, chosen, rejected, ref_chosen, ref_rejected, kl):
-        """Metrics of the log-ratios are of those the loss saw, with the weights of their timesteps."""
-        chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
-        ratios = torch.cat([chosen, rejected])
-        clipped = (ratios < math.log1p(-self.args.epsilon)) | (ratios > math.log1p(self.args.epsilon))
-        self._metrics.add("rewards/chosen", self.args.beta * chosen)
-        self._metrics.add("rewards/rejected", self.args.beta * rejected)
-        self._metrics.add("rewards/margins", self.args.beta * (chosen - rejected))
-        self._metrics.add("rewards/accuracies", (chosen > rejected).float())
-        # Each pair is seen once, so this is the policy's order of pairs it was not trained on; a draw counts one half.
-        self._metrics.add("pairs/fresh_accuracy", (chosen > rejected).float() + 0.5 * (chosen == rejected).float())
-        self._metrics.add("logps/chosen", chosen_logps)
-        self._metrics.add("logps/rejected", rejected_logps)
-        self._metrics.add("ratio/chosen", output.chosen_ratio)
-        self._metrics.add("ratio/rejected", output.rejected_ratio)
-        self._metrics.add("clip_ratio", clipped.float())
-        self._metrics.add("kl", kl)
-        self._metrics.add("approx_kl", 0.5 * ratios**2)
-
     # --- logging -----------------------------------------------------------------------------------------------------
-
-    def _pop_metrics(self) -> dict[str, float]:
-        """Metrics since the last log, over all processes."""
-        logs = self._metrics.pop()
-        if "reward_square" in logs:
-            logs["reward_std"] = math.sqrt(max(logs.pop("reward_square") - logs["reward_mean"] ** 2, 0.0))
-        # One rollout feeds several steps: a log without a rollout of its own repeats the metrics of the last one.
-        rollout_names = ("step_reward/", "pairs/valid", "reward_")
-        self._last_rollout_metrics.update({k: v for k, v in logs.items() if k.startswith(rollout_names)})
-        logs = {**self._last_rollout_metrics, **logs}
-        for name in ("time/rollout", "pairs/nonfinite", "skipped_steps"):
-            logs.setdefault(name, 0)
-        logs["num_prompts_seen"] = self.pair_loader.num_prompts_seen
-        logs["num_pairs_seen"] = self.pair_loader.num_pairs_seen
-        return logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._pop_metrics()}
+            logs = {**logs, **self._metrics.pop_logs()}
+            logs["num_prompts_seen"] = self.pair_loader.num_prompts_seen
+            logs["num_pairs_seen"] = self.pair_loader.num_pairs_seen
         elif "train_samples_per_second" in logs:
             # Of the pairs and steps of this call: what transformers counts is the largest number that there could have been.
             seconds = max(logs["train_runtime"], 1e-9)
@@ -845,70 +665,28 @@ class SPOTrainer(StepTrainer):
         self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:
-        metrics = gather_from_processes(self._metrics.state_dict())
+        metrics = self._metrics.checkpoint()
+        metrics["metrics"] = gather_from_processes(metrics["metrics"])
         if not self.args.should_save:
             return
         state = self.pair_loader.state_dict()
         pool = {name: value.contiguous().clone() for name, value in state.pop("pool").items()}
         save_file(pool, folder / PAIRS_NAME)
-        state.update(metrics=metrics, last_rollout_metrics=self._last_rollout_metrics, transitions=self._transitions())
+        state.update(metrics, transitions=transition_settings(self.args, self._set_timesteps(self.args)))
         (folder / STATE_NAME).write_text(json.dumps(state))
-
-    def _load_metrics(self, processes: list[dict] | dict, last_rollout: dict[str, float]) -> None:
-        """Metrics that were not logged when a checkpoint was written, of each process that wrote it."""
-        if isinstance(processes, dict):  # a checkpoint of an old version has the sums over all processes
-            processes = [processes]
-        mine = processes[self.args.process_index :: self.args.world_size]  # of several, if there are fewer now
-        self._metrics.load_state_dict(*map(_with_reductions, mine))
-        self._last_rollout_metrics = last_rollout
 
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
-            self._check_waiting(folder, state.get("transitions"))
-            self._load_metrics(state["metrics"], state["last_rollout_metrics"])
+            now = transition_settings(self.args, self._set_timesteps(self.args))
+            latent_shape = self.pipeline.latent_shape(self.args.height, self.args.width)
+            check_waiting_pairs(folder, state.get("transitions"), now, self.pair_loader.pool, latent_shape)
+            rank, world = self.args.process_index, self.args.world_size
+            self._metrics.restore(state["metrics"], state["last_rollout_metrics"], rank, world)
         self._seen_before = (self.pair_loader.num_pairs_seen, 0 if folder is None else global_step_of(folder))
         return self.pair_loader.exhausted
-
-    def _transitions(self) -> dict[str, Any]:
-        """What a transition from x_t to x_{t-1} was drawn with, as JSON keeps it; and the seed of the order of prompts."""
-        settings = {name: getattr(self.args, name) for name in TRANSITION_SETTINGS}
-        return {**settings, "timesteps": self._set_timesteps(self.args)}
-
-    def _check_waiting(self, folder: str, written: dict[str, Any] | None) -> None:
-        """
-        Pairs that wait in a checkpoint are transitions of the schedule and the guidance they were drawn with.
-
-        Raises:
-            ValueError: if this run would take them for transitions of its own, and they are not.
-        """
-        now = self._transitions()
-        changed = [name for name in now if written is not None and name in written and written[name] != now[name]]
-        if "seed" in changed:
-            logger.warning(
-                f"{folder!r} was written with `seed={written['seed']}` and this run has {now['seed']}: prompts come in "
-                "another order from here on, so some are seen twice in this epoch and others not at all."
-            )
-            changed.remove("seed")
-        pool = self.pair_loader.pool
-        if pool is None or len(pool) == 0:
-            return
-        what = ", ".join(f"`{name}={written[name]!r}` (now {now[name]!r})" for name in changed)
-        if not changed:  # a checkpoint of an old version does not say, but its pairs do
-            strangers = set(pool.timesteps.tolist()) - set(now["timesteps"])
-            shape = self.pipeline.latent_shape(self.args.height, self.args.width)
-            if not strangers and tuple(pool.latents.shape[1:]) == tuple(shape):
-                return
-            what = (
-                f"timesteps {sorted(strangers)}" if strangers else f"latents of shape {tuple(pool.latents.shape[1:])}"
-            )
-        raise ValueError(
-            f"{len(pool)} pairs wait in {folder!r} that were drawn with {what}: this run would train on them as if they were "
-            "its own. Resume with the settings of the checkpoint; or start a new run from its weights, with "
-            "`trainer.load_model(...)` and `trainer.train()`."
-        )
 
     def load_model(self, directory: str | Path) -> None:
         """
@@ -986,14 +764,3 @@ def _rows_of_pairs(pairs: StepPairs) -> tuple[torch.Tensor, torch.Tensor, torch.
     rejected_row = chosen_row.clone()
     rejected_row[own_forward] = torch.arange(len(pairs), len(pairs) + len(own_forward))
     return chosen_row, rejected_row, own_forward
-
-
-def _with_reductions(metrics: dict[str, list]) -> dict[str, list]:
-    """Metrics of a checkpoint as [`RunningMeans`] takes them; those of old versions have no word on how they are reduced."""
-
-    def reduction(name: str) -> str:
-        if name in ("pairs/nonfinite", "skipped_steps"):
-            return "sum"
-        return "per_process" if name.startswith("time/") else "mean"
-
-    return {name: [total, weight, *(known or [reduction(name)])] for name, (total, weight, *known) in metrics.items()}

@@ -15,15 +15,50 @@
 """Callbacks of the trainers."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..images import to_pil
 from .checkpointing import write_text
 from .model_card import SAMPLES_NAME
+
+
+logger = logging.get_logger(__name__)
+
+
+class PairEpochCallback(TrainerCallback):
+    """Tells the Trainer where epochs and the run really end: the number of valid pairs is not known beforehand."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loader = self.trainer.pair_loader
+        state.epoch = loader.epoch
+        if loader.exhausted:
+            if loader.waiting:
+                logger.warning(f"{loader.waiting} pairs are left at the end, too few for a step; they are not used.")
+            control.should_training_stop = True
+            if args.save_strategy == "steps":
+                control.should_save = True
+        elif loader.epoch_finished:
+            control.should_epoch_stop = True
+        if args.max_steps <= 0:
+            self._update_progress_bar(state, loader)
+        return control
+
+    def _update_progress_bar(self, state, loader):
+        per_prompt = (loader.num_pairs_seen + loader.waiting) / loader.num_prompts_seen
+        total = math.ceil(per_prompt * loader.total_prompts / loader.pairs_per_step)
+        for callback in self.trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.total = state.global_step if loader.exhausted else max(total, state.global_step + 1)
 
 
 class ImageLoggingCallback(TrainerCallback):

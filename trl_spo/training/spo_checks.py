@@ -1,0 +1,102 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What SPO refuses before any long work: settings that cannot be trained, and rewards that do not fit them."""
+
+import os
+from collections.abc import Callable
+
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..rewards.base import Reward
+from ..spo_config import SPOConfig
+
+
+def check_sharding(config: SPOConfig) -> None:
+    """
+    Raises:
+        ValueError: if the parameters of the denoiser would be spread over processes.
+    """
+    launched_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # by `accelerate launch`
+    if config.fsdp or launched_sharded or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "SPO rolls out and scores with the whole denoiser between optimizer steps, so its parameters cannot be "
+            "sharded: use plain data parallel training or DeepSpeed ZeRO-1 or 2 instead of FSDP or ZeRO-3."
+        )
+
+
+def choose_best_metric(config: SPOConfig, metrics: dict[str, Callable]) -> None:
+    """
+    By what the best checkpoint is chosen, and the learning rate lowered: the reward, unless the config names another
+    metric. Sets `metric_for_best_model`, `greater_is_better` and the mode of the schedule in `config`.
+
+    Raises:
+        ValueError: for a metric that evaluation does not have.
+    """
+    measured = config.load_best_model_at_end or config.save_strategy == "best"
+    if not measured and config.lr_scheduler_type != "reduce_lr_on_plateau":
+        return
+    known = [f"{name}_{kind}" for name in ("reward", *metrics) for kind in ("mean", "std")]
+    if config.metric_for_best_model in (None, "loss", "eval_loss"):  # there is no evaluation loss
+        config.metric_for_best_model = "reward_mean"
+        config.greater_is_better = True
+    elif config.metric_for_best_model.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {known}, got {config.metric_for_best_model!r}. Further metrics "
+            "come with the `metrics` argument of the trainer."
+        )
+    if config.lr_scheduler_type == "reduce_lr_on_plateau":  # by default it waits for a number that falls
+        mode = "max" if config.greater_is_better else "min"
+        config.lr_scheduler_kwargs = {"mode": mode, **(config.lr_scheduler_kwargs or {})}
+
+
+def check_shared_reward(config: SPOConfig, reward: Reward) -> None:
+    """
+    A reward on the policy's own weights allows neither their training nor a dtype of its own.
+
+    Raises:
+        ValueError: if the config asks for one of them.
+    """
+    if not reward.shares_denoiser:
+        return
+    if not config.use_peft:
+        raise ValueError(
+            "The latent reward shares the weights of the denoiser, which `use_peft=False` trains: it would change while it "
+            "judges. Train a LoRA, or use a latent reward with weights of its own."
+        )
+    if config.reward_dtype is not None:
+        raise ValueError("The latent reward shares the denoiser, which has its own dtype: leave `reward_dtype` out.")
+
+
+def check_reward_timesteps(config: SPOConfig, reward: Reward, timesteps: list[int]) -> None:
+    """
+    The reward must know the timesteps it will be asked about. The first one, of pure noise, is never scored.
+
+    Args:
+        config ([`SPOConfig`]): of the run.
+        reward ([`Reward`]): what judges.
+        timesteps (`list[int]`): of the sampler, descending.
+
+    Raises:
+        ValueError: if it knows fewer.
+    """
+    if reward.num_train_timesteps is None:
+        return
+    scored = timesteps if config.reward_timestep == "branch" else [*timesteps[1:], 0]
+    known = reward.num_train_timesteps
+    if max(scored) >= known:
+        raise ValueError(
+            f"The sampler uses timesteps up to {max(scored)}, and the reward model knows those up to {known - 1}. Use "
+            "a reward model that was trained for this pipeline."
+        )

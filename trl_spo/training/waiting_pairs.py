@@ -1,0 +1,94 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Pairs that wait in a checkpoint for their optimizer step. They are transitions of the schedule and the guidance they were
+drawn with, and a run with other settings must not train on them as if they were its own.
+"""
+
+from typing import Any
+
+from transformers.utils import logging
+
+from ..spo_config import SPOConfig
+from ..step_pairs import StepPairs
+
+
+logger = logging.get_logger(__name__)
+
+# These settings decide how a transition is drawn. All others may change from one part of a run to the next.
+TRANSITION_SETTINGS = (
+    "num_inference_steps", "sampler", "eta", "guidance_scale", "guidance_rescale", "negative_prompt", "clip_skip", "height",
+    "width", "seed",
+)  # fmt: skip
+
+
+def transition_settings(args: SPOConfig, timesteps: list[int]) -> dict[str, Any]:
+    """How a transition from x_t to x_{t-1} is drawn, and the seed of the order of prompts, as JSON keeps it."""
+    settings = {name: getattr(args, name) for name in TRANSITION_SETTINGS}
+    return {**settings, "timesteps": timesteps}
+
+
+def check_waiting_pairs(
+    folder: str,
+    written: dict[str, Any] | None,
+    now: dict[str, Any],
+    pool: StepPairs | None,
+    latent_shape: tuple[int, ...],
+) -> None:
+    """
+    Whether the pairs of a checkpoint are transitions of this run. Another seed is only a warning.
+
+    Args:
+        folder (`str`): of the checkpoint.
+        written (`dict`, *optional*): its [`transition_settings`]; an old checkpoint has none.
+        now (`dict`): those of this run.
+        pool ([`StepPairs`], *optional*): the pairs that wait.
+        latent_shape (`tuple[int, ...]`): `(C, h, w)` of this run.
+
+    Raises:
+        ValueError: if this run would take them for its own, and they are not.
+    """
+    changed = [name for name in now if written is not None and name in written and written[name] != now[name]]
+    if "seed" in changed:
+        logger.warning(
+            f"{folder!r} was written with `seed={written['seed']}` and this run has {now['seed']}: prompts come in "
+            "another order from here on, so some are seen twice in this epoch and others not at all."
+        )
+        changed.remove("seed")
+    if pool is None or len(pool) == 0:
+        return
+
+    if changed:
+        what = ", ".join(f"`{name}={written[name]!r}` (now {now[name]!r})" for name in changed)
+    else:
+        what = _other_transitions(pool, now["timesteps"], latent_shape)
+    if what is None:
+        return
+    raise ValueError(
+        f"{len(pool)} pairs wait in {folder!r} that were drawn with {what}: this run would train on them as if they were "
+        "its own. Resume with the settings of the checkpoint; or start a new run from its weights, with "
+        "`trainer.load_model(...)` and `trainer.train()`."
+    )
+
+
+def _other_transitions(pool: StepPairs, timesteps: list[int], latent_shape: tuple[int, ...]) -> str | None:
+    """What the pairs themselves show to be different. An old checkpoint does not name its settings."""
+    other = set(pool.timesteps.tolist()) - set(timesteps)
+    if other:
+        return f"timesteps {sorted(other)}"
+    shape = tuple(pool.latents.shape[1:])
+    if shape != tuple(latent_shape):
+        return f"latents of shape {shape}"
+    return None
