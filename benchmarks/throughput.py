@@ -84,7 +84,7 @@ from trl_spo import (
     StepAwareRewardModel,
     StepAwareRewardModelConfig,
 )
-from trl_spo.pipelines.base import default_lora_config
+from trl_spo.pipelines.denoiser import default_lora_config
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from trl_spo import StepAwareRewardModel, StepAwareRewardModelConfig
-from trl_spo.rewards.step_aware_clip import CLIP_MEAN, CLIP_STD, prepare_images
+from trl_spo.rewards.step_aware_clip import prepare_images
+from trl_spo.rewards.step_aware_config import CLIP_MEAN, CLIP_STD
 
 from .testing_utils import PROMPTS, tiny_clip
 

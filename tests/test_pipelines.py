@@ -38,9 +38,9 @@ from trl_spo import (
     merge_lora,
     wrap_pipeline,
 )
-from trl_spo.pipelines.base import compute_dtype_of
 from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.ddpo import DDPOStableDiffusionPipeline
+from trl_spo.pipelines.denoiser import compute_dtype_of
 from trl_spo.pipelines.encoding_cache import EncodingCache
 from trl_spo.sampling import generate_images
 from trl_spo.training.compilation import compile_blocks

@@ -36,7 +36,7 @@ from trl_spo import (
     StepRewardConfig,
     wrap_pipeline,
 )
-from trl_spo.pipelines.base import default_lora_config
+from trl_spo.pipelines.denoiser import default_lora_config
 from trl_spo.scripts.arguments import DiffusionModelArguments, RewardModelArguments
 
 

@@ -31,8 +31,8 @@ from trl_spo import (
     wrap_pipeline,
     wrap_reward,
 )
+from trl_spo.branch_plan import step_stds, thresholds_by_step
 from trl_spo.rewards.base import FunctionReward, Reward
-from trl_spo.rollout import step_stds, thresholds_by_step
 
 
 SETTINGS = {"num_inference_steps": 6, "branch_start_step": 1, "num_candidates": 3, "preference_threshold": 0.0}

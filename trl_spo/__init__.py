@@ -30,7 +30,8 @@ _import_structure = {
     "rewards.latent": ["LatentRewardModel"],
     "rewards.latent_config": ["LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
-    "rewards.step_aware_clip": ["StepAwareRewardModel", "StepAwareRewardModelConfig"],
+    "rewards.step_aware_clip": ["StepAwareRewardModel"],
+    "rewards.step_aware_config": ["StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
     "pipelines.auto": ["wrap_pipeline"],
     "pipelines.flux": ["SPOFluxPipeline"],
@@ -72,7 +73,8 @@ if TYPE_CHECKING:
     from .rewards.base import Reward, wrap_reward
     from .rewards.latent import LatentRewardModel
     from .rewards.latent_config import LatentRewardModelConfig
-    from .rewards.step_aware_clip import StepAwareRewardModel, StepAwareRewardModelConfig
+    from .rewards.step_aware_clip import StepAwareRewardModel
+    from .rewards.step_aware_config import StepAwareRewardModelConfig
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings
     from .scheduling_ddim import ddim_step_stats

@@ -32,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 
 from .hub_files import load_diffusers_pipeline, locate_checkpoint, require_existing
 from .pipelines.adapters import LORA_NAME
-from .pipelines.base import SPOPipeline, layerwise_casting
+from .pipelines.base import SPOPipeline
 from .pipelines.components import plain_pipeline
+from .pipelines.denoiser import layerwise_casting
 from .training.checkpointing import check_output_dir
 
 

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
+from .branch_plan import branch_lengths
 from .hub_files import load_denoiser
 from .losses import spo_loss
 from .pair_loader import LoaderSizes, PairLoader
@@ -46,7 +47,7 @@ from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
 from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
-from .rollout import branch_lengths, stepwise_rollout
+from .rollout import stepwise_rollout
 from .rollout_settings import RolloutSettings
 from .sampling import generate_images, given_size, score_images
 from .spo_config import SPOConfig

@@ -29,7 +29,7 @@ from PIL import Image
 
 from ..hub_files import read_image_processor
 from ..images import eight_bits
-from ..rewards.step_aware_clip import CLIP_MEAN, CLIP_STD
+from ..rewards.step_aware_config import CLIP_MEAN, CLIP_STD
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, PeftConfig
 
 from ..hub_files import load_diffusers_pipeline
 from ..step_distribution import StepDistribution, StepRule
 from .adapters import (
-    adapter_parameters,
     add_lora,
     load_lora,
     require_no_adapters,
@@ -45,114 +43,7 @@ from .adapters import (
 from .autoencoder import decode, encode, shrink_latents
 from .components import check_network, plain_pipeline
 from .conditioning import PromptEmbeds
-
-
-def default_lora_config() -> LoraConfig:
-    """The paper's SD1.5 adapter: rank 4 on the attention projections (SPO, appendix; DDPO uses the same)."""
-    return LoraConfig(
-        r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]
-    )
-
-
-def layerwise_casting(network: torch.nn.Module) -> Any | None:
-    """
-    The hook of diffusers' `enable_layerwise_casting` in a network, or `None`: its layers store their weights in few bits, cast
-    them when they are called, and back again. So what its weights are is not what it computes with, and they are other tensors
-    after every call.
-    """
-    for module in network.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("layerwise_casting")
-        if hook is not None:
-            return hook
-    return None
-
-
-def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
-    """
-    The dtype in which a diffusers network takes its inputs. It is not that of any first parameter: weights may be stored
-    in 8 or 4 bits and computed with in another dtype, and adapters are float32 in a network of half precision.
-    """
-    hook = layerwise_casting(network)
-    if hook is not None:
-        return hook.compute_dtype
-
-    # Elsewhere it is the dtype of the first layer that is neither quantised nor an adapter, nor kept in float32 always.
-    adapters = set(map(id, adapter_parameters(network)))
-    kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
-    for name, parameter in network.named_parameters():
-        if not parameter.is_floating_point() or torch.finfo(parameter.dtype).bits < 16:
-            continue
-        if id(parameter) not in adapters and not any(part in name for part in kept):
-            return parameter.dtype
-
-    # A network that is quantised as a whole says in which dtype it computes.
-    quantization = getattr(getattr(network, "config", None), "quantization_config", None)
-    for name in ("compute_dtype", "bnb_4bit_compute_dtype"):
-        if isinstance(getattr(quantization, name, None), torch.dtype):
-            return getattr(quantization, name)
-    return torch.float32
-
-
-def takes_any_precision(network: torch.nn.Module) -> None:
-    """
-    Let a network answer in the dtype it is asked in, whatever that of its weights is. A denoiser that is trained as a whole
-    becomes float32, and its user's pipeline goes on asking in half precision.
-    """
-
-    def cast(value, dtype):
-        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-
-    def cast_nested(value, dtype):
-        if isinstance(value, dict):
-            return {key: cast_nested(item, dtype) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(cast_nested(item, dtype) for item in value)
-        return cast(value, dtype)
-
-    def first_dtype(args, kwargs):
-        values = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
-        return next((value.dtype for value in values if value.is_floating_point()), torch.float32)
-
-    asked = []
-
-    def before(module, args, kwargs):
-        asked.append(first_dtype(args, kwargs))
-        own = next(module.parameters()).dtype
-        return (args, kwargs) if asked[-1] == own else (cast_nested(args, own), cast_nested(kwargs, own))
-
-    def after(module, args, kwargs, output):
-        dtype = asked.pop()
-        if dtype == next(module.parameters()).dtype:
-            return output
-        if isinstance(output, BaseOutput):
-            return type(output)(*(cast_nested(value, dtype) for value in output.to_tuple()))
-        return cast_nested(output, dtype)
-
-    network.register_forward_pre_hook(before, with_kwargs=True)
-    network.register_forward_hook(after, with_kwargs=True)
-
-
-class DenoiserForTraining(torch.nn.Module):
-    """
-    The module a `transformers.Trainer` sees. It forwards to the denoiser and has no `config`: callbacks of trackers
-    expect the one of a transformers model there, which a diffusers network does not have.
-    """
-
-    accepts_loss_kwargs = False
-
-    def __init__(self, denoiser: torch.nn.Module):
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, *args, **kwargs):
-        return self.denoiser(*args, **kwargs)
-
-    def activation_checkpointing_enable(self, **kwargs):
-        """What `transformers.Trainer` (5.x) calls for `gradient_checkpointing=True`; diffusers has no options for it."""
-        self.denoiser.enable_gradient_checkpointing()
-
-    gradient_checkpointing_enable = activation_checkpointing_enable  # transformers 4.x
+from .denoiser import DenoiserForTraining, compute_dtype_of, default_lora_config, takes_any_precision
 
 
 class SPOPipeline:

@@ -41,13 +41,10 @@ classes around them changed between transformers 4.57 (`CLIPVisionTransformer`, 
 the names of their parameters did not. So the names below `model.` are those of the released checkpoints with either.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, PreTrainedModel
 
 from ..hub_files import (
     canonical_name,
@@ -62,79 +59,8 @@ from ..hub_files import (
     read_state_dict,
 )
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
-
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class StepAwareRewardModelConfig(PretrainedConfig):
-    r"""
-    Configuration of a [`StepAwareRewardModel`].
-
-    Args:
-        clip_config (`dict` or [`~transformers.CLIPConfig`], *optional*):
-            Architecture of the underlying CLIP. Defaults to transformers' default CLIP (ViT-B/32). The paper uses
-            ViT-H/14.
-        step_conditioning (`bool`, *optional*, defaults to `True`):
-            Whether the timestep reaches the vision tower. With `False` the modulation is skipped and timesteps are
-            ignored: the "no step condition" ablation of the paper (PickScore 21.19 against 21.43).
-        image_mean (`list[float]`, *optional*):
-            Channel means of the CLIP image preparation. Defaults to OpenAI's.
-        image_std (`list[float]`, *optional*):
-            Channel standard deviations of the CLIP image preparation. Defaults to OpenAI's.
-        num_train_timesteps (`int`, *optional*, defaults to `1000`):
-            Timesteps must lie in `[0, num_train_timesteps)`.
-        frequency_embedding_size (`int`, *optional*, defaults to `256`):
-            Width of the sinusoidal timestep embedding. Even.
-        max_period (`int`, *optional*, defaults to `10000`):
-            Longest period of the sinusoidal timestep embedding.
-    """
-
-    model_type = "step_aware_reward_model"
-    sub_configs = {"clip_config": CLIPConfig}
-
-    def __init__(
-        self,
-        clip_config=None,
-        step_conditioning=True,
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-        num_train_timesteps=1000,
-        frequency_embedding_size=256,
-        max_period=10000,
-        **kwargs,
-    ):
-        if clip_config is None:
-            clip_config = CLIPConfig()
-        elif isinstance(clip_config, dict):
-            clip_config = CLIPConfig(**clip_config)
-        elif not isinstance(clip_config, CLIPConfig):
-            raise ValueError(f"`clip_config` must be a dict or a CLIPConfig, got {type(clip_config).__name__}.")
-        if frequency_embedding_size % 2 != 0:
-            raise ValueError(f"`frequency_embedding_size` must be even, got {frequency_embedding_size}.")
-        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
-            raise ValueError(
-                "`image_mean` and `image_std` need one number per RGB channel, the latter above 0, got "
-                f"{list(image_mean)} and {list(image_std)}."
-            )
-        # One model has one dtype, said once, in this configuration: transformers would build the towers of a CLIP that
-        # was saved in half precision in that dtype, whatever the dtype of the weights is by now.
-        self.clip_config = copy.deepcopy(clip_config)
-        for part in (self.clip_config, self.clip_config.text_config, self.clip_config.vision_config):
-            part.dtype = None
-        self.step_conditioning = step_conditioning
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        self.num_train_timesteps = num_train_timesteps
-        self.frequency_embedding_size = frequency_embedding_size
-        self.max_period = max_period
-        super().__init__(**kwargs)
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the square image that the vision tower sees."""
-        return self.clip_config.vision_config.image_size
+from .step_aware_config import CLIP_MEAN, CLIP_STD, StepAwareRewardModelConfig
+from .step_conditioning import AdaLNModulation, StepAwareCLIPEncoderLayer, TimestepEmbedder
 
 
 def prepare_images(
@@ -182,74 +108,6 @@ def prepare_images(
     images = (images / 2 + 0.5).clamp(0, 1)
     # Channel by channel with numbers: as tensors they would be copied to the device, and a copy waits for it.
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
-
-
-class TimestepEmbedder(nn.Module):
-    r"""
-    Sinusoidal embedding of the timestep (cosines, then sines) followed by a two-layer MLP.
-
-    Angles are computed in float32 and only then cast: in half precision neighbouring timesteps would coincide.
-    """
-
-    def __init__(self, hidden_size: int, frequency_embedding_size: int, max_period: int):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        self.frequency_embedding_size = frequency_embedding_size
-        self.max_period = max_period
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:  # (B,) -> (B, hidden_size)
-        half = self.frequency_embedding_size // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-        angles = timesteps.float()[:, None] * self.max_period**-exponents
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, frequency_embedding_size)
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
-
-
-class AdaLNModulation(nn.Sequential):
-    r"""
-    `Linear(SiLU(c))`, split into `num_parts` parts of the hidden width. Starts as the identity modulation: zero, except
-    for the parts listed in `gates`, which start at one.
-    """
-
-    def __init__(self, hidden_size: int, num_parts: int, gates: tuple[int, ...] = ()):
-        super().__init__(nn.SiLU(), nn.Linear(hidden_size, num_parts * hidden_size))
-        self.num_parts = num_parts
-        self.gates = gates
-
-    @torch.no_grad()
-    def reset_to_identity(self):
-        nn.init.zeros_(self[1].weight)
-        nn.init.zeros_(self[1].bias)
-        for gate in self.gates:
-            nn.init.ones_(self[1].bias.view(self.num_parts, -1)[gate])
-
-    def forward(self, step_embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:  # (B, d) -> num_parts times (B, d)
-        return super().forward(step_embedding).chunk(self.num_parts, dim=-1)
-
-
-class StepAwareCLIPEncoderLayer(CLIPEncoderLayer):
-    """A CLIP vision block with adaLN modulation. `step_embedding=None` leaves the modulation out."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.adaLN_modulation = AdaLNModulation(config.hidden_size, num_parts=6, gates=(2, 5))
-
-    def forward(self, hidden_states: torch.Tensor, step_embedding: torch.Tensor | None = None) -> torch.Tensor:
-        # hidden_states (B, N, d), step_embedding (B, d)
-        if step_embedding is None:
-            shift_a = scale_a = shift_m = scale_m = 0.0
-            gate_a = gate_m = 1.0
-        else:
-            parts = (part[:, None] for part in self.adaLN_modulation(step_embedding))  # each (B, 1, d)
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        attention_input = self.layer_norm1(hidden_states) * (1 + scale_a) + shift_a
-        # Positional arguments after the first differ between transformers 4.57 and 5; `None` is their shared default.
-        attention_output = self.self_attn(hidden_states=attention_input, attention_mask=None)[0]
-        hidden_states = hidden_states + gate_a * attention_output
-        mlp_input = self.layer_norm2(hidden_states) * (1 + scale_m) + shift_m
-        return hidden_states + gate_m * self.mlp(mlp_input)
 
 
 class StepAwareRewardModel(PreTrainedModel):

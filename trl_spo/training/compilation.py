@@ -40,7 +40,8 @@ from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.utils import logging
 
-from ..pipelines.base import SPOPipeline, layerwise_casting
+from ..pipelines.base import SPOPipeline
+from ..pipelines.denoiser import layerwise_casting
 
 
 logger = logging.get_logger(__name__)

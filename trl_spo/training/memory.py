@@ -36,8 +36,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..pipelines.base import SPOPipeline, layerwise_casting
+from ..pipelines.base import SPOPipeline
 from ..pipelines.conditioning import PromptEmbeds
+from ..pipelines.denoiser import layerwise_casting
 from ..rewards.base import Reward, wrap_reward
 
 
