@@ -30,8 +30,9 @@ All rewards are taught by the same 2,400 noisy preferences. What is measured:
   the exact utility of the finished images says which is the better one. How often a reward agrees.
 - **training**: SPO's loop with each reward up to the same number of UNet evaluations. A unit is one sample forward through
   the whole denoiser; a backward pass counts as two, and half a UNet of a latent reward as the share of its arithmetic. What a
-  pixel reward adds (decoder, CLIP) is not in this number; CPU seconds count everything. The checkpoint with the best utility
-  on validation captions is measured on held-out captions.
+  pixel reward adds (decoder, CLIP) is not in this number; CPU seconds count everything, and one more run with the pixel
+  reward ends at about the CPU seconds of the latent one. The checkpoint with the best utility on validation captions is
+  measured on held-out captions.
 
 The work is cut into pieces, each with a file of its own; what is there is not done again.
 """
@@ -91,11 +92,12 @@ SEEDS = (0, 1, 2)
 BUDGET = 24_000  # UNet evaluations of one run
 MARKS = [BUDGET * i // 6 for i in range(1, 7)]
 REWARDS = ("pixel", "latent", "latent_filtered")
-ARMS = {  # name: reward, fields of SPOConfig that differ
-    "SPO, pixel reward": ("pixel", {}),
-    "LPO, steps 0 to 3": ("latent", {"branch_end_step": 4}),
-    "LPO, steps 0 to 7": ("latent", {"branch_end_step": 8}),
-    "LPO, steps 0 to 3, filtered pairs": ("latent_filtered", {"branch_end_step": 4}),
+ARMS = {  # name: reward, fields of SPOConfig that differ, number of marks it runs to
+    "SPO, pixel reward": ("pixel", {}, 6),
+    "SPO, pixel reward, about the CPU time of LPO": ("pixel", {}, 4),
+    "LPO, steps 0 to 3": ("latent", {"branch_end_step": 4}, 6),
+    "LPO, steps 0 to 7": ("latent", {"branch_end_step": 8}, 6),
+    "LPO, steps 0 to 3, filtered pairs": ("latent_filtered", {"branch_end_step": 4}, 6),
 }
 NUM_CANDIDATE_PROMPTS = 256
 
@@ -288,7 +290,7 @@ def settings_of(model: str, reward: str, changes: dict) -> dict:
 
 def train(model: str, arm: str, seed: int, reward_model, tuned: dict) -> dict:
     """One run: validation scores at every mark, and the held-out scores of the best of them."""
-    kind, changes = ARMS[arm]
+    kind, changes, num_marks = ARMS[arm]
     pipeline = load(model)
     reward = wrap_reward(reward_model)
     reward.check_pipeline(pipeline)
@@ -300,7 +302,7 @@ def train(model: str, arm: str, seed: int, reward_model, tuned: dict) -> dict:
 
     backbone = reward_model.backbone if kind != "pixel" else None
     meter = EquivalentMeter(pipeline.denoiser, backbone, weight)
-    recorder = Recorder(pipeline.denoiser, MARKS, validate, meter)
+    recorder = Recorder(pipeline.denoiser, MARKS[:num_marks], validate, meter)
     with tempfile.TemporaryDirectory() as folder:
         train_spo(pipeline, recorder, reward_model, seed, {**settings_of(model, kind, changes), **tuned}, Path(folder))
     recorder.meter.close()
@@ -323,7 +325,7 @@ def study(model: str, output: Path, tuned: dict) -> None:
     for seed in SEEDS:
         rewards = study_rewards(model, pipeline, seed, folder)
         piece(folder / f"candidates_{seed}.json", candidate_accuracy, pipeline, rewards, seed)
-        for arm, (kind, _) in ARMS.items():
+        for arm, (kind, _, _) in ARMS.items():
             settings = tuned.get(kind.split("_")[0], {})
             piece(folder / f"run_{file_name(arm)}_{seed}.json", train, model, arm, seed, rewards[kind], settings)
 
@@ -432,8 +434,12 @@ def tables(output: Path) -> str:
     parts = []
     for model in ("unet", "flow"):
         folder = output / model
-        if (folder / "base.json").exists():
-            parts += [f"## {model}", *reward_table(folder), "", *training_table(folder), "", *curve_table(folder), ""]
+        if not (folder / "base.json").exists():
+            continue
+        parts.append(f"## {model}")
+        if (folder / "candidates_0.json").exists():  # a study that goes on may not have come so far
+            parts += [*reward_table(folder), ""]
+        parts += [*training_table(folder), "", *curve_table(folder), ""]
     return "\n".join(parts)
 
 

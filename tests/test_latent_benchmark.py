@@ -95,6 +95,7 @@ def test_tables(tmp_path):
     assert row.startswith(f"| {arm} | +0.200 ± 0.100 |")
     assert row.endswith("| 8,001 | 8 | 24 |")
     assert f"| {arm} |" + " 0.700 |" * 6 == latent_rewards.curve_table(folder)[2]
+    assert row in latent_rewards.tables(tmp_path).splitlines(), "before the rewards were measured"
 
 
 def test_a_piece_is_made_once(tmp_path):
