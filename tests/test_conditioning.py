@@ -36,7 +36,8 @@ def embeds_of(*lengths: int, seed: int = 0, mask: bool = False) -> PromptEmbeds:
         positive = torch.randn(1, length, 3, generator=generator)
         negative = torch.randn(1, 2, 3, generator=generator)
         ones = torch.ones(1, length, dtype=torch.long) if mask else None
-        parts.append(PromptEmbeds(positive, negative, positive.mean(1), prompt_mask=ones))
+        lengths = {"prompt_lengths": (length,), "negative_prompt_lengths": (2,)} if mask else {}
+        parts.append(PromptEmbeds(positive, negative, positive.mean(1), prompt_mask=ones, **lengths))
     return PromptEmbeds.cat(parts)
 
 
@@ -79,6 +80,34 @@ def test_rows_repeats_and_indices_take_the_mask_along():
     assert embeds[torch.tensor([1, 0])].prompt_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert embeds.repeat(2).prompt_mask.tolist() == [[1, 0, 0], [1, 1, 1]] * 2
     assert embeds.repeat_interleave(2).prompt_mask.tolist() == [[1, 0, 0]] * 2 + [[1, 1, 1]] * 2
+
+
+def test_lengths_go_with_their_rows():
+    """They are numbers of the host: whatever is done to the rows, nobody has to count a mask on a device again."""
+    embeds = embeds_of(1, 3, 2, mask=True)
+    one = embeds_of(4, mask=True)
+    cases = {
+        "slice": embeds[1:],
+        "index": embeds[torch.tensor([2, 0])],
+        "mask": embeds[torch.tensor([True, False, True])],
+        "repeat": embeds.repeat(2),
+        "interleave": embeds.repeat_interleave(2),
+        "cat": PromptEmbeds.cat([embeds, one, embeds[:1]]),
+        "negative": embeds.with_negative_of(one),
+        "moved": embeds.to("meta", torch.bfloat16),
+    }
+    expected = {
+        "slice": (3, 2), "index": (2, 1), "mask": (1, 2), "repeat": (1, 3, 2) * 2, "interleave": (1, 1, 3, 3, 2, 2),
+        "cat": (1, 3, 2, 4, 1), "negative": (1, 3, 2), "moved": (1, 3, 2),
+    }  # fmt: skip
+    assert {name: case.prompt_lengths for name, case in cases.items()} == expected
+    for name, case in cases.items():
+        assert case.negative_prompt_lengths == (2,) * len(case), name
+        if name != "moved":  # whose mask has no numbers
+            assert case.prompt_mask.sum(1).tolist() == list(case.prompt_lengths), name
+    without = PromptEmbeds(one.prompt_embeds, one.negative_prompt_embeds, one.pooled_prompt_embeds)
+    assert PromptEmbeds.cat([embeds, without]).prompt_lengths is None  # the mask still says it
+    assert embeds.with_negative_of(without).negative_prompt_lengths is None
 
 
 def test_a_dtype_is_for_floating_point_fields():

@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 SEQUENCES = {"prompt_embeds": "prompt_mask", "negative_prompt_embeds": "negative_prompt_mask"}  # and their masks
+LENGTHS = ("prompt_lengths", "negative_prompt_lengths")  # numbers of the host, not tensors
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class PromptEmbeds:
         prompt_mask, negative_prompt_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): True or 1
             where a sequence has text, False or 0 where it is padded. `None`: no sequence is padded, or the denoiser
             attends to padding as to text.
+        prompt_lengths, negative_prompt_lengths (`tuple[int, ...]` of `batch_size`, *optional*): how many tokens of each
+            sequence are text, where that is the first ones. A denoiser that takes lists cuts its rows by them: they are
+            numbers, as reading a mask on a GPU would wait for it in every call. `None`: the masks say it.
     """
 
     prompt_embeds: torch.Tensor
@@ -52,6 +56,8 @@ class PromptEmbeds:
     add_time_ids: torch.Tensor | None = None
     prompt_mask: torch.Tensor | None = None
     negative_prompt_mask: torch.Tensor | None = None
+    prompt_lengths: tuple[int, ...] | None = None
+    negative_prompt_lengths: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -59,16 +65,22 @@ class PromptEmbeds:
     @property
     def nbytes(self) -> int:
         """Memory of all fields; rows that are shared by expansion count as often as they are seen."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, name) for name in _tensors())
         return sum(value.nbytes for value in values if value is not None)
 
-    def _map(self, function) -> "PromptEmbeds":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+    def _map(self, function, function_of_lengths=lambda lengths: lengths) -> "PromptEmbeds":
+        """`function` of every tensor, the other one of the numbers that stay with the host."""
+        functions = {**dict.fromkeys(_tensors(), function), **dict.fromkeys(LENGTHS, function_of_lengths)}
+        values = {name: getattr(self, name) for name in functions}
+        return replace(self, **{name: functions[name](value) for name, value in values.items() if value is not None})
 
     def __getitem__(self, index) -> "PromptEmbeds":
-        """Rows by slice or index tensor."""
-        return self._map(lambda value: value[index.to(value.device) if torch.is_tensor(index) else index])
+        """Rows by slice or index tensor. Of an index on the CPU nobody waits for the device."""
+        if not torch.is_tensor(index):
+            return self._map(lambda value: value[index], lambda lengths: lengths[index])
+        place = self.prompt_embeds.device
+        rows = index.to(place, non_blocking=place.type != "cpu")
+        return self._map(lambda value: value[rows], lambda lengths: tuple(torch.tensor(lengths)[index.cpu()].tolist()))
 
     def to(self, *args, **kwargs) -> "PromptEmbeds":
         """As `torch.Tensor.to`; a dtype is for floating point fields only, masks and indices keep theirs."""
@@ -86,17 +98,24 @@ class PromptEmbeds:
         """These prompts with the negative half of another, which has one row and is shared by all prompts."""
         names = [f.name for f in fields(self) if f.name.startswith("negative_")]
         values = {name: getattr(other, name) for name in names}
-        return replace(
-            self,
-            **{name: value.expand(len(self), *value.shape[1:]) for name, value in values.items() if value is not None},
-        )
+        for name, value in values.items():
+            if name in LENGTHS:
+                values[name] = value and value * len(self)
+            elif value is not None:
+                values[name] = value.expand(len(self), *value.shape[1:])
+        return replace(self, **values)
 
     def repeat(self, repeats: int) -> "PromptEmbeds":
         """All rows, then all rows again: matches `candidates (K, B, ...).flatten(0, 1)`."""
-        return self._map(lambda value: value.repeat(repeats, *(1,) * (value.ndim - 1)))
+        return self._map(
+            lambda value: value.repeat(repeats, *(1,) * (value.ndim - 1)), lambda lengths: lengths * repeats
+        )
 
     def repeat_interleave(self, repeats: int) -> "PromptEmbeds":
-        return self._map(lambda value: value.repeat_interleave(repeats, dim=0))
+        return self._map(
+            lambda value: value.repeat_interleave(repeats, dim=0),
+            lambda lengths: tuple(length for length in lengths for _ in range(repeats)),
+        )
 
     @classmethod
     def cat(cls, parts: list["PromptEmbeds"]) -> "PromptEmbeds":
@@ -107,7 +126,7 @@ class PromptEmbeds:
         Raises:
             ValueError: if some parts have a field, such as the negative prompt, that others do not have.
         """
-        values = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        values = {name: [getattr(part, name) for part in parts] for name in _tensors()}
         for sequences, masks in SEQUENCES.items():
             if values[sequences][0] is not None:
                 values[sequences], values[masks] = _pad(values[sequences], values[masks])
@@ -116,7 +135,17 @@ class PromptEmbeds:
             raise ValueError(
                 f"Prompt embeddings can only be joined if all of them have `{lacking[0]}`, or none has it."
             )
-        return cls(**{name: torch.cat(tensors) for name, tensors in values.items() if tensors[0] is not None})
+        joined = {name: torch.cat(tensors) for name, tensors in values.items() if tensors[0] is not None}
+        for name in LENGTHS:
+            lengths = [getattr(part, name) for part in parts]
+            if None not in lengths:
+                joined[name] = sum(lengths, ())
+        return cls(**joined)
+
+
+def _tensors() -> list[str]:
+    """Names of the fields that are tensors, or `None`."""
+    return [field.name for field in fields(PromptEmbeds) if field.name not in LENGTHS]
 
 
 def _pad(sequences: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tuple[list, list]:

@@ -20,6 +20,8 @@ are, and how its schedule is shifted.
 Latents are `(B, C, h, w)` everywhere. A transformer that wants them packed into tokens gets them so inside `velocity`.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -69,24 +71,52 @@ def linear_mu(num_tokens: int, config) -> float:
     return low + (num_tokens - first) * (high - low) / (last - first)
 
 
-def with_masks(
-    positive: torch.Tensor, mask: torch.Tensor, negative: torch.Tensor, negative_mask: torch.Tensor
+def with_lengths(
+    positive: torch.Tensor,
+    lengths: list[int],
+    negative: torch.Tensor | None = None,
+    negative_length: int | None = None,
 ) -> PromptEmbeds:
     """
-    Prompts of different lengths, and one negative prompt for all of them.
+    Prompts of different lengths, and one negative prompt for all of them. The lengths are kept beside the masks that follow
+    from them: both are made here, once, so that no call of the denoiser has to ask the device.
 
     Args:
-        positive (`torch.Tensor` of shape `(B, L, dim)`), mask (`torch.Tensor` of shape `(B, L)`): of the prompts.
-        negative (`torch.Tensor` of shape `(1, M, dim)`), negative_mask (`torch.Tensor` of shape `(1, M)`): of the
-            negative prompt.
+        positive (`torch.Tensor` of shape `(B, L, dim)`), lengths (`list[int]` of B): of the prompts; the text of a row comes
+            first.
+        negative (`torch.Tensor` of shape `(1, M, dim)`, *optional*), negative_length (`int`, *optional*): of the negative
+            prompt; `None` leaves that half out.
     """
+    embeds = PromptEmbeds(positive, prompt_mask=_mask(positive, lengths), prompt_lengths=tuple(lengths))
+    if negative is None:
+        return embeds
     count = len(positive)
-    return PromptEmbeds(
-        positive,
-        negative.expand(count, -1, -1),
-        prompt_mask=mask,
-        negative_prompt_mask=negative_mask.expand(count, -1),
+    return replace(
+        embeds,
+        negative_prompt_embeds=negative.expand(count, -1, -1),
+        negative_prompt_mask=_mask(negative, [negative_length]).expand(count, -1),
+        negative_prompt_lengths=(negative_length,) * count,
     )
+
+
+def _mask(rows: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """`(B, L)`, True where a row has text."""
+    places = torch.arange(rows.shape[1], device=rows.device)
+    return places < torch.tensor(lengths, device=rows.device)[:, None]
+
+
+def text_lengths(rows: torch.Tensor, mask: torch.Tensor | None, lengths: tuple[int, ...] | None = None) -> list[int]:
+    """
+    How many tokens of each row are text. Embeddings from elsewhere may have a mask alone, and reading it waits for the
+    device.
+
+    Args:
+        rows (`torch.Tensor` of shape `(B, L, dim)`), mask (`torch.Tensor` of shape `(B, L)`, *optional*), lengths
+            (`tuple[int, ...]`, *optional*): of one half of [`PromptEmbeds`].
+    """
+    if lengths is not None:
+        return list(lengths)
+    return [rows.shape[1]] * len(rows) if mask is None else mask.sum(1).tolist()
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from .autoencoder import own_precision, scale_and_shift
 from .conditioning import PromptEmbeds
-from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline, pack, unpack, with_masks
+from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline, pack, text_lengths, unpack, with_lengths
 
 
 class SPOQwenImagePipeline(SPOFlowPipeline):
@@ -57,22 +57,21 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
                 with a space, which stands for the empty prompt, too. `None` leaves that half out.
 
         Returns:
-            [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: prompts differ in length.
+            [`PromptEmbeds`] with token features `(B, L, dim)`, masks `(B, L)` and lengths: prompts differ in length.
         """
-        positive, mask = self._encode_texts(list(prompts))
+        positive, lengths = self._encode_texts(list(prompts))
         if negative_prompt is None:
-            return PromptEmbeds(positive, prompt_mask=mask)
-        return with_masks(positive, mask, *self._encode_texts([negative_prompt or " "]))
+            return with_lengths(positive, lengths)
+        negative, (length,) = self._encode_texts([negative_prompt or " "])
+        return with_lengths(positive, lengths, negative, length)
 
-    def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, list[int]]:
         pipeline = self.sd_pipeline
         with self.long_prompts.announced(texts, pipeline, limit=self.max_sequence_length):
             tokens, mask = pipeline.encode_prompt(
                 texts, device=self.device, max_sequence_length=self.max_sequence_length
             )
-        if mask is None:  # diffusers' way to say that all rows have the same length
-            mask = torch.ones(tokens.shape[:2], device=tokens.device)
-        return tokens, mask.bool()
+        return tokens, text_lengths(tokens, mask)  # without a mask all rows have the same length
 
     def call_arguments(self, guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
         """diffusers' `guidance_scale` is for distilled models here, and without a negative prompt there is no guidance."""
@@ -81,11 +80,12 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         height, width = latents.shape[-2:]
         tokens = pack(latents)
-        cond = self._call(denoiser, tokens, sigma, embeds.prompt_embeds, embeds.prompt_mask, height, width)
+        text = _cut(embeds.prompt_embeds, embeds.prompt_mask, embeds.prompt_lengths)
+        cond = self._call(denoiser, tokens, sigma, *text, height, width)
         if guidance_scale > 1:
             self.check_negative(embeds)
-            negative, mask = embeds.negative_prompt_embeds, embeds.negative_prompt_mask
-            uncond = self._call(denoiser, tokens, sigma, negative, mask, height, width).float()
+            text = _cut(embeds.negative_prompt_embeds, embeds.negative_prompt_mask, embeds.negative_prompt_lengths)
+            uncond = self._call(denoiser, tokens, sigma, *text, height, width).float()
             cond = cond.float()
             guided = uncond + guidance_scale * (cond - uncond)
             # Guidance may turn a token's prediction but not lengthen it. Where the guided one is 0 it stays 0.
@@ -117,3 +117,16 @@ class SPOQwenImagePipeline(SPOFlowPipeline):
         with own_precision(vae):
             frames = (latents.float() / scale + shift).to(vae.dtype).unsqueeze(2)
             return vae.decode(frames, return_dict=False)[0][:, :, 0].float()
+
+
+def _cut(
+    text: torch.Tensor, mask: torch.Tensor | None, lengths: tuple[int, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Text as long as the longest row, and its mask only where lengths differ, as diffusers' pipeline gives them: attention
+    without a mask is faster, and with one diffusers' transformer copies a number to the device, for which the host waits.
+    """
+    if lengths is None or mask is None:
+        return text, mask
+    longest = max(lengths)
+    return text[:, :longest], None if min(lengths) == longest else mask[:, :longest]

@@ -15,16 +15,10 @@
 """Z-Image as SPO trains it: lists of images and captions of different length, a clock that runs backwards."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .conditioning import PromptEmbeds
-from .flow import SPOFlowPipeline, with_masks
-
-
-def pad_rows(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `(L_i, dim)` of different length -> `(B, L, dim)` with zeros behind, and a mask `(B, L)` of what is there."""
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+from .flow import SPOFlowPipeline, text_lengths, with_lengths
 
 
 class SPOZImagePipeline(SPOFlowPipeline):
@@ -53,12 +47,14 @@ class SPOZImagePipeline(SPOFlowPipeline):
                 it out.
 
         Returns:
-            [`PromptEmbeds`] with token features `(B, L, dim)` and masks `(B, L)`: captions differ in length.
+            [`PromptEmbeds`] with token features `(B, L, dim)`, masks `(B, L)` and lengths: captions differ in length.
         """
-        positive, mask = pad_rows(self._encode_texts(list(prompts)))
+        rows = self._encode_texts(list(prompts))
+        positive, lengths = pad_sequence(rows, batch_first=True), [len(row) for row in rows]
         if negative_prompt is None:
-            return PromptEmbeds(positive, prompt_mask=mask)
-        return with_masks(positive, mask, *pad_rows(self._encode_texts([negative_prompt])))
+            return with_lengths(positive, lengths)
+        (negative,) = self._encode_texts([negative_prompt])
+        return with_lengths(positive, lengths, negative[None], len(negative))
 
     def _encode_texts(self, texts: list[str]) -> list[torch.Tensor]:
         pipeline = self.sd_pipeline
@@ -71,12 +67,12 @@ class SPOZImagePipeline(SPOFlowPipeline):
             )[0]
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
-        rows = _rows(embeds.prompt_embeds, embeds.prompt_mask)
+        rows = _rows(embeds.prompt_embeds, embeds.prompt_mask, embeds.prompt_lengths)
         clock = 1 - sigma
         if guidance_scale <= 0:
             return self._call(denoiser, latents, clock, rows)
         self.check_negative(embeds)
-        rows = rows + _rows(embeds.negative_prompt_embeds, embeds.negative_prompt_mask)
+        rows = rows + _rows(embeds.negative_prompt_embeds, embeds.negative_prompt_mask, embeds.negative_prompt_lengths)
         output = self._call(denoiser, torch.cat([latents, latents]), torch.cat([clock, clock]), rows)
         cond, uncond = output.chunk(2)
         return cond + guidance_scale * (cond - uncond)
@@ -93,9 +89,6 @@ class SPOZImagePipeline(SPOFlowPipeline):
         return 1024 // self.spatial_factor  # the pipeline's own default
 
 
-def _rows(embeds: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """
-    The features that are there, row by row. The transformer takes lists, so lengths become numbers here: on a GPU the host
-    waits once for the prompts of a call, and once more for negative ones.
-    """
-    return [row[:length] for row, length in zip(embeds, mask.sum(1).tolist(), strict=True)]
+def _rows(embeds: torch.Tensor, mask: torch.Tensor | None, lengths: tuple[int, ...] | None) -> list[torch.Tensor]:
+    """The features that are there, row by row: the transformer takes lists."""
+    return [row[:length] for row, length in zip(embeds, text_lengths(embeds, mask, lengths), strict=True)]
