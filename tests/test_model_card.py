@@ -19,15 +19,28 @@ its example and its header must be right, and nothing private may be in it.
 
 import json
 import re
+from types import SimpleNamespace
 
+import diffusers
 import pytest
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from trl_spo import SPOConfig, SPOTrainer, StepRewardConfig, wrap_pipeline
+from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
+from trl_spo.pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
 from trl_spo.scheduling_ddim import DDIMStepRule
+from trl_spo.scheduling_flow import FlowStepRule
 from trl_spo.step_distribution import SamplingCode
 from trl_spo.training.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
 
@@ -36,6 +49,7 @@ from .testing_utils import (
     brightness_reward,
     ddim_scheduler,
     device_settings,
+    tiny_clip,
     tiny_sd_pipeline,
     tiny_spo_config,
 )
@@ -260,6 +274,149 @@ def test_a_base_with_fused_loras_has_no_name(tmp_path):
     plain.register_to_config(_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5")
     trainer = SPOTrainer(tiny_spo_config(tmp_path), plain, brightness_reward, train_dataset=PROMPTS)
     assert "base_model: stable-diffusion-v1-5" in trainer._model_card("name", tmp_path)
+
+
+COMMIT = "0123456789abcdef" + "0" * 24
+
+
+def cached(folder, name: str, commit: str = COMMIT):
+    """A pipeline in a cache of the Hub, as a download leaves it. Returns the arguments that load it from there."""
+    repository = folder / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    tiny_sd_pipeline(folder / "parts").save_pretrained(repository / "snapshots" / commit)
+    return {"pretrained_model_name_or_path": name, "cache_dir": folder, "local_files_only": True}
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return cached(folder, "someone/base-v2"), cached(folder, "other/model")
+
+
+def card_of(pipe, tmp_path) -> str:
+    trainer = SPOTrainer(tiny_spo_config(tmp_path), pipe, brightness_reward, train_dataset=PROMPTS)
+    return trainer._model_card("name", tmp_path)
+
+
+def test_a_base_from_the_hub_is_named_with_its_commit(hub_cache, tmp_path):
+    """A repository changes; and `revision` may name another branch of it."""
+    pipe = DiffusionPipeline.from_pretrained(**hub_cache[0])
+    assert (changes_of_the_base(pipe), parts_from_elsewhere(pipe), commit_of_the_base(pipe)) == ("", {}, COMMIT)
+    card = card_of(pipe, tmp_path)
+    assert "base_model: someone/base-v2" in card and f"/someone/base-v2) at commit `{COMMIT}`." in card
+    assert commit_of_the_base(tiny_sd_pipeline(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "loader"),
+    [("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("tokenizer", CLIPTokenizer)],
+)
+def test_a_part_from_elsewhere_makes_another_base(hub_cache, tmp_path, part, loader):
+    """Regression: `from_pretrained(base, unet=other)` trained the other UNet, and the card named the base."""
+    base, other = hub_cache
+    pipe = DiffusionPipeline.from_pretrained(**base, **{part: loader.from_pretrained(**other, subfolder=part)})
+    assert changes_of_the_base(pipe) == f"parts come from elsewhere: {part} (other/model)"
+    card = card_of(pipe, tmp_path)
+    assert "base_model" not in card and "someone/base" not in card
+
+
+def test_a_part_that_is_put_in_afterwards_is_found(hub_cache):
+    """Also behind a wrapper, from a folder, or from another folder of the same disk; one of the base's own is not."""
+    base, other = hub_cache
+    pipe = DiffusionPipeline.from_pretrained(**base)
+    pipe.unet = UNet2DConditionModel.from_pretrained(**base, subfolder="unet")
+    assert changes_of_the_base(pipe) == ""
+    pipe.unet = torch.compile(UNet2DConditionModel.from_pretrained(**other, subfolder="unet"), backend="eager")
+    assert changes_of_the_base(pipe) == "parts come from elsewhere: unet (other/model)"
+    parts = {
+        "unet": UNet2DConditionModel.from_pretrained(**other, subfolder="unet"),
+        "vae": AutoencoderKL.from_pretrained(**other, subfolder="vae"),
+        "text_encoder": CLIPTextModel.from_pretrained(**other, subfolder="text_encoder"),
+        "tokenizer": CLIPTokenizer.from_pretrained(**other, subfolder="tokenizer"),
+    }
+    assert set(parts_from_elsewhere(DiffusionPipeline.from_pretrained(**base, **parts))) == set(parts)
+
+
+def test_a_folder_and_a_copy_that_was_given_a_name(tmp_path):
+    """What lies in one folder is one model, by whatever name; a part from a second folder is not of it."""
+    tiny_sd_pipeline(tmp_path).save_pretrained(tmp_path / "one")
+    tiny_sd_pipeline(tmp_path).save_pretrained(tmp_path / "two" / "unet-parent")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "one")
+    assert changes_of_the_base(pipe) == ""
+    pipe.register_to_config(_name_or_path="someone/base")
+    assert changes_of_the_base(pipe) == "" and "base_model: someone/base" in card_of(pipe, tmp_path)
+    pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path / "two" / "unet-parent" / "unet")
+    assert f"unet ({tmp_path / 'two' / 'unet-parent'})" in changes_of_the_base(pipe)
+    assert str(tmp_path) not in card_of(pipe, tmp_path / "out")
+
+
+def test_another_vae_is_part_of_the_recipe(hub_cache, tmp_path):
+    """SDXL is mostly used with one that works in float16: a LoRA means the same beside it, its images do not."""
+    base, other = hub_cache
+    vae = AutoencoderKL.from_pretrained(**other, subfolder="vae")
+    card = card_of(DiffusionPipeline.from_pretrained(**base, vae=vae), tmp_path)
+    assert "base_model: someone/base-v2" in card and "| `vae` | other/model |" in card
+    assert "| `vae` |" not in card_of(DiffusionPipeline.from_pretrained(**base), tmp_path)
+    vae.register_to_config(_name_or_path=str(tmp_path))
+    card = card_of(DiffusionPipeline.from_pretrained(**base, vae=vae), tmp_path)
+    assert "| `vae` | another one than the base model's |" in card and str(tmp_path) not in card
+
+
+def test_freeu_makes_another_base(tmp_path):
+    """It scales features of the UNet while it trains, and is in no file."""
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.register_to_config(_name_or_path="someone/base")
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert "base_model" not in card_of(pipe, tmp_path)
+    pipe.disable_freeu()
+    assert "base_model: someone/base" in card_of(pipe, tmp_path)
+
+
+def test_a_replaced_scheduler_is_in_the_code(tmp_path):
+    """Regression: the card's code took the schedule of the base, whatever the one of the training was."""
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "base")
+    changed = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "beta_end": 0.02, "steps_offset": 0}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changed)
+    own = wrap_pipeline(pipe).step_rule.scheduler
+    code = re.search(r"```python\n(.*?)```", spo_card(spo_args(tmp_path), step_rule=DDIMStepRule(own)), re.DOTALL)[1]
+    names = {"pipe": DiffusionPipeline.from_pretrained(tmp_path / "base"), "DDIMScheduler": DDIMScheduler}
+    assert names["pipe"].scheduler.config.prediction_type == "epsilon"
+    exec(re.search(r"pipe.scheduler = .*?\n\)", code, re.DOTALL)[0], names)
+    made = names["pipe"].scheduler
+    for scheduler in (made, own):
+        scheduler.set_timesteps(7)
+    assert torch.equal(made.timesteps, own.timesteps) and torch.equal(made.alphas_cumprod, own.alphas_cumprod)
+    assert made.config.prediction_type == "v_prediction" and made.final_alpha_cumprod == own.final_alpha_cumprod
+
+
+def test_a_replaced_schedule_of_a_flow_model_is_in_the_code():
+    """The shift decides all noise levels: at 5 the middle of 4 steps is 5 x 0.5 / (1 + 4 x 0.5), about 0.83; at 1 it is 0.5."""
+    base = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    rule = FlowStepRule(FlowMatchEulerDiscreteScheduler(shift=5.0))
+    code = rule.sampling_code(1.0)
+    names = {"pipe": SimpleNamespace(scheduler=base), **{name: getattr(diffusers, name) for name in code.imports}}
+    for line in code.setup:
+        exec(line, names)
+    assert names["pipe"].scheduler.config.shift == 5.0
+    names["pipe"].scheduler.set_timesteps(4)
+    rule.scheduler.set_timesteps(4)
+    assert torch.equal(names["pipe"].scheduler.sigmas, rule.scheduler.sigmas)
+
+
+def test_the_card_of_a_reward_names_no_model_that_it_does_not_judge(hub_cache, tmp_path):
+    base, other = hub_cache
+    settings = {"report_to": "none", **device_settings(), "resolution": 16}
+    rows = [{"prompt": "a cat", "chosen": Image.new("RGB", (16, 16)), "rejected": Image.new("RGB", (16, 16), "red")}]
+    reward_model = StepAwareRewardModel.from_clip(tiny_clip(tmp_path / "clip"))
+    for parts, named in (
+        ({}, True),
+        ({"unet": UNet2DConditionModel.from_pretrained(**other, subfolder="unet")}, False),
+    ):
+        pipe = DiffusionPipeline.from_pretrained(**base, **parts)
+        trainer = StepRewardTrainer(StepRewardConfig(str(tmp_path), **settings), pipe, reward_model, rows)
+        assert ("someone/base-v2" in trainer._model_card("name", tmp_path)) == named
 
 
 def test_adapters_of_a_text_encoder_are_refused(tmp_path):

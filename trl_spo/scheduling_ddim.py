@@ -33,7 +33,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils import logging
 
-from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over
+from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over, scheduler_code
 
 
 logger = logging.get_logger(__name__)
@@ -177,6 +177,13 @@ def stable_diffusion_snr(timestep: int) -> float:
     return alpha / (1 - alpha)
 
 
+# What a `DDIMScheduler` may be told about its schedule.
+SCHEDULE_SETTINGS = (
+    "beta_start beta_end beta_schedule prediction_type timestep_spacing steps_offset rescale_betas_zero_snr set_alpha_to_one "
+    "clip_sample"
+).split()
+
+
 class DDIMStepRule(StepRule):
     """
     The steps of stochastic DDIM, for models with a variance-preserving schedule of betas.
@@ -247,8 +254,7 @@ class DDIMStepRule(StepRule):
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def sampling_code(self, eta: float) -> SamplingCode:
-        clip_sample = self.scheduler.config.clip_sample
-        setup = [f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample={clip_sample})"]
+        setup = [scheduler_code(self.scheduler, SCHEDULE_SETTINGS)]
         if self._pure_noise and eta > 0.999:
             eta = 0.999
             setup.append(

@@ -43,7 +43,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over
+from .step_distribution import SamplingCode, StepDistribution, StepRule, broadcast_over, scheduler_code
 
 
 logger = logging.get_logger(__name__)
@@ -200,6 +200,12 @@ def noise_excess(sigmas: list[float] | torch.Tensor, eta: float = 1.0, sampler: 
     kept = following > 0
     factor, std = flow_step_coefficients(current[kept], following[kept], eta, sampler)
     return ((factor**2 + std**2).sqrt() / following[kept]).tolist()
+
+
+# What a `FlowMatchEulerDiscreteScheduler` may be told about its schedule.
+SCHEDULE_SETTINGS = (
+    "shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal time_shift_type"
+).split()
 
 
 class FlowStepRule(StepRule):
@@ -373,5 +379,6 @@ class FlowStepRule(StepRule):
         return f"{self.sampler_name} sigmas with stochastic steps ({self.sampler}, eta {eta:g})"
 
     def sampling_code(self, eta: float) -> SamplingCode:
-        """diffusers takes the steps of the ODE, which have the same marginals: nothing has to be set."""
-        return SamplingCode(imports=[], setup=[], arguments=[])
+        """diffusers takes the steps of the ODE, which have the same marginals: only the schedule has to be the same."""
+        setup = [scheduler_code(self.scheduler, SCHEDULE_SETTINGS)]
+        return SamplingCode(imports=[type(self.scheduler).__name__], setup=setup, arguments=[])

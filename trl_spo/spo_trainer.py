@@ -42,7 +42,7 @@ from .pair_loader import LoaderSizes, PairLoader
 from .pipelines.adapters import LORA_NAME, require_no_adapters, switch_dropout, takes_channels_last
 from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
-from .pipelines.components import changes_of_the_base
+from .pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
 from .prompts import load_prompts, read_prompts
@@ -744,6 +744,8 @@ class SPOTrainer(StepTrainer):
             use_lora=pipeline.use_lora,
             reward_model=describe_reward(self.reward_model),
             scoring_vae=pipeline.scoring_vae,
+            commit=commit_of_the_base(pipeline.sd_pipeline),
+            vae=parts_from_elsewhere(pipeline.sd_pipeline).get("vae"),
             global_step=self.state.global_step,
             num_pairs=self.pair_loader.num_pairs_seen,
             log_history=self.state.log_history,

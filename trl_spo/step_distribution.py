@@ -19,6 +19,7 @@ its siblings) implements: it says what mean and standard deviation are.
 """
 
 import math
+import textwrap
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,17 @@ class StepRule:
     def sampling_code(self, eta: float) -> SamplingCode:
         """How to sample like this in plain diffusers."""
         raise NotImplementedError
+
+
+def scheduler_code(scheduler: Any, settings: list[str]) -> str:
+    """
+    Code that gives `pipe` a scheduler like `scheduler`, whatever the one of the base model is: a pipeline may have been trained
+    with another. Settings that `scheduler` does not have are left out.
+    """
+    known = {name: scheduler.config[name] for name in settings if name in scheduler.config}
+    arguments = ", ".join(["pipe.scheduler.config", *(f"{name}={value!r}" for name, value in known.items())])
+    lines = textwrap.wrap(arguments, 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join([f"pipe.scheduler = {type(scheduler).__name__}.from_config(", *lines, ")"])
 
 
 def sample_candidates(

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from .losses import caption_contrastive_loss, step_preference_loss
 from .noised_pairs import noised_pairs
 from .pipelines.auto import wrap_pipeline
-from .pipelines.components import unwrapped
+from .pipelines.components import changes_of_the_base, unwrapped
 from .pipelines.encoding_cache import EncodingCache
 from .preference_collator import StepPreferenceCollator
 from .preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
@@ -558,13 +558,14 @@ class StepRewardTrainer(StepTrainer):
     def _model_card(self, name: str, output_dir: Path) -> str:
         model = self.accelerator.unwrap_model(self.model)
         latent_shape = None
+        diffusion = self.pipeline.sd_pipeline
         if self.sees != "images":
             latent_shape = self.pipeline.latent_shape(self.args.resolution, self.args.resolution)
         return step_reward_model_card(
             self.args,
             name=name,
             base_model=model.config.name_or_path,
-            pipeline=getattr(self.pipeline.sd_pipeline, "name_or_path", None),
+            pipeline=None if changes_of_the_base(diffusion) else getattr(diffusion, "name_or_path", None),
             num_train_timesteps=model.config.num_train_timesteps,
             step_conditioning=getattr(model.config, "step_conditioning", True),
             latent_shape=latent_shape,

@@ -21,6 +21,7 @@ is saved under them nobody reads, so the networks inside are used.
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,11 +113,84 @@ def check_network(network: torch.nn.Module, name: str) -> None:
 
 def changes_of_the_base(pipeline: Any) -> str:
     """
-    In words, what was done to a diffusers pipeline after it was loaded, as far as diffusers keeps it: LoRAs that were fused.
-    Empty for none.
+    In words, why a diffusers pipeline is not the model that its name says, as far as that can be known; empty for nothing.
+
+    Known are LoRAs that `pipe.fuse_lora` fused, FreeU, and denoisers, text encoders and tokenizers that were loaded from
+    elsewhere ([`parts_from_elsewhere`]). Another VAE makes other images, but a LoRA means the same beside it, so it is not among
+    them; the sampler is part of a card anyway. Not known are LoRAs that a network fused by itself (`unet.fuse_lora`), words that
+    a textual inversion added, and weights that were overwritten in place: they leave no trace in the pipeline.
     """
+    changes = []
     fused = sorted(getattr(pipeline, "fused_loras", None) or ())
-    return f"LoRAs are fused into it ({', '.join(fused)})" if fused else ""
+    if fused:
+        changes.append(f"LoRAs are fused into it ({', '.join(fused)})")
+    blocks = getattr(unwrapped_part(pipeline, "unet"), "up_blocks", ())
+    if any(getattr(block, name, None) is not None for block in blocks for name in ("s1", "s2", "b1", "b2")):
+        changes.append("FreeU is on, which changes what its UNet predicts")
+    parts = {name: origin for name, origin in parts_from_elsewhere(pipeline).items() if name != "vae"}
+    if parts:
+        changes.append("parts come from elsewhere: " + ", ".join(f"{name} ({root})" for name, root in parts.items()))
+    return "; ".join(changes)
+
+
+def unwrapped_part(pipeline: Any, name: str) -> torch.nn.Module | None:
+    network = getattr(pipeline, name, None)
+    return unwrapped(network) if isinstance(network, torch.nn.Module) else None
+
+
+def parts_from_elsewhere(pipeline: Any) -> dict[str, str]:
+    """
+    Which parts of a diffusers pipeline another repository or folder gave, such as a VAE that was passed to `from_pretrained`.
+
+    Diffusers and transformers write into each part where they loaded it from. Parts that say nothing, as those built from a
+    configuration or a single file, pass for the pipeline's own.
+
+    Returns:
+        `dict[str, str]`: name of the part (`"unet"` or `"transformer"`, `"vae"`, `"text_encoder"`, `"tokenizer"`, ...) and its
+        Hub id or folder.
+    """
+    own = _root(getattr(pipeline, "name_or_path", None))
+    if own is None:
+        return {}
+    roots = {}
+    for name, part in getattr(pipeline, "components", {}).items():
+        if not name.startswith(("unet", "transformer", "vae", "text_encoder", "tokenizer")):
+            continue
+        part = unwrapped(part) if isinstance(part, torch.nn.Module) else part
+        config = getattr(part, "config", None)
+        origin = getattr(part, "name_or_path", None) or (
+            config.get("_name_or_path") if hasattr(config, "get") else None
+        )
+        roots[name] = _root(origin, name)
+    roots = {name: root for name, root in roots.items() if root is not None}
+    foreign = {name: root for name, root in roots.items() if root != own}
+    if foreign == roots and len(set(roots.values())) == 1 and Path(next(iter(roots.values()))).is_dir():
+        return {}  # one copy on the disk, whose pipeline was given the name of its repository
+    return foreign
+
+
+def _root(origin: Any, part: str = "") -> str | None:
+    """The Hub id or the folder of a pipeline, from where it or one of its parts was loaded; `None` if that is not known."""
+    if not origin:
+        return None
+    path = Path(str(origin))
+    cached = [name for name in path.parts if name.startswith("models--")]  # of the cache of the Hub
+    if cached:
+        return cached[-1].removeprefix("models--").replace("--", "/", 1)
+    if path.is_absolute() or path.exists():
+        path = path.resolve()
+        return str(path.parent if path.name == part else path)
+    return str(origin)
+
+
+def commit_of_the_base(pipeline: Any) -> str | None:
+    """The commit of the repository that a pipeline was loaded from, if it lies in the cache of the Hub."""
+    for name in ("unet", "transformer"):
+        config = getattr(unwrapped_part(pipeline, name), "config", None)
+        parts = Path(str(config.get("_name_or_path") if hasattr(config, "get") else "")).parts
+        if "snapshots" in parts[:-1] and any(part.startswith("models--") for part in parts):
+            return parts[parts.index("snapshots") + 1]
+    return None
 
 
 # What a VAE's configuration may say about its latents, and the values that mean nothing.

@@ -112,6 +112,8 @@ def spo_model_card(
     use_lora: bool = True,
     reward_model: str | None = None,
     scoring_vae: Any = None,
+    commit: str | None = None,
+    vae: str | None = None,
     global_step: int = 0,
     num_pairs: int = 0,
     log_history: Iterable[dict] = (),
@@ -133,6 +135,8 @@ def spo_model_card(
         reward_model (`str`, *optional*): Hub id of the reward model, or what it is in a few words.
         scoring_vae (*optional*): the network that decoded what was scored, if it was not the pipeline's VAE. By
             default the one that `args.scoring_vae` names.
+        commit (`str`, *optional*): of the base model, where it was loaded from the Hub.
+        vae (`str`, *optional*): Hub id or folder of the pipeline's VAE, if it is not that of the base model.
         global_step, num_pairs (`int`): length of the training.
         log_history (list of `dict`): `trainer.state.log_history`.
         samples (`dict`, *optional*): what [`read_samples`] found.
@@ -143,6 +147,7 @@ def spo_model_card(
     """
     # The header, for the Hub.
     base = hub_id(base_model)
+    other_vae = None if vae is None else hub_id(vae) or "another one than the base model's"
     where = hub_id(args.hub_model_id) or FOLDER
     relation = "adapter" if use_lora else "finetune"
     header = ModelCardData(
@@ -159,7 +164,7 @@ def spo_model_card(
     what = "LoRA" if use_lora else denoiser_class
     parts = [
         f"# {name}",
-        _spo_introduction(what, global_step, num_pairs, base, reward_model),
+        _spo_introduction(what, global_step, num_pairs, base, commit, reward_model),
         *_gallery(samples),
         "## Use",
         f"```python\n{_spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_class, use_lora)}\n```",
@@ -167,7 +172,9 @@ def spo_model_card(
         f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare "
         "with the base model under the same sampler: guidance alone moves scores.",
         "## Recipe",
-        _settings(args, SPO_RECIPE, {"scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)}),
+        _settings(
+            args, SPO_RECIPE, {"vae": other_vae, "scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)}
+        ),
         *_evaluation(log_history, ("_mean", "_std")),
         "## Limitations",
         SPO_LIMITATIONS,
@@ -320,13 +327,17 @@ def _evaluation(log_history: Iterable[dict], endings: tuple[str, ...], infix: st
     return ["## Evaluation", "\n".join(lines)]
 
 
-def _spo_introduction(what: str, global_step: int, num_pairs: int, base: str | None, reward: str | None) -> str:
+def _spo_introduction(
+    what: str, global_step: int, num_pairs: int, base: str | None, commit: str | None, reward: str | None
+) -> str:
     text = (
         f"{what} trained with [Step-aware Preference Optimization](https://huggingface.co/papers/{PAPER}) (SPO) for "
         f"{global_step} steps on {num_pairs} pairs."
     )
     if base:
-        text += f" Base model: [{base}](https://huggingface.co/{base})."
+        text += f" Base model: [{base}](https://huggingface.co/{base})" + (
+            f" at commit `{commit}`." if commit else "."
+        )
     if reward:
         text += f" Reward: {_link(reward)}."
     return text
