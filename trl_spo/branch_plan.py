@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The first phase of a rollout: where it branches, how long, and how clear a pair must be there."""
+"""Plan a rollout, its first phase: where it branches, for how many steps, and how clear a pair must be there."""
 
 from dataclasses import dataclass
 
@@ -100,6 +100,10 @@ def thresholds_by_step(pipeline: SPOPipeline, settings: RolloutSettings, timeste
     low, high = threshold
     stds = step_stds(pipeline, len(timesteps), settings.eta, timesteps)
     stochastic = [std for std in stds if std > 0]
-    smallest, largest = min(stochastic), max(stochastic)
-    spread = max(largest - smallest, 1e-12)
-    return [low + (std - smallest) / spread * (high - low) if std > 0 else low for std in stds]
+    smallest = min(stochastic)
+    spread = max(max(stochastic) - smallest, 1e-12)
+    thresholds = []
+    for std in stds:
+        position = (std - smallest) / spread if std > 0 else 0.0
+        thresholds.append(low + position * (high - low))
+    return thresholds

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What a script for TRL's DDPO holds (a reward function, a prompt function, a `DDPOConfig`), as [`SPOTrainer`] takes it.
+Convert the parts of a script for TRL's DDPO (reward function, prompt function, `DDPOConfig`) for [`SPOTrainer`].
 
 DDPO is the trainer of TRL <= 0.23.1 (https://huggingface.co/papers/2305.13301). Nothing here imports it: the functions
 ask only for what the objects offer, so they also serve code that was written for DDPO and runs on a newer TRL. For the
@@ -112,6 +112,7 @@ def reward_from_ddpo(
             f"`{type(reward_function).__name__}`."
         )
 
+    # DDPO passes metadata along with each prompt; here they are found by the prompt's text.
     def metadata_of(prompt: str) -> Any:
         if metadata is None:
             return {}
@@ -123,6 +124,7 @@ def reward_from_ddpo(
             )
         return metadata[prompt]
 
+    # The call itself: DDPO's arguments in, one checked tensor of rewards out.
     def reward(images: torch.Tensor, prompts: list[str], timesteps: torch.Tensor) -> torch.Tensor:
         result = reward_function(images, tuple(prompts), tuple(metadata_of(prompt) for prompt in prompts))
         if not isinstance(result, (tuple, list)) or len(result) != 2:
@@ -166,7 +168,9 @@ def prompts_from_ddpo(
     """
     if num_prompts < 1:
         raise ValueError(f"`num_prompts` must be at least 1, got {num_prompts}.")
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    # Prompt functions draw from the global generators: seed them for the draws, and put their states back.
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
@@ -176,6 +180,8 @@ def prompts_from_ddpo(
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+    # Check what was drawn; SPO identifies a prompt by its text, so its metadata must be unique.
     for draw in draws:
         if not isinstance(draw, (tuple, list)) or len(draw) != 2 or not isinstance(draw[0], str):
             raise TypeError(f"A DDPO prompt function returns `(prompt, metadata)` with a string first, got {draw!r}.")
@@ -238,7 +244,7 @@ def spo_config_from_ddpo(ddpo_config: Any, output_dir: str, **overrides) -> SPOC
             f"`{type(ddpo_config).__name__}`."
         )
 
-    # Settings that mean the same, then those that are said in another way here.
+    # Copy settings that mean the same, then translate those that SPO expresses differently.
     settings = {new: given[old] for old, new in _SAME.items() if old in given}
     if "num_inference_steps" in settings:
         settings["branch_start_step"] = settings["num_inference_steps"] // 5
@@ -260,7 +266,7 @@ def spo_config_from_ddpo(ddpo_config: Any, output_dir: str, **overrides) -> SPOC
     if project.get("total_limit") is not None:
         settings["save_total_limit"] = project["total_limit"]
 
-    # What is left has no counterpart, and its user should know.
+    # Warn about settings without a counterpart.
     unused = [name for name in given if name not in _SAME and name not in _TRANSLATED]
     unused += [f"project_kwargs[{key!r}]" for key in project if key != "total_limit"]
     if unused:

@@ -77,7 +77,7 @@ def merge_lora(
         OSError: if nothing can be written to `output_dir`; found before anything is loaded.
         ValueError: if the file is not a LoRA of a denoiser, or does not fit the pipeline's.
     """
-    # The base model.
+    # Load the base model, or take the one that was passed.
     output_dir = Path(output_dir)
     source = find_lora(lora)
     check_output_dir(output_dir, create=False)
@@ -114,7 +114,7 @@ def merge_lora(
 
 def denoiser_of(pipeline) -> str:
     """
-    What the network of a diffusers pipeline is called that takes a LoRA.
+    The name of the component of a diffusers pipeline that takes a LoRA: its denoiser.
 
     Raises:
         ValueError: if there is none.
@@ -130,7 +130,7 @@ def denoiser_of(pipeline) -> str:
 
 def check_lora(pipeline, source: Path, with_text_encoders: bool = False) -> set[str]:
     """
-    Whether a LoRA file is one of the pipeline's denoiser, whole, in numbers, and of layers it has; nothing is loaded.
+    Check that a LoRA file is complete, finite and fits the layers of the pipeline's denoiser. Nothing is loaded into it.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -216,7 +216,8 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as handle:
-            tensors, header = {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+            header = handle.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{str(file)!r} is not a safetensors file ({error}).") from error
     broken = sorted(key for key, value in tensors.items() if not value.isfinite().all())
@@ -229,7 +230,7 @@ def _layers_of(
     pipeline, name: str, source: Path, with_text_encoders: bool = False
 ) -> dict[tuple[str, str], torch.Tensor]:
     """The tensors of a LoRA file as diffusers understands it, by layer and part ("A.weight", "B.weight", ...)."""
-    # Does the file hold a LoRA of the denoiser, and nothing else? kohya's names begin with `lora_unet_` in all families.
+    # Refuse a file that holds anything but a LoRA of the denoiser. kohya's names begin with `lora_unet_` in all families.
     tensors, _ = read_tensors(source)
     known = (f"{name}.", "lora_unet_")
     if with_text_encoders:
@@ -242,7 +243,7 @@ def _layers_of(
     if foreign or not tensors:
         raise ValueError(f"{str(source)!r} is not a LoRA of a {name} (found {foreign[:1]}).")
 
-    # diffusers' names, whatever those of the file are.
+    # Translate to diffusers' names, whatever format the file has.
     options = {"unet_config": pipeline.unet.config} if name == "unet" else {}
     state_dict = pipeline.lora_state_dict(str(source.parent), weight_name=source.name, **options)
     state_dict = state_dict[0] if isinstance(state_dict, tuple) else state_dict

@@ -126,7 +126,7 @@ def locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> st
 
 
 def _vae_class(path: str | Path, kwargs: dict) -> type[nn.Module]:
-    """The class of the VAE that a saved diffusers pipeline has: a VAE that replaces it is of the same class."""
+    """The class of the VAE of a saved diffusers pipeline, which a VAE that replaces it must share."""
     import diffusers
 
     hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
@@ -148,7 +148,7 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
     """
     from diffusers import DiffusionPipeline
 
-    # What can be refused without reading a weight.
+    # Refuse what is wrong before a weight is read.
     dtype = kwargs.get("torch_dtype")
     if isinstance(dtype, str):
         kwargs["torch_dtype"] = getattr(torch, dtype, None)
@@ -176,6 +176,7 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
             "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
         )
 
+    # Load, and see that every network is whole. diffusers' errors differ with the part that fails, so all become one.
     try:
         if isinstance(kwargs.get("vae"), (str, Path)):
             vae_class = _vae_class(path, kwargs)
@@ -494,9 +495,11 @@ def check_fit(
     Raises:
         ValueError: as there.
     """
-    shapes, dtypes = [], []
+    shapes = []
+    dtypes = []
     for name in sorted(expected.keys() & weights.keys()):
-        given, wanted = weights[name], expected[name]
+        given = weights[name]
+        wanted = expected[name]
         if given.shape != wanted.shape:
             shapes.append(f"{name} {tuple(given.shape)} for {tuple(wanted.shape)}")
         if wanted.is_floating_point() and not given.is_floating_point():

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-A LoRA for other programs: in the naming of kohya's sd-scripts, which ComfyUI, AUTOMATIC1111 and Forge read, for Stable
-Diffusion 1, 2 and XL; and for models with a transformer in the form that ComfyUI reads.
+Write a LoRA for other programs: in the format of kohya's sd-scripts for Stable Diffusion 1, 2 and XL, which ComfyUI,
+AUTOMATIC1111 and Forge read, and in ComfyUI's own form for models with a transformer.
 
 A LoRA adds `scale * B A` to a weight. Both formats store A (`lora_down`) and B (`lora_up`); they differ in how they name
 a layer and where they keep `scale`. diffusers keeps the adapter's configuration in the file's header (`lora_alpha`,
@@ -93,7 +93,7 @@ def export_kohya(lora: str | Path, output_file: str | Path, base: str = "sd15") 
     layers, config = read_lora(source)
     _check_base(layers, base, source)
 
-    # One alpha for the file: the most common that is not zero.
+    # Choose one alpha for the file (diffusers loses differing ones): the most common that is not zero.
     ranks = {layer: len(down) for layer, (down, _) in layers.items()}
     alphas = {layer: _scale(config, layer, rank) * rank for layer, rank in ranks.items()}
     most_common = Counter(value for value in alphas.values() if value).most_common(1)
@@ -145,7 +145,8 @@ def export_comfyui(lora: str | Path, output_file: str | Path) -> Path:
     layers, config = read_lora(source, "transformer")
     tensors = {}
     for layer, (down, up) in layers.items():
-        name, rank = f"transformer.{layer}", len(down)
+        name = f"transformer.{layer}"
+        rank = len(down)
         tensors[f"{name}.lora_A.weight"] = down.contiguous()
         tensors[f"{name}.lora_B.weight"] = up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(_scale(config, layer, rank) * rank)
@@ -183,10 +184,11 @@ def read_lora(
     Raises:
         ValueError: if the file holds anything else.
     """
-    # Only tensors of the denoiser, in diffusers' names.
+    # Refuse what is not a LoRA of the denoiser in diffusers' names.
     file = Path(file)
     tensors, header = read_tensors(file)
-    kind, prefix = {"unet": "UNet"}.get(denoiser_name, denoiser_name), f"{denoiser_name}."
+    kind = "UNet" if denoiser_name == "unet" else denoiser_name
+    prefix = f"{denoiser_name}."
     half = "lora.down" if denoiser_name == "unet" else "lora_A"
     expected = f"Expected a LoRA in diffusers' format, with tensors such as '{prefix} ... .to_q.{half}.weight'"
     if any(key.startswith("lora_unet_") for key in tensors):
@@ -197,7 +199,7 @@ def read_lora(
         what = "a LoRA of text encoders, which SPO does not train" if text else f"not a LoRA of a {kind}"
         raise ValueError(f"{str(file)!r} is {what} (found {foreign[0]!r}). {expected}.")
 
-    # Gather the two matrices of each layer.
+    # Pair up the two matrices of each layer; the formats have no place for anything else.
     layers: dict[str, dict[str, torch.Tensor]] = {}
     tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     for key, value in convert_unet_state_dict_to_peft(tensors).items():

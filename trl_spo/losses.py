@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-The two losses of SPO (https://huggingface.co/papers/2406.04314) as pure functions of log-probabilities and scores.
+The losses of both trainers as pure functions: SPO's two (https://huggingface.co/papers/2406.04314), of log-probabilities and of
+scores, and CLIP's contrastive loss.
 """
 
 import math
@@ -32,8 +33,8 @@ def caption_contrastive_loss(
 ) -> torch.Tensor:
     r"""
     CLIP's symmetric contrastive loss (https://huggingface.co/papers/2103.00020, section 2.3) per pair: each image must
-    find its caption among those of the batch, and each caption its image. The same caption further down the batch is
-    no negative; a batch with one distinct caption has loss 0.
+    find its caption among those of the batch, and each caption its image. The same caption further down the batch does
+    not count as a negative; a batch with one distinct caption has loss 0.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(batch_size, projection_dim)`):
@@ -45,12 +46,13 @@ def caption_contrastive_loss(
         prompts (`list[str]`):
             The captions, to tell which are equal.
         present (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            Boolean. A pair that is not there, such as one with an unreadable image, is nobody's negative; its own loss is
-            0.
+            Boolean. An absent pair, such as one with an unreadable image, is not a negative of any other, and its own loss
+            is 0.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`.
     """
+    # Mask what is not a negative: equal captions, and pairs that are absent.
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     ids = torch.tensor([numbers[prompt] for prompt in prompts], device=image_embeds.device)
     targets = torch.arange(len(ids), device=ids.device)
@@ -58,6 +60,8 @@ def caption_contrastive_loss(
     if present is not None:
         masked = masked | ~present[:, None] | ~present
     masked = masked & (targets[:, None] != targets)
+
+    # The matching entries lie on the diagonal, in both directions.
     logits = (logit_scale * image_embeds @ text_embeds.T).masked_fill(masked, float("-inf"))  # (images, captions)
     image_losses = F.cross_entropy(logits, targets, reduction="none")
     text_losses = F.cross_entropy(logits.T, targets, reduction="none")
@@ -107,7 +111,8 @@ def spo_loss(
     Returns:
         [`SPOLossOutput`].
     """
-    low, high = math.log1p(-epsilon), math.log1p(epsilon)
+    low = math.log1p(-epsilon)
+    high = math.log1p(epsilon)
     chosen_logratio = torch.clamp(chosen_logps - ref_chosen_logps, low, high)
     rejected_logratio = torch.clamp(rejected_logps - ref_rejected_logps, low, high)
     losses = -F.logsigmoid(beta * (chosen_logratio - rejected_logratio))

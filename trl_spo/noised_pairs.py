@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What a reward model sees of preference images in its training: noised, and for most models predicted and decoded again.
+Turn preference images into what a reward model sees in training: noised latents, predictions or decoded predictions.
 
 A pair of finished images with a preference becomes a pair *at timestep t*:
 
@@ -88,7 +88,9 @@ def noised_pairs(
     Raises:
         `ValueError`: If the timesteps do not fit the batch, or `sees` is unknown.
     """
-    batch_size, prompts = len(batch["prompts"]), batch["prompts"]
+    # Check what came, and return early where nothing has to be noised.
+    prompts = batch["prompts"]
+    batch_size = len(prompts)
     check_sees(sees)
     _check_timesteps(timesteps, batch_size, pipeline.num_train_timesteps)
     noisy = (timesteps > 0).nonzero().flatten()  # where they were drawn, on the CPU: nothing waits for the device
@@ -105,7 +107,7 @@ def noised_pairs(
     shape = latents.shape if independent_noise else (batch_size, 1, *latents.shape[2:])
     noise = randn_tensor(shape, generator=generator, device=latents.device, dtype=latents.dtype).expand_as(latents)
 
-    # Noise what is not at timestep 0, and go on as far as the reward model wants it.
+    # Noise what is not at timestep 0, and go on as far as the reward model needs it.
     result = (images if sees == "images" else latents).clone()
     encode_prompts = pipeline.encode_prompt if cache is None else partial(cache.encode_prompts, pipeline)
     for rows in noisy.split(chunk):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts to pairs to micro-batches: a dataloader that rolls out prompts whenever an optimizer step needs more pairs."""
+"""The dataloader of [`SPOTrainer`]: it rolls out prompts whenever an optimizer step needs more pairs, and deals pairs out."""
 
 import functools
 import hashlib
@@ -35,16 +35,16 @@ MIN_PROMPTS_TO_GIVE_UP = 100  # without a single valid pair; in small datasets t
 @dataclass(frozen=True)
 class LoaderSizes:
     r"""
-    How many of everything.
+    The sizes of rollouts, micro-batches and steps.
 
     Args:
-        prompts_per_rollout (`int`): of one process.
-        pairs_per_micro_batch (`int`): of one process, where there are enough pairs.
-        micro_batches_per_step (`int`): of one process, between two optimizer steps.
-        max_pairs_per_prompt (`int`): every branch gives one valid pair per transition.
+        prompts_per_rollout (`int`): prompts that one process rolls out together.
+        pairs_per_micro_batch (`int`): pairs of one process in a micro-batch, where there are enough of them.
+        micro_batches_per_step (`int`): micro-batches of one process between two optimizer steps.
+        max_pairs_per_prompt (`int`): pairs that one prompt gives if every branch gives a valid one per transition.
         num_epochs (`float`): passes over the prompts; `math.inf` where steps end the run.
         rank (`int`, *optional*, defaults to `0`): number of this process.
-        world_size (`int`, *optional*, defaults to `1`): processes.
+        world_size (`int`, *optional*, defaults to `1`): number of processes.
     """
 
     prompts_per_rollout: int
@@ -175,12 +175,14 @@ class PairLoader:
         self._fill_pool()
 
         # The last step of a run takes what is left, as long as every micro-batch of every process gets a pair.
-        accumulation, world_size = self.sizes.micro_batches_per_step, self.sizes.world_size
+        accumulation = self.sizes.micro_batches_per_step
+        world_size = self.sizes.world_size
         total = min(self.waiting, self.pairs_per_step)
         total -= total % world_size
         if total < accumulation * world_size:
             return None
-        step, self.pool = self.pool[:total], self.pool[total:]
+        step = self.pool[:total]
+        self.pool = self.pool[total:]
         self.num_pairs_seen += total
 
         # Each process takes its own slice, in micro-batches of nearly the same size.
@@ -202,9 +204,10 @@ class PairLoader:
         Raises:
             RuntimeError: if prompt after prompt gives no valid pair.
         """
-        without_pair = 0  # prompts, one after the other
+        without_pair = 0  # prompts in a row
         while self.waiting < self.pairs_per_step and self.num_prompts_seen < self.total_prompts:
-            seen, waiting = self.num_prompts_seen, self.waiting
+            seen = self.num_prompts_seen
+            waiting = self.waiting
             self._rollout_round()
             without_pair = 0 if self.waiting > waiting else without_pair + self.num_prompts_seen - seen
             if not without_pair:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-From candidate scores to win-lose pairs and to the latent that starts the next step (SPO,
+Select chosen-rejected pairs from candidate scores, and the candidate that starts the next step (SPO,
 https://huggingface.co/papers/2406.04314, section 3.2 and algorithm 1). Tensors in, tensors out.
 """
 
@@ -40,7 +40,7 @@ class PairSelection(NamedTuple):
 def _is_clear(
     chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, threshold: float | torch.Tensor
 ) -> torch.Tensor:
-    """p_win - p_lose > threshold under the softmax of the two scores; never for scores that are not finite."""
+    """p_chosen - p_rejected > threshold under the softmax of the two scores; never for scores that are not finite."""
     # Halves first: the gap of two finite scores may be too large a number.
     half_gap = chosen_scores / 2 - rejected_scores / 2
     return torch.isfinite(half_gap) & (torch.tanh(half_gap) > threshold)
@@ -70,8 +70,8 @@ def select_pairs(scores: torch.Tensor, threshold: float | torch.Tensor) -> PairS
     r"""
     Best against worst candidate of each prompt.
 
-    With p = softmax over the two scores, a pair is valid if p_win - p_lose > `threshold`. As
-    p_win - p_lose = tanh(gap / 2), the threshold is a score gap of `2 * atanh(threshold)`: 0.3 asks for 0.619, 0.4 for
+    With p = softmax over the two scores, a pair is valid if p_chosen - p_rejected > `threshold`. As
+    p_chosen - p_rejected = tanh(gap / 2), the threshold is a score gap of `2 * atanh(threshold)`: 0.3 asks for 0.619, 0.4 for
     0.847. Adding a constant to the scores of one prompt changes nothing. Equal scores never form a pair.
 
     Args:
@@ -85,7 +85,8 @@ def select_pairs(scores: torch.Tensor, threshold: float | torch.Tensor) -> PairS
         ValueError: for scores of another rank, fewer than two candidates, or a threshold outside [0, 1).
     """
     scores = _check_scores(scores, threshold)
-    chosen, rejected = scores.argmax(0), scores.argmin(0)
+    chosen = scores.argmax(0)
+    rejected = scores.argmin(0)
     valid = _is_clear(gather_candidates(scores, chosen), gather_candidates(scores, rejected), threshold)
     return PairSelection(chosen, rejected, valid)
 
@@ -113,7 +114,8 @@ def select_random_pairs(
     scores = _check_scores(scores, threshold)
     order = draw_two_candidates(*scores.shape, generator) if candidates is None else candidates
     order = order.to(scores.device)
-    first, second = gather_candidates(scores, order[0]), gather_candidates(scores, order[1])
+    first = gather_candidates(scores, order[0])
+    second = gather_candidates(scores, order[1])
     chosen, rejected = torch.where(first >= second, order, order.flip(0))
     valid = _is_clear(torch.maximum(first, second), torch.minimum(first, second), threshold)
     return PairSelection(chosen, rejected, valid)

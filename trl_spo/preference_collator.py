@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Batches of preference pairs: reads the rows of a preference dataset, skips those that cannot be used, and stacks the rest.
+Make batches of preference pairs: read the rows of a preference dataset, skip those that cannot be used, stack the rest.
 """
 
 import hashlib
@@ -116,9 +116,10 @@ class StepPreferenceCollator:
             `(batch_size,)`). `weights` is `1 / num_example_per_prompt`, not yet normalised. With `image_keys` also
             `keys_0` and `keys_1` (`list[str]`).
         """
-        # Read the rows; what cannot be used is counted.
+        # Read the rows. A few unusable ones are skipped and counted; too many are an error.
         columns = find_preference_columns(list(rows[0]), self.prompt_column)
-        pairs = [pair for row in rows if (pair := self._read_row(row, columns)) is not None]
+        pairs = [self._read_row(row, columns) for row in rows]
+        pairs = [pair for pair in pairs if pair is not None]
         limit = self.max_bad_image_fraction * max(self.num_seen, MIN_PAIRS_TO_JUDGE_BAD_IMAGES)
         if self.num_bad > limit:
             raise ValueError(
@@ -130,12 +131,16 @@ class StepPreferenceCollator:
             blank = torch.zeros(3, self.resolution, self.resolution)
             pairs = [_Pair("", blank, blank, 0.5, 0.5, 0.0)]
 
-        # Put them into one batch.
-        batch = {"prompts": [pair.prompt for pair in pairs]}
-        for name in ("image_0", "image_1"):
-            batch[name.replace("image", "images")] = torch.stack([getattr(pair, name) for pair in pairs])
-        for name, values in (("label_0", "label_0"), ("label_1", "label_1"), ("weights", "weight")):
-            batch[name] = torch.tensor([getattr(pair, values) for pair in pairs], dtype=torch.float32)
+        # Turn rows into columns.
+        columns_of = _Pair(*zip(*pairs, strict=True))
+        batch = {
+            "prompts": list(columns_of.prompt),
+            "images_0": torch.stack(columns_of.image_0),
+            "images_1": torch.stack(columns_of.image_1),
+            "label_0": torch.tensor(columns_of.label_0, dtype=torch.float32),
+            "label_1": torch.tensor(columns_of.label_1, dtype=torch.float32),
+            "weights": torch.tensor(columns_of.weight, dtype=torch.float32),
+        }
         if self.image_keys:
             batch["keys_0"] = [_image_key(image) for image in batch["images_0"]]
             batch["keys_1"] = [_image_key(image) for image in batch["images_1"]]
@@ -143,7 +148,7 @@ class StepPreferenceCollator:
 
     def _read_row(self, row: dict[str, Any], columns: PreferenceColumns) -> _Pair | None:
         """The pair in a row, or `None` for a row that is skipped."""
-        # Is there a label, and are there two images?
+        # Skip a row without a label, or without two readable images.
         labelled = is_labelled(row)
         if not labelled and not self.keep_unlabelled:
             self.num_unlabelled += 1
@@ -156,7 +161,7 @@ class StepPreferenceCollator:
             logger.warning("Skipped a pair with an unreadable image (prompt %r): %s", row[columns.prompt], error)
             return None
 
-        # The label: none, that of the row, or that of TRL's format.
+        # Where the label is depends on the format: TRL's has the chosen image first.
         if not labelled:
             labels = (0.5, 0.5)
         elif columns.labelled:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Preference pairs from anywhere: find and load them, check and filter them.
+Find, load, check and filter preference pairs, whatever they are stored in.
 
 [`load_preference_dataset`] finds the pairs (a Hub id, a parquet file, a folder), [`check_images`] looks at a sample of
 them before hours are spent, and [`prepare_preference_dataset`] checks and filters. [`StepPreferenceCollator`] makes
@@ -88,9 +88,11 @@ def find_preference_columns(column_names: list[str], prompt_column: str | None =
     """
     names = set(column_names)
     if {"jpg_0", "jpg_1", "label_0", "label_1"} <= names:
-        image_0, image_1, labelled = "jpg_0", "jpg_1", True
+        images = ("jpg_0", "jpg_1")
+        labelled = True
     elif {"chosen", "rejected"} <= names:
-        image_0, image_1, labelled = "chosen", "rejected", False
+        images = ("chosen", "rejected")
+        labelled = False
     else:
         raise ValueError(
             "A preference dataset needs the columns `caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1` (Pick-a-Pic) or "
@@ -103,7 +105,7 @@ def find_preference_columns(column_names: list[str], prompt_column: str | None =
             f"The dataset has no prompt column {' or '.join(map(repr, candidates))}, got {sorted(names)}; name it "
             "with `dataset_prompt_column`."
         )
-    return PreferenceColumns(prompt, image_0, image_1, labelled)
+    return PreferenceColumns(prompt, *images, labelled)
 
 
 def load_preference_dataset(name: str | Path, split: str = "train", streaming: bool = False) -> Any:
@@ -183,7 +185,7 @@ def check_images(
     Raises:
         `ValueError`: If more than `max_bad_image_fraction` of the sample is bad.
     """
-    # Choose the rows.
+    # Choose the rows: spread over the dataset, as bad files often come in blocks.
     dataset = leave_undecoded(dataset)
     if hasattr(dataset, "__len__"):
         size = len(dataset)
@@ -209,7 +211,8 @@ def check_images(
 
     # Judge: too many are an error, a few are a warning.
     num_bad = len({entry.index for entry in bad})
-    by_column = ", ".join(f"{n} in `{name}`" for name, n in sorted(Counter(entry.column for entry in bad).items()))
+    counts = Counter(entry.column for entry in bad)
+    by_column = ", ".join(f"{count} in `{name}`" for name, count in sorted(counts.items()))
     found = (
         f"{num_bad} of the {num_checked} rows checked ({where}) have an unreadable image ({by_column}; first: row "
         f"{bad[0].index}, {bad[0].error})"
@@ -261,7 +264,7 @@ def prepare_preference_dataset(
             are not strings, the first row is unusable, or nothing passes the filters. Of a stream only the first rows
             are seen here; [`StepPreferenceCollator`] looks at the others.
     """
-    # Is it a dataset of pairs at all?
+    # Refuse what is not a dataset of pairs.
     _check_kind(dataset)
     dataset = leave_undecoded(dataset)
     first = next(iter(dataset), None)
@@ -270,7 +273,7 @@ def prepare_preference_dataset(
     columns = find_preference_columns(list(first), prompt_column)
     _check_keys(dataset, columns)
 
-    # Filters; labels are checked as soon as the rows without one are gone.
+    # Filter; labels are checked as soon as the rows without one are gone.
     if columns.labelled and drop_unlabelled:
         dataset = _drop_unlabelled(dataset)
         if next(iter(dataset), None) is None:
@@ -284,7 +287,7 @@ def prepare_preference_dataset(
     if max_pairs_per_prompt is not None:
         dataset = _limit_pairs_per_prompt(dataset, columns.prompt, max_pairs_per_prompt)
 
-    # What is left: prompts and weights of all rows, and the first pair of images.
+    # Check the rows that are left: prompts and weights of all, and the images of the first.
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("No row of the preference dataset passes the filter `only_different`.")

@@ -118,7 +118,7 @@ def filter_consistent_pairs(
     >>> kept.to_parquet("consistent.parquet")
     ```
     """
-    # What is asked, before any image is scored.
+    # Check the request before any image is scored.
     parse_colour(background)
     dataset = leave_undecoded(dataset)
     if not hasattr(dataset, "__len__"):
@@ -130,14 +130,14 @@ def filter_consistent_pairs(
     rules = _rules_of(rules, gaps)
     _check_sources(gaps, names)
 
-    # Signs of the preferences, 0 for ties, and the gaps of all metrics in their direction.
+    # Collect the preferences, 0 for ties, and the scores of those metrics that are functions.
     rows = _without_images(dataset, columns)
     preferences = [_preference(row, columns) for row in rows]
     scored = _scores(dataset, gaps, columns, batch_size, resolution, background)
     counts = {"pairs": 0, "ties": 0, "kept_pairs": 0, "kept_ties": 0}
     counts |= {f"dropped/{name}": 0 for name in (*gaps, "unlabelled", "no_score")}
 
-    # Judge row by row.
+    # Judge row by row, and count why pairs are dropped.
     kept = []
     for index, (row, preference) in enumerate(zip(rows, preferences, strict=True)):
         if preference is None:
@@ -193,9 +193,12 @@ def _check_sources(gaps: Mapping[str, GapSource], names: list[str]) -> None:
 
 
 def _without_images(dataset, columns: PreferenceColumns) -> list[dict]:
-    """The rows without what is large."""
+    """The rows without their images, which are large and not needed here."""
     if isinstance(dataset, (list, tuple)):
-        return [{name: value for name, value in row.items() if name not in columns.images} for row in dataset]
+        rows = []
+        for row in dataset:
+            rows.append({name: value for name, value in row.items() if name not in columns.images})
+        return rows
     return list(dataset.remove_columns(list(columns.images)))
 
 
@@ -217,7 +220,7 @@ def _scores(
     resolution: int,
     background: str,
 ) -> dict[str, list[float]]:
-    """Of the metrics that are functions: score of the first minus that of the second image, NaN where one is unreadable."""
+    """Per metric that is a function: score of the first minus that of the second image; NaN where one is unreadable."""
     functions = {name: source for name, source in gaps.items() if callable(source)}
     gaps_of = {name: [math.nan] * len(dataset) for name in functions}
     if not functions:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Labels from a preference model: replaces human preferences by those of a scorer such as PickScore.
+Replace human preference labels by those of a preference model such as PickScore.
 
 The paper's SDXL reward model is trained on labels of this kind (https://huggingface.co/papers/2406.04314).
 """
@@ -155,7 +155,7 @@ def relabel_preferences(
     >>> relabel_preferences(pairs, pickscore.to("cuda"), resolution=1024).to_parquet("relabelled.parquet")
     ```
     """
-    # What can be relabelled?
+    # Refuse what cannot be relabelled, before anything is scored.
     dataset = leave_undecoded(dataset)
     if not hasattr(dataset, "__len__"):
         raise ValueError(
@@ -185,8 +185,11 @@ def relabel_preferences(
     # Write them into a copy of the rows.
     values = {"label_0": labels[:, 0].tolist(), "label_1": labels[:, 1].tolist(), "has_label": has_label.tolist()}
     if isinstance(dataset, (list, tuple)):
-        new = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-        return [row | labels_of_row for row, labels_of_row in zip(dataset, new, strict=True)]
+        relabelled = []
+        for index, row in enumerate(dataset):
+            new_labels = {name: column[index] for name, column in values.items()}
+            relabelled.append(row | new_labels)
+        return relabelled
     dataset = dataset.remove_columns([name for name in values if name in dataset.column_names])
     for name, column in values.items():
         dataset = dataset.add_column(name, column)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts from anywhere: found by [`load_prompts`], checked and read by [`read_prompts`]."""
+"""Load prompts from files, datasets and the Hub ([`load_prompts`]), and check and read them ([`read_prompts`])."""
 
 import codecs
 import csv
@@ -59,8 +59,8 @@ def load_prompts(name: str, split: str = "train"):
     """
     Prompts from where users keep them.
 
-    A file is UTF-8, or has a byte order mark that says otherwise, which is no part of the first prompt. Its lines end with
-    a line feed, a carriage return, or both; other separators of Unicode stay in the prompt, as JSON and tables keep them.
+    A file is UTF-8, unless a byte order mark says otherwise; the mark is not part of the first prompt. Lines end with a
+    line feed, a carriage return, or both; other separators of Unicode stay in the prompt, as JSON and tables keep them.
 
     Args:
         name (`str`):
@@ -219,6 +219,7 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
         ValueError: if the column is missing, there are no prompts, or one is empty, invisible, not a string or no valid
             Unicode; says which.
     """
+    # Find the texts: a column of a dataset, which stays lazy, or a list.
     if isinstance(dataset, PromptColumn):  # what this function returned before
         return dataset
     if isinstance(dataset, Column):  # `dataset["prompt"]`, whose rows are strings
@@ -246,6 +247,8 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
         )
     else:
         prompts = list(dataset)
+
+    # Check every prompt now: a bad one would otherwise stop the run when its turn comes.
     if not len(prompts):
         raise ValueError(f"`{name}` has no prompts.")
     for i, prompt in enumerate(prompts):

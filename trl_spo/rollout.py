@@ -29,7 +29,7 @@ Differences from the public implementation:
   denoiser runs once per step (the loop of LPO, https://huggingface.co/papers/2502.01051);
 - the random continuation does not depend on scores, so the candidates of all steps can be scored together at the end,
   and the host then waits for the device once per rollout;
-- a NaN or an infinity in latents, decoded images or scores costs its pair, is named and counted, and never trained on.
+- a pair with a NaN or an infinity in its latents, decoded images or scores is reported, counted and never trained on.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class Branch:
         step (`int`): index of its first step in the schedule.
         timesteps (`list[int]`): t of its steps.
         scored_timestep (`int`): timestep at which its candidates are scored.
-        threshold (`float`): preference threshold of its first step, where the candidates part.
+        threshold (`float`): preference threshold of its first step, where the candidates diverge.
         trajectory (`list[torch.Tensor]`): latents `(K, B, ...)` before each transition and after the last.
         judged (`torch.Tensor` of shape `(K, B, ...)`): what the reward sees, as latents: x_0 predictions or candidates.
         pred_original_samples (`torch.Tensor` of shape `(K, B, ...)`, *optional*): x_0 predictions, if they were made.
@@ -107,15 +107,15 @@ class Branch:
 
 class Sampler:
     """
-    The questions to the pipeline, in chunks: what does the denoiser predict, and where does a step lead?
+    Runs the denoiser and draws steps for one rollout, in chunks of bounded size.
 
     Args:
-        pipeline ([`SPOPipeline`]): answers.
-        embeds ([`PromptEmbeds`]): of the B prompts.
-        settings ([`RolloutSettings`]): of the rollout.
+        pipeline ([`SPOPipeline`]): the pipeline that samples.
+        embeds ([`PromptEmbeds`]): embeddings of the B prompts.
+        settings ([`RolloutSettings`]): settings of the rollout.
         generator (`torch.Generator`, *optional*): source of all noise.
-        judges_candidates (`bool`): the reward judges candidates, so x_0 is predicted for nobody.
-        keeps_predictions (`bool`): x_0 of every candidate is wanted all the same, for pictures.
+        judges_candidates (`bool`): whether the reward judges the candidates themselves; then no x_0 is predicted for it.
+        keeps_predictions (`bool`): predict x_0 of every candidate even so, for pictures.
     """
 
     def __init__(
@@ -141,9 +141,10 @@ class Sampler:
     def predict(self, latents: torch.Tensor, step: int) -> torch.Tensor:
         """Guided predictions for B latents, or for `(K * B)` of a branch."""
         rows = self.embeds if len(latents) == len(self.embeds) else self.branch_embeds
+        timestep = self.timesteps[step]
+        scale = self.settings.guidance_scale
         outputs = []
         for chunk in even_slices(len(latents), self.settings.rollout_micro_batch_size):
-            timestep, scale = self.timesteps[step], self.settings.guidance_scale
             outputs.append(self.pipeline.predict(latents[chunk], timestep, rows[chunk], scale))
         return torch.cat(outputs)
 
@@ -165,13 +166,18 @@ def draw_branch(
     sampler: Sampler, latents: torch.Tensor, output: torch.Tensor, step: int, length: int
 ) -> tuple[Branch, torch.Tensor | None]:
     """
-    K candidates of `length` steps from one x_t, and, if they were predicted, what the denoiser says about each of them.
+    Draw K candidates of `length` steps from one x_t.
+
+    Returns:
+        `tuple` of the [`Branch`] and the denoiser's outputs for its candidates, `(K, B, ...)`, or `None` if it was not run
+        on them.
     """
-    settings, timesteps = sampler.settings, sampler.timesteps
+    settings = sampler.settings
+    timesteps = sampler.timesteps
     end = step + length
     ends_rollout = end == settings.num_inference_steps
 
-    # The candidates part at the first step of the branch, and go on alone.
+    # The candidates diverge at the first step of the branch; from there each continues alone.
     trajectory = [latents.expand(settings.num_candidates, *latents.shape)]
     trajectory.append(sampler.draw(latents, output, step, settings.num_candidates))
     for inner in range(step + 1, end):
@@ -179,7 +185,7 @@ def draw_branch(
         following = sampler.draw(flat, sampler.predict(flat, inner), inner)[0]
         trajectory.append(following.view_as(trajectory[-1]))
 
-    # Their x_0, unless nothing is left to denoise, or nobody wants to see it.
+    # The reward needs their x_0, unless they are finished images or it judges the candidates as they are.
     candidates = trajectory[-1]
     outputs = predicted = None
     if ends_rollout:
@@ -190,6 +196,7 @@ def draw_branch(
         predicted = sampler.original_samples(flat, outputs, end).view(candidates.shape)
         outputs = outputs.view(candidates.shape)
 
+    # Decide how the branch will be judged: at which timestep, and between which candidates.
     scored_timestep = 0 if ends_rollout else timesteps[end]
     if settings.reward_timestep == "branch":
         scored_timestep = timesteps[step]
@@ -234,6 +241,7 @@ def sample_trajectories(sampler: Sampler, plan: BranchPlan, scorer: Scorer) -> T
     plain_steps = {}
     step = 0
     while step < plan.stop:
+        # A branch: one of its candidates becomes the next x_t. If the denoiser already ran on it, its output is reused.
         if step in plan.lengths:
             branch, outputs = draw_branch(sampler, latents, output, step, plan.lengths[step])
             choose_next(branch, scorer, settings, sampler.generator)
@@ -274,6 +282,7 @@ def score_the_rest(
     Returns:
         `torch.Tensor` of shape `(B,)`, *optional*: scores of the finished images, if they are finished.
     """
+    # Collect everything that needs a score, so that the reward sees it in one call.
     waiting = branches if deferred else []
     to_score = [(branch.judged, branch.scored_timestep) for branch in waiting]
     last = branches[-1]
@@ -282,10 +291,13 @@ def score_the_rest(
     scores = scorer(to_score) if to_score else []
     for branch, values in zip(waiting, scores, strict=False):
         branch.scores = values
-    # Nothing is left for the device to do, and one copy brings the choices of all branches to the scores.
+
+    # The device has no work left, so one copy can bring the choices of all branches to the CPU, where the scores are.
     choices = torch.stack([branch.next_index for branch in branches]).cpu()
     for branch, choice in zip(branches, choices, strict=True):
         branch.next_index = choice
+
+    # Finished images that were the candidates of a branch have been scored with it.
     if not finished:
         return None
     if last.ends_rollout:
@@ -302,8 +314,8 @@ def name_nonfinite(
     last_step: int,
 ) -> list[NonFinite]:
     """
-    What became of pairs and finished images without a finite score, and where it began. While all scores are finite this
-    looks at nothing else.
+    List the pairs and finished images without a finite score, and where the first NaN or infinity arose. If all scores
+    are finite, nothing else is looked at.
     """
     scores = [branch.scores for branch in branches]
     if final_scores is not None:
@@ -323,8 +335,9 @@ def _nonfinite_pairs(
     scorer: Scorer, branches: list[Branch], plain_steps: dict[int, torch.Tensor], timesteps: list[int]
 ) -> list[NonFinite]:
     """
-    One entry per prompt and branch without a finite score. The latents of the rollout are still at hand, so where it began
-    is found afterwards. `plain_steps` has which rows were finite after each step that did not branch.
+    One entry per prompt and branch without a finite score. The latents of the rollout are still in memory, so they can be
+    searched afterwards for the place where it began. `plain_steps` says which rows were finite after each step that did
+    not branch.
     """
     found = []
     first_broken_step = {}  # row -> first step whose latents are not finite: whatever follows is broken, too
@@ -361,6 +374,7 @@ def _nonfinite_pairs(
 
 def collect_pairs(branch: Branch, selection: PairSelection, prompts: list[str]) -> list[StepPairs]:
     """The valid pairs of one branch, one [`StepPairs`] per transition. `selection` is on the CPU."""
+    # Index on the CPU, where scores and selection are, then move the results to the latents.
     device = branch.trajectory[0].device
     rows = selection.valid.nonzero(as_tuple=True)[0]
     names = [prompts[i] for i in rows.tolist()]
@@ -370,6 +384,7 @@ def collect_pairs(branch: Branch, selection: PairSelection, prompts: list[str]) 
     rejected_scores = branch.scores[rejected, rows].to(device, non_blocking=True)
     chosen, rejected, rows = (index.to(device, non_blocking=True) for index in (chosen, rejected, rows))
 
+    # Each transition of the two branches is a training pair; only those of the first step share their x_t.
     parts = []
     for inner, timestep in enumerate(branch.timesteps):
         before = branch.trajectory[inner]
@@ -483,22 +498,24 @@ def stepwise_rollout(
         raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
     if kwargs and settings is not None:
         raise TypeError(f"Give `settings` or single settings by keyword, not both; got {sorted(kwargs)} beside them.")
+
+    # Bring the arguments into one form: a record of settings, a wrapped reward, embeddings and their texts.
     settings = settings or RolloutSettings(**kwargs)
     reward = wrap_reward(reward)
     embeds, prompts = _conditioning(pipeline, prompt_embeds, negative_prompt_embeds, prompts)
 
-    # 1. Plan: where the rollout branches, and how clear a pair must be there.
+    # 1. Plan where the rollout branches, and how clear a pair must be there.
     judges_candidates = reward.sees == "noisy_latents"
     sampler = Sampler(pipeline, embeds, settings, generator, judges_candidates, return_trajectory)
     settings = sampler.settings
     plan = plan_branches(pipeline, settings, generator)
 
-    # 2. Sample: one trajectory per prompt, with its branches.
+    # 2. Sample one trajectory per prompt, with its branches.
     sizes = (settings.vae_decode_batch_size, settings.reward_batch_size, settings.scoring_image_size)
     scorer = Scorer(pipeline, reward, prompts, *sizes)
     latents, branches, plain_steps = sample_trajectories(sampler, plan, scorer)
 
-    # 3. Score what has no score yet, in full batches, and name what is not finite: it never becomes a pair.
+    # 3. Score what has no score yet, in full batches, and report what is not finite: it never becomes a pair.
     finished = plan.stop == settings.num_inference_steps
     final_scores = score_the_rest(scorer, branches, latents, finished, settings.deferred)
     nonfinite = name_nonfinite(scorer, branches, plain_steps, sampler.timesteps, final_scores, plan.stop - 1)
@@ -509,7 +526,7 @@ def stepwise_rollout(
             "bfloat16 or float32 do not."
         )
 
-    # 4. Pair: the chosen against the rejected candidate of each branch.
+    # 4. Pair the chosen with the rejected candidate of each branch.
     parts = []
     records = []
     for branch in branches:

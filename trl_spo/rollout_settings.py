@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a rollout is told to do, checked once: [`RolloutSettings`]."""
+"""The settings of a rollout, checked once: [`RolloutSettings`]."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,7 +110,7 @@ class RolloutSettings:
         latents have no more noise than Stable Diffusion 1 has at the timesteps that are given.
 
         Args:
-            step_rule ([`StepRule`]): tells the signal-to-noise ratio of timesteps.
+            step_rule ([`StepRule`]): knows the signal-to-noise ratio of each timestep.
             timesteps (`list[int]`): the schedule, `num_inference_steps` of them.
 
         Raises:
@@ -118,6 +118,7 @@ class RolloutSettings:
         """
         if self.branch_start_timestep is None and self.branch_end_timestep is None:
             return self
+        # Translate each end of the range that is given as a noise level; the other stays a step number.
         found = {}
         for name in ("branch_start", "branch_end"):
             wanted = getattr(self, f"{name}_timestep")
@@ -127,6 +128,8 @@ class RolloutSettings:
             least = stable_diffusion_snr(wanted) * (1 - SNR_TOLERANCE)
             clear = [step for step, timestep in enumerate(timesteps) if step_rule.snr(timestep) >= least]
             found[f"{name}_step"] = clear[0] if clear else len(timesteps)
+
+        # A range that is empty on this schedule would give no pairs.
         end = len(timesteps) if found["branch_end_step"] is None else found["branch_end_step"]
         if found["branch_start_step"] >= end:
             raise ValueError(
@@ -136,6 +139,8 @@ class RolloutSettings:
         return replace(self, branch_start_timestep=None, branch_end_timestep=None, **found)
 
     def _rules(self) -> dict[str, tuple[bool, str]]:
+        """Name of a setting -> whether it is acceptable, and what it must be."""
+        # Settings that decide which pairs a rollout can give.
         rules = {
             "num_inference_steps": (self.num_inference_steps >= 1, "at least 1"),
             "num_candidates": (self.num_candidates >= 2, "at least 2, or there is no pair"),
@@ -155,6 +160,8 @@ class RolloutSettings:
             "pair": (self.pair in PAIRS, "'best_worst' or 'random'"),
             "reward_timestep": (self.reward_timestep in REWARD_TIMESTEPS, "'next' or 'branch'"),
         }
+
+        # Optional settings, where `None` leaves the choice to the step numbers, the model or the whole batch.
         for name in ("branch_start_timestep", "branch_end_timestep"):
             value = getattr(self, name)
             rules[name] = (value is None or 0 <= value < 1000, "in [0, 1000), a timestep of Stable Diffusion 1")

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Images with one fixed seed per prompt, and scores of clean images."""
+"""Sample images with one fixed seed per prompt, and score clean images."""
 
 from collections.abc import Callable, Iterable
 
@@ -57,10 +57,13 @@ def generate_images(
     Returns:
         `torch.Tensor` of shape `(N, 3, height, width)` in [0, 1], float32, on the CPU.
     """
+    # Every image has a seed of its own, so that it depends on nothing but its prompt and that seed.
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
     options = {"guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
+
+    # Sample in batches; images go to the CPU one batch at a time, so that the device holds one batch only.
     pipeline.denoiser.eval()  # an adapter that was just loaded is in training mode, with the dropout of its file
     images = []
     bar = tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None)
@@ -70,21 +73,17 @@ def generate_images(
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
             with pipeline.encoders_on_device():
                 embeds = pipeline.encode_prompt(batch, negative_prompt, **given_size(height, width))
-            images.append(
-                pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
-                .div(2)
-                .add(0.5)
-                .clamp(0, 1)
-                .cpu()
-            )
+            sampled = pipeline.sample(embeds, generators, num_inference_steps, guidance_scale, eta, height, width)
+            images.append(sampled.div(2).add(0.5).clamp(0, 1).cpu())
             bar.update(len(batch))
     bar.close()
     return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
 
 
 def given_size(height: int | None, width: int | None) -> dict[str, int]:
-    """Those of the two that are given, as arguments of `encode_prompt`, which has the model's own for the others."""
-    return {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    """`height` and `width` as arguments of `encode_prompt`. One that is `None` is left out: the model's own is used."""
+    sizes = {"height": height, "width": width}
+    return {name: value for name, value in sizes.items() if value is not None}
 
 
 @torch.no_grad()
@@ -98,8 +97,8 @@ def score_images(
     pipeline: SPOPipeline | None = None,
 ) -> torch.Tensor:
     """
-    Scores of clean images under a reward model or reward function. One that judges latents gets the means of what the
-    VAE makes of them.
+    Scores of clean images under a reward model or reward function. A reward that judges latents gets the mean of the
+    VAE's encoding of each image.
 
     Args:
         images (`torch.Tensor` of shape `(N, 3, height, width)`): in [0, 1].
@@ -110,7 +109,7 @@ def score_images(
         batch_size (`int`, *optional*, defaults to `32`): images scored together.
         device (`torch.device` or `str`, *optional*): where a callable gets its images, as in rollouts. A reward model
             gets them on its own device.
-        pipeline ([`SPOPipeline`], *optional*): whose VAE encodes the images for a reward that judges latents.
+        pipeline ([`SPOPipeline`], *optional*): its VAE encodes the images for a reward that judges latents.
 
     Returns:
         `torch.Tensor` of shape `(N,)`, float32, on the CPU.

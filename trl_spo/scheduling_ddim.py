@@ -62,7 +62,8 @@ def ddim_predict(
     Args and errors as [`ddim_step_stats`]. Returns two float32 tensors of the shape of `sample`.
     """
     dtype = torch.promote_types(torch.float32, sample.dtype)
-    model_output, sample = model_output.to(dtype), sample.to(dtype)
+    model_output = model_output.to(dtype)
+    sample = sample.to(dtype)
     timestep = _check_timestep(timestep, sample)
     alpha_prod_t = broadcast_over(_schedule(scheduler.alphas_cumprod, timestep)[timestep], sample)
     beta_prod_t = 1 - alpha_prod_t

@@ -93,7 +93,8 @@ def flow_step_coefficients(
         ValueError: for an unknown sampler, or an `eta` outside of its range.
     """
     check_flow_eta(eta, sampler)
-    t, following = sigma.double(), next_sigma.double()
+    t = sigma.double()
+    following = next_sigma.double()
     zero = torch.zeros_like(t)
     if sampler == "ode" or eta == 0:
         return following, zero
@@ -158,8 +159,8 @@ def flow_step_stats(
         ValueError: for an unknown sampler, an `eta` or sigmas outside of their range, or shapes that do not fit.
             Sigmas on an accelerator are trusted, as reading them would wait for it.
     """
-    sigma, next_sigma = _as_sigmas(sigma, sample, "sigma"), _as_sigmas(next_sigma, sample, "next_sigma")
-    next_sigma = next_sigma.to(sigma.device)
+    sigma = _as_sigmas(sigma, sample, "sigma")
+    next_sigma = _as_sigmas(next_sigma, sample, "next_sigma").to(sigma.device)
     if sigma.device.type == "cpu" and not bool((sigma > next_sigma).all()):
         raise ValueError(
             f"A step goes from `sigma` down to `next_sigma`, got {sigma.tolist()} and {next_sigma.tolist()}."
@@ -171,7 +172,8 @@ def flow_step_stats(
 def _gaussian_step(model_output, sample, sigma, next_sigma, factor, std) -> StepDistribution:
     """N((1 - t') x_0 + k e, s^2), in the dtype of `sample` or float32. The numbers have one value, or one per row."""
     dtype = torch.promote_types(torch.float32, sample.dtype)
-    model_output, sample = model_output.to(dtype), sample.to(dtype)
+    model_output = model_output.to(dtype)
+    sample = sample.to(dtype)
     level, following, factor, std = (
         broadcast_over(values.to(dtype), sample) for values in (sigma, next_sigma, factor, std)
     )
@@ -196,7 +198,8 @@ def noise_excess(sigmas: list[float] | torch.Tensor, eta: float = 1.0, sampler: 
         eta (`float`, *optional*, defaults to `1.0`), sampler (`str`, *optional*, defaults to `"ddim"`): of the steps.
     """
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
-    current, following = sigmas[:-1], sigmas[1:]
+    current = sigmas[:-1]
+    following = sigmas[1:]
     kept = following > 0
     factor, std = flow_step_coefficients(current[kept], following[kept], eta, sampler)
     return ((factor**2 + std**2).sqrt() / following[kept]).tolist()
@@ -259,7 +262,8 @@ class FlowStepRule(StepRule):
         if sigmas == self.sigmas:  # asked for at every step of a training: its tables stay
             return list(self._values)
         self.sigmas = sigmas
-        current, following = torch.tensor(self.sigmas[:-1]).double(), torch.tensor(self.sigmas[1:]).double()
+        current = torch.tensor(self.sigmas[:-1]).double()
+        following = torch.tensor(self.sigmas[1:]).double()
         timesteps = (current * self.num_train_timesteps).round().long()
         if len(set(timesteps.tolist())) < len(timesteps):
             raise ValueError(
@@ -323,11 +327,13 @@ class FlowStepRule(StepRule):
     def _table(self, eta: float) -> torch.Tensor:
         """Timestep -> sigma, next sigma, factor of the noise and standard deviation: `(4, T + 1)`, float64, on the CPU."""
         known = ~self._next.isnan()
-        current, following = self._current[known], self._next[known]
+        current = self._current[known]
+        following = self._next[known]
         noisy_factor, noisy_std = flow_step_coefficients(current, following, eta, self.sampler)
         # Close to the image a step is Euler's: no noise, whatever the sampler is.
         branches = following > LAST_BRANCHING_SIGMA
-        factor, std = torch.full_like(self._next, math.nan), torch.full_like(self._next, math.nan)
+        factor = torch.full_like(self._next, math.nan)
+        std = torch.full_like(self._next, math.nan)
         factor[known] = torch.where(branches, noisy_factor, following)
         std[known] = torch.where(branches, noisy_std, torch.zeros_like(noisy_std))
         return torch.stack([self._current, self._next, factor, std])

@@ -26,7 +26,7 @@ def _field(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
-@dataclass(repr=False)  # of its own it would show the token
+@dataclass(repr=False)  # a generated repr would show the Hub token
 class SPOConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`SPOTrainer`].
@@ -299,7 +299,7 @@ class SPOConfig(StepTrainingArguments):
         return RolloutSettings(**{name: getattr(self, name) for name in names} | changes)
 
     def _check_delegated(self):
-        """What transformers hands on to networks and data loaders that are none of ours."""
+        """Refuse settings that transformers passes on to networks and data loaders that SPO does not have."""
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name, None)
             if value and value != {"use_reentrant": False}:
@@ -322,6 +322,7 @@ class SPOConfig(StepTrainingArguments):
         self.preference_threshold = parts[0] if len(parts) == 1 else list(parts)
 
     def _check_spo_arguments(self):
+        # Settings that are checked together: those of the rollout check themselves.
         self.rollout_settings()
         if self.compile_regions is False and (
             self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
@@ -329,6 +330,8 @@ class SPOConfig(StepTrainingArguments):
             raise ValueError(
                 "`torch_compile` compiles the repeated blocks, which `compile_regions=False` forbids; set one of them only."
             )
+
+        # Settings that are checked one by one.
         rules = {
             "learning_rate": (self.learning_rate >= 0, "0 or more"),
             "weight_decay": (self.weight_decay >= 0, "0 or more"),

@@ -211,7 +211,9 @@ def gaussian_log_prob(prev_sample: torch.Tensor, mean: torch.Tensor, std: torch.
 def stochastic_log_prob(prev_sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """[`gaussian_log_prob`] for steps that are known to be stochastic: the check would wait for the device."""
     dtype = torch.promote_types(torch.float32, mean.dtype)
-    prev_sample, mean, std = prev_sample.detach().to(dtype), mean.to(dtype), std.to(dtype)
+    prev_sample = prev_sample.detach().to(dtype)
+    mean = mean.to(dtype)
+    std = std.to(dtype)
     log_prob = -((prev_sample - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return log_prob.flatten(1).mean(1)
 

@@ -155,7 +155,10 @@ class StepPairs:
     @classmethod
     def cat(cls, parts: list["StepPairs"]) -> "StepPairs":
         """One collection from several, in order; records of rollouts stay behind."""
-        return cls(
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in cls.tensor_names()},
-            prompts=[prompt for part in parts for prompt in part.prompts],
-        )
+        joined = {}
+        for name in cls.tensor_names():
+            joined[name] = torch.cat([getattr(part, name) for part in parts])
+        prompts = []
+        for part in parts:
+            prompts += part.prompts
+        return cls(**joined, prompts=prompts)
