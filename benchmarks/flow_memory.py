@@ -38,10 +38,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -60,7 +63,11 @@ BILLION = 10**9
 NF4_BYTES = 0.5 + 4 / 64  # per weight
 REWARD_BYTES = 2 * 986_109_441  # PickScore, a CLIP ViT-H/14, in bfloat16
 
-_KL = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+_KL = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "use_quant_conv": False,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_post_quant_conv": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,28 +128,45 @@ MODELS = {
         text_parameters=4.76 * BILLION + 0.123 * BILLION,
         text_tokens=512, text_width=4096, pooled_width=768, rank=64, guidance_scale=3.5,
     ),
+    "z-image": Model(
+        flow_testing.tiny_z_image_pipeline,
+        ZImageTransformer2DModel,
+        {
+            "in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30,
+            "cap_feat_dim": 2560,
+        },
+        AutoencoderKL,
+        {**_KL, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        text_parameters=4.02 * BILLION,  # Qwen3-4B
+        text_tokens=512, text_width=2560, pooled_width=None, rank=32, guidance_scale=5.0,
+    ),
+    "qwen-image": Model(
+        flow_testing.tiny_qwen_image_pipeline,
+        QwenImageTransformer2DModel,
+        {
+            "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+        },
+        AutoencoderKLQwenImage,
+        {"base_dim": 96, "z_dim": 16},
+        text_parameters=8.29 * BILLION,  # Qwen2.5-VL-7B
+        text_tokens=512, text_width=3584, pooled_width=None, rank=64, guidance_scale=4.0,
+    ),
 }  # fmt: skip
 
 
 def build(model: Model, folder: str, fake_mode: FakeTensorMode):
     """The wrapped pipeline with an adapter, bfloat16, on fake tensors."""
     pipe = model.make(folder)
-    levels = len(model.vae["block_out_channels"])
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
     with torch.device("meta"):
         transformer = model.transformer_class(**model.transformer).to(torch.bfloat16)
-        vae = model.vae_class(**model.vae, **blocks).to(torch.bfloat16)
+        vae = model.vae_class(**model.vae).to(torch.bfloat16)
     pipe.register_modules(transformer=transformer, vae=vae.eval())
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.vae_scale_factor = 8
-    pipeline = wrap_pipeline(pipe)
-    targets = list(pipeline.lora_target_modules)
-    with torch.device("meta"):
+    with torch.device("meta"):  # says that shapes are all that is wanted
+        pipeline = wrap_pipeline(pipe)
+        targets = list(pipeline.lora_target_modules)
         adapter = LoraConfig(r=model.rank, lora_alpha=model.rank, target_modules=targets)
         trained = pipeline.prepare_for_training(adapter)
     for module in (pipeline.denoiser, pipeline.vae):

@@ -18,6 +18,8 @@ trains a model that nobody uses. Each is compared with its own diffusers pipelin
 """
 
 import dataclasses
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -359,14 +361,41 @@ class TestTraining:
         assert [branch.step for branch in pairs.branches] == [0, 1, 2, 3]
         assert len(pairs) == 8 and pairs.final_latents.dtype == torch.float32
 
-    def test_a_rank_by_default_of_the_family(self, tmp_path):
-        """alpha = rank, so that tools that do not read the metadata load it at the same strength."""
-        pipeline = fresh("flux2", tmp_path)
+    @every_family
+    def test_the_adapter_by_default(self, tmp_path, family):
+        """
+        The layers that diffusers' training scripts and the reinforcement-learning projects adapt, in every block, and no
+        others. alpha = rank, so that tools that do not read the metadata load it at the same strength.
+        """
+        pipeline = fresh(family, tmp_path)
         pipeline.prepare_for_training()
         config: LoraConfig = pipeline.denoiser.peft_config["default"]
         assert config.r == config.lora_alpha == 32
-        trained = {name for name, value in pipeline.denoiser.named_parameters() if value.requires_grad}
-        assert any("single_transformer_blocks" in name and "to_qkv_mlp_proj" in name for name in trained)
+        adapted = {
+            name.partition(".lora_")[0] for name, value in pipeline.denoiser.named_parameters() if value.requires_grad
+        }
+        both = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+        both += [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
+        both = [f"transformer_blocks.0.{name}" for name in both]
+        feed_forward = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+        single = [f"single_transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+        expected = {  # of the first block of each kind
+            "sd3": both,
+            "flux": [*both, *(f"transformer_blocks.0.{name}" for name in feed_forward), *single],
+            "flux2": [*both, *(f"single_transformer_blocks.0.attn.{n}" for n in ("to_qkv_mlp_proj", "to_out"))],
+            "z_image": [
+                f"{part}.0.attention.{name}"
+                for part in ("noise_refiner", "context_refiner", "layers")
+                for name in ("to_q", "to_k", "to_v", "to_out.0")
+            ],
+            "qwen_image": both,
+        }[family]
+        assert {name for name in adapted if re.search(r"\.0\.(attn|ff|ff_context|attention)\.", name)} == set(expected)
+        counts = Counter(re.sub(r"\.\d+\.", ".0.", name, count=1) for name in adapted)
+        blocks = {name: len(getattr(pipeline.denoiser, name.partition(".")[0])) for name in counts}
+        short = "transformer_blocks.0.attn"  # SD3's last block ends with the image: its text goes nowhere
+        blocks |= {f"{short}.to_add_out": blocks[f"{short}.to_add_out"] - 1} if family == "sd3" else {}
+        assert counts == blocks
 
 
 class TestStepReward:

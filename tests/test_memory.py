@@ -19,6 +19,7 @@ possible, and otherwise come from what torch's profiler saw a real run allocate.
 """
 
 import logging
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -26,6 +27,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import flow_memory
 from benchmarks.memory import main, measured_peak_bytes
 from trl_spo import SPOTrainer, StepAwareRewardModel, wrap_pipeline
 from trl_spo.training.memory import (
@@ -512,6 +514,38 @@ def test_benchmark_needs_no_memory_for_large_models():
     result = main(["--preset", "sd15", "--budget", "3"])
     assert not result["fits"], "the weights alone take more"
     assert result["weights"]["UNet"] == pytest.approx(859.5e6 * 2, rel=0.001)  # parameters of Stable Diffusion 1.5
+
+
+@pytest.fixture(scope="module")
+def flow_table():
+    """What the program of docs/flow_models.md says, of the models that the page sends to cards of 24 and 40 GB."""
+    return flow_memory.main(["--models", "sd3.5-medium", "flux2-klein-4b", "flux.1-dev"])
+
+
+class TestFlowModels:
+    """The published shapes. Regression: the program ended in an error, as shapes without values were refused."""
+
+    def test_the_table_of_the_page_is_what_the_program_says(self, flow_table):
+        page = (Path(__file__).parent.parent / "docs" / "flow_models.md").read_text()
+        lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+        header = next(cells for cells in lines if cells[0] == "GiB")
+        rows = {cells[0]: cells[1:] for cells in lines if len(cells) == len(header)}
+        names = {
+            "encoders stay": "**peak**, encoders on the device",
+            "encoders offloaded": "**peak**, `offload_text_encoders: true`",
+            "nf4, encoders offloaded": "**peak**, the same with an nf4 base",
+        }
+        for model, values in flow_table.items():
+            column = header.index(model) - 1
+            for name, value in values.items():
+                assert rows[names.get(name, name)][column] == f"{value:.1f}", (model, name)
+
+    def test_they_fit_the_cards_that_the_page_names(self, flow_table):
+        """Text encoders wait on the CPU. A tenth of 24 GiB is left for workspaces, 3 GiB of 40."""
+        assert flow_table["sd3.5-medium"]["encoders offloaded"] < 0.9 * 24
+        assert flow_table["flux2-klein-4b"]["encoders offloaded"] < 0.9 * 24
+        assert flow_table["flux.1-dev"]["encoders offloaded"] < 40 - 3
+        assert flow_table["flux.1-dev"]["nf4, encoders offloaded"] < 0.9 * 24
 
 
 class TestFreeMemory:

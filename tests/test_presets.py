@@ -162,7 +162,8 @@ TABLE = {
             "offload_text_encoders": True,
             "lora_r": rank,
             "lora_alpha": rank,
-            "lora_target_modules": list(family.lora_target_modules),
+            # FLUX.2's depend on its number of blocks, so its preset leaves them to the family.
+            "lora_target_modules": None if family is SPOFlux2KleinPipeline else list(family.lora_target_modules),
             "guidance_scale": guidance,
             "height": 512,
             "width": 512,

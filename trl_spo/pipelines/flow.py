@@ -184,7 +184,7 @@ class SPOFlowPipeline(SPOPipeline):
                 )
 
     def default_lora(self) -> LoraConfig:
-        """The adapter by default: rank 32 on the attention projections; alpha = rank, so that every tool agrees."""
+        """The adapter by default: rank 32 on `lora_target_modules`; alpha = rank, so that every tool agrees."""
         return LoraConfig(
             r=32, lora_alpha=32, init_lora_weights="gaussian", target_modules=list(self.lora_target_modules)
         )

@@ -49,7 +49,10 @@ class SPOFluxPipeline(SPOFlowPipeline):
         "tokenizer_2",
         "scheduler",
     )
-    lora_target_modules = TWO_STREAM_ATTENTION
+    # Beside attention the feed-forward layers of both streams, as diffusers' training script and Flow-GRPO have it.
+    lora_target_modules = (
+        *TWO_STREAM_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"
+    )  # fmt: skip
     takes_guidance = True
 
     @property

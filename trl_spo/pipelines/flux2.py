@@ -50,7 +50,8 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
 
     negative_is_optional = True
     required_components = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    # Attention of both kinds of blocks; in single blocks one projection makes queries, keys, values and the MLP's input.
+    # Attention of both kinds of blocks; in single blocks one projection makes queries, keys, values and the MLP's input, and
+    # `__init__` adds the one behind it, as diffusers' training script and Flow-Factory have it.
     lora_target_modules = (*TWO_STREAM_ATTENTION, "to_qkv_mlp_proj")
     channels_per_patch = 4
     patch_size = 1  # patches are pixels of the latents already
@@ -67,6 +68,10 @@ class SPOFlux2KleinPipeline(SPOFlowPipeline):
         num_layers = self.sd_pipeline.text_encoder.config.num_hidden_layers
         quarters = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
         self.text_encoder_out_layers = tuple(text_encoder_out_layers or quarters)
+        # By their full names: "attn.to_out" would mean the double blocks, too, where it is a list of layers.
+        blocks = range(len(self.denoiser.single_transformer_blocks))
+        outputs = (f"single_transformer_blocks.{block}.attn.to_out" for block in blocks)
+        self.lora_target_modules = (*self.lora_target_modules, *outputs)
 
     @property
     def is_distilled(self) -> bool:
