@@ -177,10 +177,14 @@ def test_dropout_in_a_file_of_another_program_does_not_reach_images(tmp_path):
         ({"bias": "lora_only"}, "also trains weights of the unet itself, such as '.*bias'"),
         ({"bias": "all"}, "also trains weights of the unet itself, such as '.*bias'"),
         ({"modules_to_save": ["conv_out"]}, "also trains weights of the unet itself, such as 'conv_out"),
+        ({"alora_invocation_tokens": [1]}, "would learn nothing: `alora_invocation_tokens` switches it on"),
+        ({"lora_alpha": 0}, "would learn nothing: its strength is 0 on '.*attn1.to_q'"),
+        ({"alpha_pattern": {"attn2.to_q": 0}}, "would learn nothing: its strength is 0 on '.*attn2.to_q'"),
+        ({"target_modules": None, "target_parameters": ["to_q.weight"]}, "`target_parameters` adapts single weights"),
         ({"init_lora_weights": "pissa"}, "changes weights of the unet, such as '.*to_q.weight'"),
         ({"init_lora_weights": "olora"}, "changes weights of the unet, such as '.*to_q.weight'"),
     ],
-    ids=["bias-lora", "bias-all", "modules_to_save", "pissa", "olora"],
+    ids=["bias-lora", "bias-all", "modules_to_save", "alora", "alpha-0", "alpha-pattern-0", "parameters", "pissa", "olora"],
 )  # fmt: skip
 def test_an_adapter_that_is_more_than_an_adapter_is_refused(settings, message, tmp_path):
     """Regression: the reference moved with the policy, and diffusers could not read the file."""

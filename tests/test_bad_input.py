@@ -260,11 +260,13 @@ SPO = [
     ("no-epochs", {"num_train_epochs": 0}, ValueError, "`num_train_epochs` must be positive, or `max_steps` set"),
     ("switch-as-text", {"train_cfg": "False"}, TypeError, "`train_cfg` must be True or False, got 'False' of type `str`"),
     ("switch-as-number", {"use_peft": 0}, TypeError, "`use_peft` must be True or False, got 0 of type `int`"),
+    ("negative-prompt-surrogate", {"negative_prompt": "a \ud83d"}, ValueError, "`negative_prompt` is not valid Unicode, 'a "),
     ("negative-prompt-none", {"negative_prompt": None}, TypeError, "`negative_prompt` must be a string, got None"),
     ("model-kwargs-list", {"model_init_kwargs": ["variant"]}, TypeError, "`model_init_kwargs` must be a dictionary"),
 ]  # fmt: skip
 REWARD = [
     ("resolution-zero", {"resolution": 0}, ValueError, "`resolution` must be at least 1, got 0"),
+    ("negative-prompt-surrogate", {"negative_prompt": "a \ud83d"}, ValueError, "`negative_prompt` is not valid Unicode, 'a "),
     ("background-unknown", {"image_background": "whitish"}, ValueError, "`image_background`: An opaque colour .*'whitish'"),
     ("background-transparent", {"image_background": "#ffffff80"}, ValueError, "`image_background`: An opaque colour"),
     ("background-none", {"image_background": None}, TypeError, "`image_background` must be a string, got None"),

@@ -66,6 +66,8 @@ def test_images_depend_on_prompt_and_seed_alone(pipeline):
 def test_seeds_must_match_prompts(pipeline):
     with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
         generate_images(pipeline, PROMPTS[:2], seeds=[1])
+    with pytest.raises(ValueError, match="`negative_prompt` is not valid Unicode"):
+        generate_images(pipeline, PROMPTS[:1], negative_prompt="\udcff")  # a byte of a command line that is no UTF-8
 
 
 def test_models_and_callables_are_scored_alike(tmp_path):

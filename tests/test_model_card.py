@@ -417,6 +417,10 @@ def test_the_card_of_a_reward_names_no_model_that_it_does_not_judge(hub_cache, t
         pipe = DiffusionPipeline.from_pretrained(**base, **parts)
         trainer = StepRewardTrainer(StepRewardConfig(str(tmp_path), **settings), pipe, reward_model, rows)
         assert ("someone/base-v2" in trainer._model_card("name", tmp_path)) == named
+    pipe = DiffusionPipeline.from_pretrained(**base)  # what is judged is the model with its adapter
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "style")
+    trainer = StepRewardTrainer(StepRewardConfig(str(tmp_path), **settings), pipe, reward_model, rows)
+    assert "someone/base-v2" not in trainer._model_card("name", tmp_path)
 
 
 def test_adapters_of_a_text_encoder_are_refused(tmp_path):

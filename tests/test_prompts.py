@@ -122,6 +122,7 @@ def test_columns_may_begin_with_a_capital_letter(tmp_path):
         ("b.json", b'["a cat",', r"b.json' is neither JSON nor has one JSON value per line \(line 1"),
         ("n.json", b"[1, 2]", "n.json' must hold strings, or objects"),
         ("m.jsonl", b'{"prompt": "a"}\n["b"]\n', "m.jsonl' must hold strings, or objects"),
+        ("x.parquet", b"PAR1 and no more", "x.parquet' is no whole parquet file"),
         ("p.md", b"a cat\n", "p.md' is no file of prompts: these end in .txt, .json"),
     ],
 )  # fmt: skip

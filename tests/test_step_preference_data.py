@@ -502,6 +502,19 @@ class TestLoading:
         assert load_preference_dataset(tmp_path / "parts")["caption"][:] == ["a", "b"]
         datasets.DatasetDict({"train": datasets.Dataset(pickapic_table(3))}).save_to_disk(tmp_path / "saved")
         assert len(load_preference_dataset(tmp_path / "saved")) == 3
+        with pytest.raises(ValueError, match=r"saved' has no split 'test'; it has \['train'\]"):
+            load_preference_dataset(tmp_path / "saved", "test")
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_parquet_file_is_known_by_its_ending_and_must_be_whole(self, tmp_path, streaming):
+        """Regression: in capital letters it was no file, and a download that was cut off was an error of pyarrow."""
+        pq.write_table(pickapic_table(2), tmp_path / "PAIRS.PARQUET")
+        dataset = load_preference_dataset(tmp_path / "PAIRS.PARQUET", streaming=streaming)
+        assert [row["caption"] for row in dataset] == pickapic_table(2)["caption"].to_pylist()
+        content = (tmp_path / "PAIRS.PARQUET").read_bytes()
+        (tmp_path / "half.parquet").write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match="half.parquet' is no whole parquet file .* Download or write it again"):
+            load_preference_dataset(tmp_path / "half.parquet", streaming=streaming)
 
     def test_a_hub_id_reaches_load_dataset(self, monkeypatch):
         calls = []

@@ -38,7 +38,7 @@ from datasets import DatasetDict, load_dataset, load_from_disk
 
 from .hub_files import require_existing
 from .images import read_image
-from .prompts import is_unicode
+from .prompts import check_parquet, is_unicode
 
 
 logger = logging.getLogger(__name__)
@@ -129,14 +129,18 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
 
     Raises:
         `FileNotFoundError`: If `name` is plainly a path and does not exist.
-        `ValueError`: If there is no such split.
+        `ValueError`: If there is no such split, or a parquet file is broken.
     """
     path = Path(name)
-    if path.is_file() and path.suffix == ".parquet":
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        check_parquet(path)
         return load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         dataset = load_from_disk(str(path))
-        dataset = dataset[split] if isinstance(dataset, DatasetDict) else dataset
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{str(path)!r} has no split {split!r}; it has {sorted(dataset)}.")
+            dataset = dataset[split]
         return dataset.to_iterable_dataset() if streaming else dataset
     if path.is_dir():
         # Without the checks, a few shards of a large dataset load as well: its README.md counts the rows of all.

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 
@@ -198,13 +199,29 @@ def _read_table(path: Path, delimiter: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def check_parquet(path: Path) -> None:
+    """
+    Raises:
+        ValueError: if a file is not what its name says, or was cut off.
+    """
+    try:
+        pq.read_schema(path)
+    except Exception as error:  # of pyarrow
+        raise ValueError(f"{str(path)!r} is no whole parquet file ({error}). Download or write it again.") from error
+
+
+def _read_parquet(path: Path) -> Dataset:
+    check_parquet(path)
+    return load_dataset("parquet", data_files=str(path), split="train")
+
+
 READERS = {  # ending of a file, in small letters -> how it is read
     ".txt": _read_lines,
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".csv": functools.partial(_read_table, delimiter=","),
     ".tsv": functools.partial(_read_table, delimiter="\t"),
-    ".parquet": lambda path: load_dataset("parquet", data_files=str(path), split="train"),
+    ".parquet": _read_parquet,
 }
 
 

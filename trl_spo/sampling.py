@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .pipelines.base import SPOPipeline
+from .prompts import is_unicode
 from .rewards.base import wrap_reward
 
 
@@ -61,6 +62,10 @@ def generate_images(
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"There must be one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts.")
+    if not is_unicode(negative_prompt):
+        raise ValueError(
+            f"`negative_prompt` is not valid Unicode, {negative_prompt[:60]!r}: half of a surrogate pair."
+        )
     options = {"guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
 
     # Sample in batches; images go to the CPU one batch at a time, so that the device holds one batch only.

@@ -565,7 +565,7 @@ class StepRewardTrainer(StepTrainer):
             self.args,
             name=name,
             base_model=model.config.name_or_path,
-            pipeline=None if changes_of_the_base(diffusion) else getattr(diffusion, "name_or_path", None),
+            pipeline=None if self._base_is_changed() else getattr(diffusion, "name_or_path", None),
             num_train_timesteps=model.config.num_train_timesteps,
             step_conditioning=getattr(model.config, "step_conditioning", True),
             latent_shape=latent_shape,
@@ -573,6 +573,12 @@ class StepRewardTrainer(StepTrainer):
             log_history=self.state.log_history,
             tags=self._tag_names,
         )
+
+    def _base_is_changed(self) -> bool:
+        """Whether the predictions or latents that were judged are those of another model than the pipeline's name says."""
+        networks = (self.pipeline.denoiser, *self.pipeline.text_encoders().values())
+        adapted = any(getattr(network, "peft_config", {}) for network in networks)
+        return adapted or changes_of_the_base(self.pipeline.sd_pipeline) != ""
 
     # ---- evaluation ----
 

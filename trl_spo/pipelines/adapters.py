@@ -150,11 +150,20 @@ def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             f"The attention of the {denoiser_name} is fused (`fuse_qkv_projections`), so layers such as `to_q` take no part in "
             "it and an adapter on them would learn nothing. Call `pipe.unfuse_qkv_projections()` first."
         )
+    if getattr(peft_config, "target_parameters", None):
+        raise ValueError(
+            "`target_parameters` adapts single weights, which diffusers' files and denoisers have no place for. Name layers, in "
+            "`target_modules`."
+        )
     denoiser.requires_grad_(False)
     try:
         denoiser.add_adapter(copy.deepcopy(peft_config))  # peft writes the layers it found into it
     except ValueError as error:
         raise ValueError(f"`peft_config` does not fit the {denoiser_name}: {error}") from error
+    without_effect = _without_effect(denoiser, peft_config)
+    if without_effect:
+        _take_out(denoiser)
+        raise ValueError(f"The adapter of this `peft_config` would learn nothing: {without_effect}.")
 
     # What is trained must be what can be switched off and what the file holds: layers of the adapter, and nothing else.
     own = set(map(id, adapter_parameters(denoiser)))
@@ -178,6 +187,18 @@ def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             "that are repeated): neither the reference nor the published file would belong to the base. Use "
             "`init_lora_weights='gaussian'`, and load the pipeline again, as its weights are changed."
         )
+
+
+def _without_effect(denoiser: torch.nn.Module, peft_config: PeftConfig) -> str | None:
+    """Why a new adapter would never change an answer of the denoiser; `None` if it can."""
+    if getattr(peft_config, "alora_invocation_tokens", None) is not None:
+        return "`alora_invocation_tokens` switches it on behind certain tokens of a text, and a denoiser is given none"
+    silent = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, BaseTunerLayer) and getattr(module, "scaling", {}).get("default", 1.0) == 0
+    ]
+    return f"its strength is 0 on {silent[0]!r} (`lora_alpha`, `alpha_pattern`)" if silent else None
 
 
 def _is_fused(module: torch.nn.Module) -> bool:

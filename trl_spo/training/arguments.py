@@ -71,7 +71,7 @@ def check_kind(name: str, value: Any, annotation: Any) -> None:
 
     Raises:
         TypeError: if it is of another kind: text for a number, True for an integer, a number for a switch.
-        ValueError: for a number that is NaN or infinite.
+        ValueError: for a number that is NaN or infinite, and for text that no file can hold.
     """
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     kinds = typing.get_args(annotation) if union else (annotation,)
@@ -82,6 +82,13 @@ def check_kind(name: str, value: Any, annotation: Any) -> None:
         raise TypeError(f"`{name}` must be {expected}, got {value!r} of type `{type(value).__name__}`.")
     if isinstance(value, Real) and not math.isfinite(value):
         raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` is not valid Unicode, {value[:60]!r}: half of a surrogate pair, which no file can hold."
+            ) from error
 
 
 class StepTrainingArguments(TrainingArguments):
