@@ -18,10 +18,13 @@ scripts parse it, hold the published numbers (written out below once more, from 
 configs do by default.
 """
 
+import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import BitsAndBytesConfig
 from trl import TrlParser
 
 from tests.flow_testing import tiny_flux_pipeline
@@ -274,6 +277,20 @@ def test_default_adapter_is_that_of_the_preset(tmp_path):
 def test_the_command_line_goes_before_the_file():
     model, _, config = parse("spo_sdxl", "--lora_r", "8", "--learning_rate", "2e-5", "--lora_target_modules", "to_q")
     assert (model.lora_r, model.lora_target_modules, config.learning_rate) == (8, ["to_q"], 2e-5)
+
+
+def test_the_page_asks_for_nf4_in_words_that_diffusers_knows():
+    """The shell variables of docs/flow_models.md, through shell and parser; bitsandbytes itself needs a GPU."""
+    page = (EXAMPLES.parent / "docs" / "flow_models.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith(("BASE=", "NF4="))]
+    words = subprocess.run(
+        ["sh", "-c", "\n".join([*lines, 'printf %s "$NF4"'])], capture_output=True, text=True
+    ).stdout
+    _, _, config = parse("spo_flux", "--model_init_kwargs", words)
+    assert config.model_init_kwargs["torch_dtype"] == "bfloat16"
+    (settings,) = config.model_init_kwargs["quantization_config"].values()
+    known = inspect.signature(BitsAndBytesConfig.__init__).parameters
+    assert set(settings) <= set(known) and settings["load_in_4bit"] and settings["bnb_4bit_quant_type"] == "nf4"
 
 
 def test_misspelt_keys_are_refused(tmp_path):

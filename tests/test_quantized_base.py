@@ -19,13 +19,14 @@ on a CPU are tried here if they are installed; bitsandbytes, which diffusers ref
 `tests/gpu/test_quantized_base.py`.
 """
 
+import importlib.util
 import math
 
 import pytest
 import torch
 from diffusers import QuantoConfig, SD3Transformer2DModel, StableDiffusion3Pipeline, TorchAoConfig
 
-from trl_spo import SPOTrainer
+from trl_spo import SPOTrainer, wrap_pipeline
 
 from .flow_testing import tiny_sd3_pipeline
 from .testing_utils import PROMPTS, brightness_reward, tiny_spo_config
@@ -93,6 +94,47 @@ def test_a_lora_is_trained_on_it_saved_and_loaded(make_config, tmp_path):
     inputs = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(plain(inputs), own(inputs), atol=1e-5, rtol=0)
     assert not torch.equal(own(inputs), own.base_layer(inputs))
+
+
+def test_a_command_may_ask_for_it(tmp_path):
+    """By path and in words of JSON, as `--model_init_kwargs` has them: only the network that is named is quantised."""
+    quanto_int8()
+    tiny_sd3_pipeline(tmp_path).save_pretrained(tmp_path / "pipe")
+    int8 = {"transformer": {"quant_method": "quanto", "weights_dtype": "int8"}}
+    kwargs = {"torch_dtype": "float32", "quantization_config": int8}
+    pipeline = wrap_pipeline(tmp_path / "pipe", **kwargs)
+    layer = pipeline.denoiser.transformer_blocks[0].attn.to_q
+    assert type(layer.weight.data) is not torch.Tensor
+    assert {type(p.data) for p in pipeline.vae.parameters()} == {torch.Tensor}
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.5, "height": 32, "width": 32}
+    config = tiny_spo_config(tmp_path / "out", max_steps=1, model_init_kwargs=kwargs, **settings)
+    trainer = SPOTrainer(config, tmp_path / "pipe", brightness_reward, train_dataset=PROMPTS)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["ratio/chosen"] == log["ratio/rejected"] == 1 and log["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"transfomer": {"quant_method": "quanto"}}, "which are transformer, vae; got transfomer"),
+    ({"text_encoder": {"quant_method": "quanto"}}, "names networks of the pipeline.* got text_encoder"),
+    ({}, "names networks of the pipeline.* got none"),
+    ({"transformer": {"quant_method": "nf3"}}, "Unknown quantization type, got nf3"),
+    ({"transformer": {"load_in_2bit": True}}, "of the transformer must be what diffusers writes into a `config.json`"),
+    ({"transformer": "nf4"}, "of the transformer must be what diffusers writes.* got 'nf4'"),
+])  # fmt: skip
+def test_wrong_words_are_refused_before_weights_are_read(wrong, message, tmp_path):
+    tiny_sd3_pipeline(tmp_path).save_pretrained(tmp_path / "pipe")
+    for weights in (tmp_path / "pipe").rglob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match=message):
+        wrap_pipeline(tmp_path / "pipe", quantization_config=wrong)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is installed")
+def test_a_missing_library_is_named(tmp_path):
+    tiny_sd3_pipeline(tmp_path).save_pretrained(tmp_path / "pipe")
+    with pytest.raises(ImportError, match="of the transformer asks for a library that is not there: .*bitsandbytes"):
+        wrap_pipeline(tmp_path / "pipe", quantization_config={"transformer": {"load_in_4bit": True}})
 
 
 @pytest.mark.parametrize("make_config", [quanto_int8, torchao_int8])

@@ -129,9 +129,62 @@ def _vae_class(path: str | Path, kwargs: dict) -> type[nn.Module]:
     """The class of the VAE of a saved diffusers pipeline, which a VAE that replaces it must share."""
     import diffusers
 
-    hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-    name = diffusers.DiffusionPipeline.load_config(path, **hub_kwargs).get("vae", (None, None))[1]
+    name = _model_index(path, kwargs).get("vae", (None, None))[1]
     return getattr(diffusers, name or "", diffusers.AutoencoderKL)
+
+
+def _model_index(path: str | Path, kwargs: dict) -> dict:
+    """Component -> library and class, as `model_index.json` has them."""
+    from diffusers import DiffusionPipeline
+
+    hub_kwargs = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+    return DiffusionPipeline.load_config(path, **hub_kwargs)
+
+
+def _quantization(settings: dict, components: dict):
+    """
+    Args:
+        settings (`dict`): component -> its quantization as diffusers writes it into a `config.json`, such as
+            `{"transformer": {"quant_method": "bitsandbytes", "load_in_4bit": True}}`.
+        components (`dict`): what the pipeline has, from its `model_index.json`.
+
+    Returns:
+        `diffusers.PipelineQuantizationConfig`
+
+    Raises:
+        ValueError: for a component that the pipeline does not have, or settings that diffusers does not know.
+        ImportError: if the library of the method is not installed.
+    """
+    from diffusers import PipelineQuantizationConfig
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+    networks = [name for name, (library, *_) in _listed(components) if library == "diffusers" and name != "scheduler"]
+    unknown = [name for name in settings if name not in networks]
+    if unknown or not settings:
+        raise ValueError(
+            f"`quantization_config` names networks of the pipeline, which are {', '.join(networks)}; got "
+            f"{', '.join(unknown) or 'none'}."
+        )
+    mapping = {}
+    for name, value in settings.items():
+        try:
+            mapping[name] = DiffusersAutoQuantizer.from_dict(dict(value))
+        except ImportError as error:
+            raise ImportError(
+                f"The `quantization_config` of the {name} asks for a library that is not there: {error}"
+            ) from error
+        except Exception as error:  # each method refuses in its own way
+            raise ValueError(
+                f"The `quantization_config` of the {name} must be what diffusers writes into a `config.json`, such as "
+                f'{{"quant_method": "bitsandbytes", "load_in_4bit": true}}; got {value!r} '
+                f"({type(error).__name__}: {error})."
+            ) from error
+    return PipelineQuantizationConfig(quant_mapping=mapping)
+
+
+def _listed(components: dict) -> list[tuple[str, list]]:
+    """The entries of a `model_index.json` that are components, each with its library and class."""
+    return [(name, value) for name, value in components.items() if isinstance(value, (list, tuple))]
 
 
 def load_diffusers_pipeline(path: str | Path, **kwargs):
@@ -141,10 +194,13 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
     Args:
         path (`str` or `Path`): the folder that `pipeline.save_pretrained(...)` wrote, or a Hub id.
         kwargs: passed to `DiffusionPipeline.from_pretrained`. `torch_dtype` may be the name of a dtype, and `vae` a
-            folder or Hub id of another VAE, of the class of the pipeline's own.
+            folder or Hub id of another VAE, of the class of the pipeline's own. `quantization_config` may be a dictionary:
+            component -> its quantization as diffusers writes it into a `config.json`.
 
     Raises:
-        ValueError: if there is no pipeline, it is incomplete or broken, or `torch_dtype` does not name a dtype.
+        ValueError: if there is no pipeline, it is incomplete or broken, `torch_dtype` does not name a dtype, or diffusers does
+            not know the quantization.
+        ImportError: if the library of a quantization is not installed.
     """
     from diffusers import DiffusionPipeline
 
@@ -177,6 +233,8 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
         )
 
     # Load, and see that every network is whole. diffusers' errors differ with the part that fails, so all become one.
+    if isinstance(kwargs.get("quantization_config"), dict):
+        kwargs["quantization_config"] = _quantization(kwargs["quantization_config"], _model_index(path, kwargs))
     try:
         if isinstance(kwargs.get("vae"), (str, Path)):
             vae_class = _vae_class(path, kwargs)
