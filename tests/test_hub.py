@@ -18,6 +18,7 @@ shows only on a public page. A small server stands in for the Hub and keeps what
 """
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -33,15 +34,54 @@ import torch
 
 SECRET = "hf_" + "s3cr3t" * 5
 REPO = "someone/spo-tiny"
+COMMIT = "0" * 40  # that downloads are of
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The calls a push makes: create a repository, ask how to send files, commit them."""
+    """The calls of a push (create a repository, ask how to send files, commit them) and of a download."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.answer({"name": "someone", "type": "user"} if self.path.startswith("/api/whoami") else {"siblings": []})
+        path = self.path.split("?")[0]
+        if path.startswith("/api/whoami"):
+            self.answer({"name": "someone", "type": "user"})
+        elif "/resolve/" in path:
+            self.answer_file(path, with_content=True)
+        elif re.search(r"/tree/[^/]+$", path):
+            oid = "0" * 40
+            self.answer([{"type": "file", "path": k, "size": len(v), "oid": oid} for k, v in self.files().items()])
+        elif "/tree/" in path:
+            self.missing()
+        else:
+            siblings = [{"rfilename": name} for name in self.files()]
+            self.answer({"id": REPO, "sha": COMMIT, "private": False, "siblings": siblings})
+
+    def do_HEAD(self):
+        self.answer_file(self.path.split("?")[0], with_content=False)
+
+    def files(self) -> dict[str, bytes]:
+        return {name: content for commit in self.server.commits for name, content in commit["files"].items()}
+
+    def answer_file(self, path: str, with_content: bool):
+        name = path.split("/resolve/")[1].split("/", 1)[1]
+        content = self.files().get(name)
+        if content is None:
+            self.missing()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_content:
+            self.wfile.write(content)
+
+    def missing(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -67,7 +107,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer({"errors": [], "warnings": []})  # the check of the model card's header
 
-    def answer(self, value: dict):
+    def answer(self, value: dict | list):
         content = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -114,7 +154,9 @@ def push(what: str, folder: Path, server) -> dict[str, bytes]:
         files |= commit["files"]
     leaks = [name for name, content in files.items() if SECRET.encode() in content]
     assert not leaks, f"the token is in {leaks}"
-    state = [name for name in files if any(part in name for part in ("optimizer", "scheduler", "rng_state", "scaler"))]
+    state = [
+        name for name in files if any(part in name for part in ("optimizer", "scheduler.pt", "rng_state", "scaler"))
+    ]
     assert not state and not any(name.startswith("checkpoint-") for name in files)
     return files
 
@@ -160,6 +202,33 @@ def test_a_pushed_reward_model_is_complete(hub, tmp_path):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scores = model.score(images, ["a red cat", "a dog"], torch.tensor([0, 500]))
     assert torch.equal(scores, torch.load(tmp_path / "scores.pt"))
+
+
+def test_a_reward_model_pushes_itself_whole(hub, tmp_path):
+    """
+    Regression: transformers pushed an empty card over ours, and failed at the folders in `pipeline/`, where the text
+    encoders are; and a reward that came from the Hub did not find these. What somebody wrote into the repository's card
+    stays; what else is in a folder is not pushed.
+    """
+    files = push("latent", tmp_path, hub)
+    first, second, third = hub.commits
+    assert {"README.md", "config.json", "model.safetensors", "pipeline/text_encoder/config.json"} <= set(
+        first["files"]
+    )
+    card = first["files"]["README.md"].decode()
+    assert f'LatentRewardModel.from_pretrained("{REPO}")' in card and "rectified flow" in card and "judge" in card
+    assert "README.md" not in second["files"] and set(second["files"]) | {"README.md"} == set(first["files"])
+    assert third["files"]["README.md"] == b"mine" and "notes.txt" not in third["files"]
+    assert third["summary"] == "by hand"
+
+    from trl_spo import LatentRewardModel
+
+    model = LatentRewardModel.from_pretrained(unpack(files, tmp_path / "download"))
+    expected = torch.load(tmp_path / "scores.pt")
+    shape = json.loads((tmp_path / "shape.json").read_text())
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.score(latents, ["a red cat", "a dog"], torch.tensor([0, 500])), expected)
 
 
 def _push_spo(folder: Path):
@@ -211,5 +280,32 @@ def _push_reward(folder: Path):
     torch.save(model.score(images, ["a red cat", "a dog"], torch.tensor([0, 500])), folder / "scores.pt")
 
 
+def _push_latent(folder: Path):
+    """Twice from the model, and once at saving, to a folder with a card and another file."""
+    from trl_spo import LatentRewardModel
+
+    from .flow_testing import tiny_sd3_pipeline
+
+    model = LatentRewardModel.from_pipeline(tiny_sd3_pipeline(folder), projection_dim=12)
+    shape = model.reader.pipeline.latent_shape()
+    (folder / "shape.json").write_text(json.dumps(shape))
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scores = model.score(latents, ["a red cat", "a dog"], torch.tensor([0, 500]))
+    torch.save(scores, folder / "scores.pt")
+    for _ in range(2):
+        model.push_to_hub(REPO, token=SECRET, tags="judge")
+    fetched = LatentRewardModel.from_pretrained(REPO, token=SECRET)
+    assert fetched.reader.pipeline is None  # no text encoder before it is needed
+    with torch.no_grad():
+        assert torch.equal(fetched.score(latents, ["a red cat", "a dog"], torch.tensor([0, 500])), scores)
+    (folder / "saved").mkdir()
+    (folder / "saved" / "README.md").write_text("mine")
+    (folder / "saved" / "notes.txt").write_text("not for others")
+    model.save_pretrained(
+        folder / "saved", push_to_hub=True, repo_id=REPO, token=SECRET, commit_message="by hand", private=True
+    )
+
+
 if __name__ == "__main__":
-    {"spo": _push_spo, "reward": _push_reward}[sys.argv[1]](Path(sys.argv[2]))
+    {"spo": _push_spo, "reward": _push_reward, "latent": _push_latent}[sys.argv[1]](Path(sys.argv[2]))

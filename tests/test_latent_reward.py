@@ -130,6 +130,28 @@ class TestScores:
         assert torch.allclose(model.score(latents, PROMPTS[:2], t), expected, atol=1e-4)
 
     @torch.no_grad()
+    def test_sdxl_guides_the_middle_with_the_encoded_empty_prompt(self, pipe_xl):
+        """The released model was trained so, though the pipeline itself takes zeros for no prompt."""
+        torch.manual_seed(0)
+        model = LatentRewardModel.from_pipeline(pipe_xl)
+        latents, t = latents_like(pipe_xl), torch.tensor([700, 20])
+        side = 8.0 * pipe_xl.unet.config.sample_size
+        read = {}
+        for name, prompts in (("text", PROMPTS[:2]), ("empty", ["", ""])):
+            embeds, _, pooled, _ = pipe_xl.encode_prompt(prompts, do_classifier_free_guidance=False)
+            added = {"text_embeds": pooled, "time_ids": torch.tensor([[side, side, 0, 0, side, side]]).expand(2, -1)}
+            outputs = outputs_by_hooks(
+                pipe_xl, lambda e=embeds, a=added: pipe_xl.unet(latents, t, e, added_cond_kwargs=a)
+            )
+            read[name] = [value.mean((2, 3)) for value in outputs], pooled
+        (*levels, middle), pooled = read["text"]
+        empty = read["empty"][0][-1]
+        features = torch.cat([*levels, empty + 7.5 * (middle - empty)], dim=1)
+        cosine = F.cosine_similarity(features @ model.visual_projection.weight.T, pooled)
+        expected = torch.tensor(2.6592).exp() * cosine
+        assert torch.allclose(model.score(latents, PROMPTS[:2], t), expected, atol=1e-4)
+
+    @torch.no_grad()
     def test_text_features_and_rows(self, pipe, model):
         """A prompt's score does not depend on its neighbours; repeats are encoded once."""
         latents, t = latents_like(pipe, 3), torch.tensor([1, 500, 999])
@@ -165,6 +187,49 @@ class TestFiles:
         for loaded in (LatentRewardModel.from_pretrained(tmp_path), wrap_reward(str(tmp_path)).module):
             assert torch.equal(loaded.eval().score(latents, PROMPTS[:2], 400), expected)
         assert not [name for name in loaded.state_dict() if "up_blocks" in name]
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("family", [tiny_sd_pipeline, tiny_sdxl_pipeline])
+    def test_files_of_another_transformers(self, tmp_path, family):
+        """Regression: version 5 left `text_model.` out of the names in a text encoder, and no other version's file loaded."""
+        pipe = family(tmp_path / "files")
+        model = LatentRewardModel.from_pipeline(pipe)
+        model.save_pretrained(tmp_path / "saved")
+        weights = load_file(tmp_path / "saved" / "model.safetensors")
+        first = "text_encoders.0."
+        old = any(name.startswith(f"{first}text_model.") for name in weights)
+        before, after = (f"{first}text_model.", first) if old else (first, f"{first}text_model.")
+        renamed = {name.replace(before, after): value for name, value in weights.items()}
+        assert renamed.keys() != weights.keys()
+        save_file(renamed, tmp_path / "saved" / "model.safetensors", metadata={"format": "pt"})
+        loaded = LatentRewardModel.from_pretrained(tmp_path / "saved")
+        loaded.save_pretrained(tmp_path / "again")
+        # Checkpoints are read by the names of the parameters, so these are what is written.
+        assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()
+        latents = latents_like(pipe)
+        expected = model.score(latents, PROMPTS[:2], 400)
+        for reward in (loaded, LatentRewardModel.from_pretrained(tmp_path / "again")):
+            assert torch.equal(reward.score(latents, PROMPTS[:2], 400), expected)
+
+    @torch.no_grad()
+    def test_a_folder_in_a_folder(self, pipe, model, tmp_path):
+        """Regression: what reads prompts was looked for beside the subfolder, and not found."""
+        model.save_pretrained(tmp_path / "unet")
+        loaded = LatentRewardModel.from_pretrained(tmp_path, subfolder="unet")
+        latents = latents_like(pipe)
+        assert torch.equal(loaded.score(latents, PROMPTS[:2], 400), model.score(latents, PROMPTS[:2], 400))
+
+        sd3 = tiny_sd3_pipeline(tmp_path / "files")
+        latents = torch.randn(2, *wrap_pipeline(sd3).latent_shape(), generator=torch.Generator().manual_seed(0))
+        flow = LatentRewardModel.from_pipeline(sd3, projection_dim=12)
+        flow.save_pretrained(tmp_path / "flow")
+        loaded = LatentRewardModel.from_pretrained(tmp_path, subfolder="flow")
+        assert torch.equal(loaded.score(latents, PROMPTS[:2], 400), flow.score(latents, PROMPTS[:2], 400))
+        shared = LatentRewardModel.from_pipeline(sd3, projection_dim=12, shared=True)
+        shared.save_pretrained(tmp_path / "shared")
+        again = tiny_sd3_pipeline(tmp_path / "again")
+        loaded = LatentRewardModel.from_pretrained(tmp_path, subfolder="shared", pipeline=again)
+        assert torch.equal(loaded.score(latents, PROMPTS[:2], 400), shared.score(latents, PROMPTS[:2], 400))
 
     def test_broken_weights_are_an_error(self, model, tmp_path):
         model.save_pretrained(tmp_path)
@@ -522,6 +587,46 @@ class TestShared:
         assert {name: p.requires_grad for name, p in pipeline.denoiser.named_parameters()} == flags
         assert all(module.training for module in pipeline.denoiser.modules())
         assert {name for name, flag in flags.items() if flag} == {n for n in flags if ".default." in n}
+
+    def test_only_what_is_read_runs(self, tmp_path, family):
+        """Half a denoiser: no up block of a UNet, and no block of a transformer behind the last that is read."""
+        pipeline = wrap_pipeline(family(tmp_path))
+        is_unet = pipeline.denoiser_name == "unet"
+        model, latents = moved_reward(pipeline, **({} if is_unet else {"blocks": [1]}))
+        denoiser, ran = pipeline.denoiser, []
+        parts = dict(enumerate(denoiser.up_blocks if is_unet else denoiser.transformer_blocks[1:]))
+        parts["out"] = denoiser.conv_out if is_unet else denoiser.proj_out
+        parts |= {f"single {i}": block for i, block in enumerate(getattr(denoiser, "single_transformer_blocks", ()))}
+        handles = [
+            part.register_forward_hook(lambda *args, name=name: ran.append(name)) for name, part in parts.items()
+        ]
+        with torch.no_grad():
+            model.score(latents, PROMPTS[:2], 500)
+        assert len(parts) > 1 and not ran
+        self.predict(pipeline, latents)
+        assert set(ran) == set(parts)  # the hooks see them where they do run
+        for handle in handles:
+            handle.remove()
+
+    def test_a_score_that_fails_leaves_the_pipeline_as_it_was(self, tmp_path, family):
+        pipeline = wrap_pipeline(family(tmp_path))
+        model, latents = moved_reward(pipeline)
+        pipeline.prepare_for_training(lora(init_lora_weights=False), use_lora=True)
+        pipeline.denoiser.train()
+        flags = {name: p.requires_grad for name, p in pipeline.denoiser.named_parameters()}
+        policy = self.predict(pipeline, latents)
+
+        def fail(module, args):
+            raise RuntimeError("out of memory")
+
+        blocks = "down_blocks" if pipeline.denoiser_name == "unet" else "transformer_blocks"
+        handle = getattr(pipeline.denoiser, blocks)[0].register_forward_pre_hook(fail)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+            model.score(latents, PROMPTS[:2], 500)
+        handle.remove()
+        assert {name: p.requires_grad for name, p in pipeline.denoiser.named_parameters()} == flags
+        assert all(module.training for module in pipeline.denoiser.modules())
+        assert torch.equal(self.predict(pipeline, latents), policy)
 
     def test_spo_trains_the_policy_alone(self, tmp_path, family):
         """Loss ln 2 at first; the reward's adapter stays, and the published LoRA knows nothing of it."""

@@ -151,6 +151,35 @@ class TestLoss:
                 handle.remove()
         assert not called
 
+    def test_independent_noise_is_a_setting_of_the_trainer(self, make_trainer, pipeline):
+        """As LPO's rewards were trained: the loss is that of latents with a noise each, drawn here."""
+        trainer = make_trainer(independent_noise=True)
+        batch = StepPreferenceCollator(16)(image_pairs())
+        loss = trainer.compute_loss(trainer.model, batch).item()
+        losses = {}
+        for independent in (False, True):
+            generator = trainer._generator(0, 0, 0)
+            timesteps = torch.randint(0, 1000, (6,), generator=generator)
+            chosen, rejected = noised_pairs(
+                pipeline, batch, timesteps, generator=generator, sees="noisy_latents", independent_noise=independent
+            )
+            with torch.no_grad():
+                scores = [trainer.model.score(part, PROMPTS, timesteps) for part in (chosen, rejected)]
+            losses[independent] = -F.logsigmoid(scores[0] - scores[1]).mean().item()
+        assert loss == pytest.approx(losses[True], rel=1e-4) and loss != pytest.approx(losses[False], rel=1e-4)
+
+    def test_accuracy_is_logged_by_timestep(self, make_trainer):
+        """In training by ranges of timesteps, in an evaluation at each of `eval_timesteps`."""
+        trainer = make_trainer(max_steps=1, per_device_train_batch_size=6, min_timestep=0, max_timestep=399)
+        trainer.train()
+        log = train_logs(trainer)[0]
+        ranges = {name: log[name] for name in log if name.startswith("accuracy/")}
+        assert set(ranges) <= {"accuracy/t_0_199", "accuracy/t_200_399"} and ranges
+        seen = trainer.evaluate()
+        at = {name: value for name, value in seen.items() if name.startswith("eval_accuracy/t_")}
+        assert [int(name.rsplit("_", 1)[1]) for name in at] == trainer.args.eval_timesteps
+        assert seen["eval_accuracy"] == pytest.approx(sum(at.values()) / len(at))
+
     def test_captions_are_told_apart(self, make_trainer):
         """The contrastive loss on the features of the latent reward, added and logged."""
         trainer = make_trainer(caption_loss_coef=0.5, max_steps=1, per_device_train_batch_size=6)

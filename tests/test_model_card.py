@@ -37,21 +37,34 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardConfig, StepRewardTrainer, wrap_pipeline
+from trl_spo import (
+    LatentRewardModel,
+    SPOConfig,
+    SPOTrainer,
+    StepAwareRewardModel,
+    StepAwareRewardModelConfig,
+    StepRewardConfig,
+    StepRewardTrainer,
+    wrap_pipeline,
+)
 from trl_spo.pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
+from trl_spo.rewards.publishing import reward_model_card, step_aware_description
 from trl_spo.scheduling_ddim import DDIMStepRule
 from trl_spo.scheduling_flow import FlowStepRule
 from trl_spo.step_distribution import SamplingCode
 from trl_spo.training.model_card import hub_id, read_samples, spo_model_card, step_reward_model_card
 
+from .flow_testing import tiny_sd3_pipeline
 from .testing_utils import (
     PROMPTS,
     brightness_reward,
     ddim_scheduler,
     device_settings,
+    image_pairs,
     tiny_clip,
     tiny_sd_pipeline,
     tiny_spo_config,
+    tiny_step_reward_config,
 )
 
 
@@ -151,7 +164,13 @@ def test_nothing_private_is_in_a_card(tmp_path):
     )  # fmt: skip
     pipeline = str(tmp_path / "private" / "base")
     cards = [spo_card(args, **kwargs), spo_card(args, use_lora=False, **kwargs)]
-    cards += [step_reward_model_card(reward_args, name="reward", base_model=pipeline, pipeline=pipeline)]
+    described = step_aware_description(StepAwareRewardModelConfig())
+    cards += [
+        step_reward_model_card(
+            reward_args, name="reward", base_model=pipeline, description=described, pipeline=pipeline
+        ),
+        reward_model_card(described, "reward", base_model=pipeline),
+    ]
     for card in cards:
         for private in (SECRET, "secret_folder", str(tmp_path), "private"):
             assert private not in card
@@ -212,7 +231,13 @@ def test_the_card_of_a_reward_model(tmp_path):
     ]
     card = ModelCard(
         step_reward_model_card(
-            args, name="reward", base_model="someone/clip", pipeline="someone/sd", global_step=8, log_history=history
+            args,
+            name="reward",
+            base_model="someone/clip",
+            description=step_aware_description(StepAwareRewardModelConfig()),
+            pipeline="someone/sd",
+            global_step=8,
+            log_history=history,
         )
     )
     assert card.data.library_name == "trl_spo" and card.data.base_model == "someone/clip"
@@ -222,6 +247,110 @@ def test_the_card_of_a_reward_model(tmp_path):
     assert 'from_pretrained("someone/reward")' in card.text and "| `max_timestep` | 950 |" in card.text
     assert "| `lr_scheduler_type` | constant_with_warmup |" in card.text
     compile(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], "card", "exec")
+
+
+def code_of(card: str, *replaced: tuple[str, str]) -> dict:
+    """What the example of a card leaves behind."""
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    for old, new in replaced:
+        assert old in code
+        code = code.replace(old, new)
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_a_reward_model_is_saved_with_a_card(tmp_path):
+    """Without a trainer, too: what it is, what it was made from, its licence, and an example that runs."""
+    clip = tiny_clip(tmp_path)
+    model = StepAwareRewardModel.from_clip(clip)
+    model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "trl_spo" and card.data.base_model is None and str(tmp_path) not in text
+    assert "# saved" in text and "How it was trained is not known" in text and "a model that has no name" in text
+    assert "adaLN in every block of the vision tower; integers from 0 (the finished image) to 999" in text
+    scores = code_of(text, ("path/to/this/folder", str(tmp_path / "saved")), ("a red cat", PROMPTS[0]))["scores"]
+    assert scores.shape == (2,)
+
+    # A card that somebody wrote stays; one that is made again knows the base model by its name on the Hub alone.
+    (tmp_path / "saved" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").read_text() == "mine"
+    model.config.base_model = "someone/clip"
+    model.save_pretrained(tmp_path / "named")
+    again = StepAwareRewardModel.from_pretrained(tmp_path / "named")
+    again.save_pretrained(tmp_path / "again")
+    for folder in ("named", "again"):
+        card = ModelCard((tmp_path / folder / "README.md").read_text())
+        assert card.data.base_model == "someone/clip" and card.data.base_model_relation == "finetune"
+        assert "[someone/clip](https://huggingface.co/someone/clip), whose licence holds" in card.text
+
+
+LATENT_CARDS = {  # pipeline, arguments of from_pipeline and of save_pretrained, what the card says
+    "unet": (
+        tiny_sd_pipeline, {}, {},
+        ("down and mid blocks (channels ", "the mid feature is guided with 7.5", "that of a diffusion UNet: integer timesteps",
+         "read by text encoders of its own (CLIPTextModel)", "4 channels, scaling_factor ", "and tokenizers."),
+    ),
+    "transformer": (
+        tiny_sd3_pipeline, {"blocks": [1, 2]}, {},
+        ("blocks 1 to 2, read behind 1, 2 of a `SD3Transformer2DModel`", "rectified flow", "in `pipeline/`.",
+         "read by the text encoders of a StableDiffusion3Pipeline", "4 channels, scaling_factor 1.5035, shift_factor 0.0609;"),
+    ),
+    "without text encoders": (
+        tiny_sd3_pipeline, {"head": "query_attention", "blocks": [1]}, {"save_reader": False},
+        ("query attention, 4 queries and 8 heads; score = (raw + 0) / 1", "configuration, not the text encoders."),
+    ),
+    "shared": (
+        tiny_sd3_pipeline, {"shared": True}, {},
+        ("the policy's own under a LoRA of rank ", "adapter and heads, and the adapter once more as a LoRA of diffusers"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LATENT_CARDS)
+def test_a_latent_reward_is_saved_with_a_card(tmp_path, kind):
+    """Its latent space, noise schedule, head and base, and an example that runs, with the pipeline where it needs one."""
+    family, made, saved, facts = LATENT_CARDS[kind]
+    pipe = family(tmp_path / "files")
+    pipe.save_pretrained(tmp_path / "base")
+    model = LatentRewardModel.from_pipeline(pipe, **made)
+    model.save_pretrained(tmp_path / "saved", **saved)
+    text = (tmp_path / "saved" / "README.md").read_text()
+    for fact in facts:
+        assert fact in text, fact
+    assert str(tmp_path) not in text and ModelCard(text).data.base_model is None
+    replaced = [("path/to/this/folder", str(tmp_path / "saved")), ("a red cat", PROMPTS[0])]
+    if kind in ("without text encoders", "shared"):
+        replaced.append(("path/to/the/base/model", str(tmp_path / "base")))
+    names = code_of(text, *replaced)
+    assert names["scores"].shape == (2,) and names["scores"].isfinite().all()
+
+
+def test_a_latent_reward_names_its_base(tmp_path):
+    """By the name on the Hub, as far as the pipeline is what that name says; the trainer's card, which knows more, wins."""
+    pipe = tiny_sd_pipeline(tmp_path)
+    pipe.register_to_config(_name_or_path="someone/base")
+    model = LatentRewardModel.from_pipeline(pipe)
+    model.save_pretrained(tmp_path / "plain")
+    config = tiny_step_reward_config(tmp_path / "run", max_steps=1)
+    trainer = StepRewardTrainer(config, pipe, model, train_dataset=image_pairs())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    cards = {name: ModelCard((tmp_path / name / "README.md").read_text()) for name in ("plain", "trained")}
+    for card in cards.values():
+        assert card.data.base_model == "someone/base" and card.data.base_model_relation == "finetune"
+        assert "[someone/base](https://huggingface.co/someone/base), whose licence holds" in card.text
+        assert "## What it judges" in card.text
+    assert "How it was trained is not known" in cards["plain"].text and "## Recipe" not in cards["plain"].text
+    assert (
+        "trained for 1 steps" in cards["trained"].text and "| `independent_noise` | False |" in cards["trained"].text
+    )
+
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]), "style")
+    pipe.fuse_lora(components=["unet"])
+    assert LatentRewardModel.from_pipeline(pipe).config.base_model is None
 
 
 @pytest.mark.parametrize("value", ["", None, "/a/b", "./a", "name", "a/b/c", "../x", "~/x", "a/"])

@@ -361,6 +361,12 @@ class TestSavingAndLoading:
         assert len(step) == 2 * 2 + 2 + 4  # two blocks, the final one, two linear layers
         assert all(name.startswith("model.") for name in names)
 
+    def test_a_folder_in_a_folder(self, model, images, tmp_path):
+        """Regression: the tokenizer was looked for beside the subfolder, and not found."""
+        model.save_pretrained(tmp_path / "reward")
+        loaded = StepAwareRewardModel.from_pretrained(tmp_path, subfolder="reward")
+        assert torch.equal(loaded.score(images, PROMPTS[:3], 300), model.score(images, PROMPTS[:3], 300))
+
     @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
     def test_original_checkpoint(self, model, clip_path, images, tmp_path, suffix):
         expected = disturb(model).score(images, PROMPTS[:3], 300)

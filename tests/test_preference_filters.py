@@ -84,6 +84,17 @@ class TestStrategies:
             assert rules["clip"] == GapRule(0.0, 0.03) and rules["vqa"] == GapRule(0.0, 0.07)
             assert rules["aesthetic"].max_tie_gap == 0.2
 
+    def test_all_three_metrics_of_the_paper(self):
+        """A pair that the VQA score contradicts goes, whatever the others say; and a tie in which it sees a difference."""
+        data = rows()
+        for row, gap in zip(data, (0.1, -0.1, 0.1, 0.1, 0.1, 0.06, 0.06), strict=True):
+            row["gap_vqa"] = gap
+        filtered = filter_consistent_pairs(data, {**COLUMNS, "vqa": "gap_vqa"}, 2)
+        assert kept(filtered) == [0, 2, 5] and filtered.counts["dropped/vqa"] == 1
+        data[5]["gap_vqa"] = 0.08
+        filtered = filter_consistent_pairs(data, {**COLUMNS, "vqa": "gap_vqa"}, 2)
+        assert kept(filtered) == [0, 2] and filtered.counts["dropped/vqa"] == 2
+
     def test_counts(self):
         counts = filter_consistent_pairs(rows(), COLUMNS, 2).counts
         assert counts == {

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -75,15 +75,26 @@ def require_existing(path: str | Path, what: str, hint: str = "") -> None:
         raise FileNotFoundError(sentences.strip())
 
 
-def optional_file(path: str, name: str) -> str | None:
-    """The local path of the file `name` in a folder or Hub repository, or `None` if it has no such file."""
+def optional_file(path: str, name: str, **hub_kwargs) -> str | None:
+    """
+    The local path of the file `name` in a folder or Hub repository, or `None` if it has no such file. `hub_kwargs` are
+    `revision`, `token` and `cache_dir`.
+    """
     return cached_file(
         path,
         name,
+        **hub_kwargs,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+def locate_folder(path: str, name: str, **hub_kwargs) -> Path:
+    """The local path of the folder `name` in a folder or Hub repository, of which that folder alone is downloaded."""
+    if os.path.isdir(path):
+        return Path(path) / name
+    return Path(snapshot_download(path, allow_patterns=f"{name}/*", **hub_kwargs)) / name
 
 
 def locate_checkpoint(checkpoint: str, filename: str | None, **hub_kwargs) -> str:
@@ -293,15 +304,18 @@ def check_vocabulary(tokenizer: Any, num_embeddings: int, what: str) -> None:
         )
 
 
-def load_tokenizer(path: str | Path, subfolder: str = ""):
-    """The tokenizer of a folder or Hub id, or of a folder in it; `None` if it holds none."""
+def load_tokenizer(path: str | Path, subfolder: str = "", **hub_kwargs):
+    """
+    The tokenizer of a folder or Hub id, or of a folder in it; `None` if it holds none. `hub_kwargs` are `revision`, `token`
+    and `cache_dir`.
+    """
     path = str(path)
     require_existing(path, "processor")
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
-    if all(optional_file(path, f"{subfolder}/{name}".lstrip("/")) is None for name in names):
+    if all(optional_file(path, f"{subfolder}/{name}".lstrip("/"), **hub_kwargs) is None for name in names):
         return None
     # Of remote code the default asks on the terminal.
-    return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False, **hub_kwargs)
 
 
 def load_whole(from_pretrained: Callable, path: str | Path, what: str, *args, **kwargs) -> tuple[nn.Module, dict]:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .losses import caption_contrastive_loss, step_preference_loss
+from .model_cards import hub_id
 from .noised_pairs import noised_pairs
 from .pipelines.auto import wrap_pipeline
 from .pipelines.components import changes_of_the_base, unwrapped
@@ -557,18 +558,13 @@ class StepRewardTrainer(StepTrainer):
 
     def _model_card(self, name: str, output_dir: Path) -> str:
         model = self.accelerator.unwrap_model(self.model)
-        latent_shape = None
         diffusion = self.pipeline.sd_pipeline
-        if self.sees != "images":
-            latent_shape = self.pipeline.latent_shape(self.args.resolution, self.args.resolution)
         return step_reward_model_card(
             self.args,
             name=name,
-            base_model=model.config.name_or_path,
+            base_model=hub_id(model.config.name_or_path) or model.config.base_model,
+            description=model.describe(),
             pipeline=None if self._base_is_changed() else getattr(diffusion, "name_or_path", None),
-            num_train_timesteps=model.config.num_train_timesteps,
-            step_conditioning=getattr(model.config, "step_conditioning", True),
-            latent_shape=latent_shape,
             global_step=self.state.global_step,
             log_history=self.state.log_history,
             tags=self._tag_names,

@@ -35,6 +35,7 @@ from the public code (https://github.com/Kwai-Kolors/LPO):
   harm (paper, table 5).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ from ..hub_files import (
     load_strictly,
     load_whole,
     locate_checkpoint,
+    locate_folder,
+    optional_file,
     read_state_dict,
     require_existing,
 )
@@ -60,7 +63,7 @@ from ..pipelines.conditioning import PromptEmbeds
 from ..pipelines.reward_adapter import REWARD_ADAPTER
 from .dina import load_dina
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
-from .latent_building import copy_transformer, copy_unet, share_denoiser
+from .latent_building import copy_transformer, copy_unet, named_base, share_denoiser
 from .latent_config import LatentRewardModelConfig, check_latent_space, check_made_for, latent_space_of
 from .latent_features import (
     BlockTokens,
@@ -76,20 +79,22 @@ from .latent_text import (
     encode_with_clips,
     load_tokenizers,
     make_text_encoder,
+    names_of_other_versions,
     save_without_denoiser,
     tokenizers_of,
 )
 from .lpo import load_lpo
+from .publishing import PushesWholeFolder, RewardDescription, latent_description, published
 
 
 PIPELINE_FOLDER = "pipeline"  # beside saved weights: whose text encoders a transformer's reward reads with
 # What makes a model that shares its denoiser, beside the pipeline and the adapter.
 SHARED_SETTINGS = (
-    "blocks guidance_scale projection_dim head num_queries num_heads score_shift score_scale logit_scale_init".split()
-)
+    "blocks guidance_scale projection_dim head num_queries num_heads score_shift score_scale logit_scale_init base_model"
+).split()
 
 
-class LatentRewardModel(PreTrainedModel):
+class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
     r"""
     Judges noisy latents with the backbone of a diffusion model. It carries its own weights, and with a UNet its text
     encoders; one with a transformer encodes prompts by the pipeline that is judged.
@@ -458,7 +463,11 @@ class LatentRewardModel(PreTrainedModel):
         encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         encoders = [encoder for encoder in encoders if encoder is not None]
         vae = pipeline.vae.config
-        settings = {"scaling_factor": vae.scaling_factor, "shift_factor": getattr(vae, "shift_factor", None)}
+        settings = {
+            "scaling_factor": vae.scaling_factor,
+            "shift_factor": getattr(vae, "shift_factor", None),
+            "base_model": named_base(pipeline),
+        }
         model = copy_unet(cls, pipeline.unet, encoders, {**settings, **config_kwargs})
         model.tokenizers = tokenizers_of(pipeline, len(encoders))
         return model.eval()
@@ -531,36 +540,40 @@ class LatentRewardModel(PreTrainedModel):
         """
         path = str(pretrained_model_name_or_path)
         require_existing(path, "latent reward model")
-        where = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
-        config = cls.config_class.from_pretrained(path, **where)
+        where = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+        subfolder = kwargs.get("subfolder", "")
+        config = cls.config_class.from_pretrained(path, subfolder=subfolder, **where)
         if config.shared and pipeline is not None:
-            return cls._onto(pipeline, path, config)
+            file = locate_checkpoint(path, f"{subfolder}/model.safetensors".lstrip("/"), **where)
+            return cls._onto(pipeline, file, config)
         return_info = kwargs.pop("output_loading_info", False)
+        if config.text_configs:
+            kwargs.setdefault("key_mapping", names_of_other_versions(config.text_configs))
         model, info = load_whole(super().from_pretrained, path, "latent reward model", *model_args, **kwargs)
         if model.tokenizers is None:
-            model.tokenizers = load_tokenizers(path, None, len(model.text_encoders))
-        own = Path(path) / PIPELINE_FOLDER
-        if own.is_dir():
-            model.reader.folder = own
+            model.tokenizers = load_tokenizers(path, subfolder, len(model.text_encoders), **where)
+        own = f"{subfolder}/{PIPELINE_FOLDER}".lstrip("/")
+        if model.reader is not None and optional_file(path, f"{own}/model_index.json", **where) is not None:
+            model.reader.find = partial(locate_folder, path, own, **where)
         if pipeline is not None:
             model.check_pipeline(pipeline)
         return (model, info) if return_info else model
 
     @classmethod
-    def _onto(cls, pipeline, path: str, config: LatentRewardModelConfig) -> "LatentRewardModel":
-        """A saved model that shares its denoiser, on the denoiser of a pipeline."""
+    def _onto(cls, pipeline, file: str, config: LatentRewardModelConfig) -> "LatentRewardModel":
+        """A saved model that shares its denoiser, on the denoiser of a pipeline; `file` has its weights."""
         reader = wrap_pipeline(pipeline)
         check_made_for(config, reader)
         settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
         model = share_denoiser(cls, reader, LoraConfig(**config.peft_config), settings)
-        weights = read_state_dict(locate_checkpoint(path, "model.safetensors"))
-        load_strictly(model, weights, path, "the latent reward model")
+        load_strictly(model, read_state_dict(file), file, "the latent reward model")
         return model.eval()
 
     def save_pretrained(self, save_directory, *args, save_reader: bool | None = None, **kwargs):
         r"""
-        Writes weights, configuration and tokenizers to a folder that [`~LatentRewardModel.from_pretrained`] loads on its
-        own. Arguments as in [`~transformers.PreTrainedModel.save_pretrained`], and one more.
+        Writes weights, configuration, tokenizers and model card to a folder that [`~LatentRewardModel.from_pretrained`] loads
+        on its own. A card that is there stays. Arguments as in [`~transformers.PreTrainedModel.save_pretrained`], and one
+        more.
 
         Args:
             save_reader (`bool`, *optional*, defaults to the attribute of this name, which is `True`):
@@ -569,16 +582,38 @@ class LatentRewardModel(PreTrainedModel):
                 shares its denoiser: write the LoRA.
         """
         save_reader = self.save_reader if save_reader is None else save_reader
-        main = kwargs.get("is_main_process", True)
-        if self.config.shared and main and save_reader:  # its part of the denoiser, as a LoRA that diffusers reads
-            reader = self.reader.require()
-            save_lora(reader.sd_pipeline, reader.denoiser_name, save_directory, adapter_name=REWARD_ADAPTER)
-        if self.reads_with_pipeline and not self.config.shared and save_reader and main:
-            save_without_denoiser(self.reader.require(), Path(save_directory) / PIPELINE_FOLDER)
-        if self.tokenizers and main:
-            for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers, strict=False):
-                tokenizer.save_pretrained(Path(save_directory) / name)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with published(self, self.describe(save_reader), save_directory, kwargs):
+            if kwargs.get("is_main_process", True):
+                self._save_what_reads(Path(save_directory), save_reader)
+            # Under the names of its parameters, also if they were loaded under others: a checkpoint is read by them.
+            kwargs.setdefault("save_original_format", False)
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _save_what_reads(self, folder: Path, save_reader: bool) -> None:
+        """Tokenizers, a transformer's pipeline, and of a shared model its part of the denoiser as a LoRA of diffusers."""
+        for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers or (), strict=False):
+            tokenizer.save_pretrained(folder / name)
+        if not save_reader or self.reader is None:
+            return
+        reader = self.reader.require()
+        if self.config.shared:
+            save_lora(reader.sd_pipeline, reader.denoiser_name, folder, adapter_name=REWARD_ADAPTER)
+        else:
+            save_without_denoiser(reader, folder / PIPELINE_FOLDER)
+
+    def describe(self, save_reader: bool = True) -> RewardDescription:
+        """
+        What its model card says about it.
+
+        Args:
+            save_reader (`bool`, *optional*, defaults to `True`): as in [`~LatentRewardModel.save_pretrained`].
+        """
+        if self.reader is not None and self.reader.pipeline is not None:
+            sample = self.reader.pipeline.latent_shape()
+        else:
+            side = (self.config.transformer_config or self.config.unet_config).get("sample_size", 64)
+            sample = (self.config.latent_channels, side, side)
+        return latent_description(self.config, sample, bool(self.tokenizers), save_reader)
 
 
 AutoConfig.register(LatentRewardModelConfig.model_type, LatentRewardModelConfig, exist_ok=True)

@@ -23,8 +23,10 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
+from ..model_cards import hub_id
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
+from ..pipelines.components import changes_of_the_base
 from ..pipelines.reward_adapter import add_reward_adapter
 from .latent_config import latent_space_of
 from .latent_features import (
@@ -46,9 +48,8 @@ def share_denoiser(model_class: type, pipeline, peft_config: PeftConfig | None, 
         settings = {"unet_config": denoiser.config, **config_kwargs}
     else:
         settings = transformer_settings(denoiser, config_kwargs)
-    config = model_class.config_class(
-        shared=True, peft_config=plain_lora(peft_config), **reader_settings(reader), **settings
-    )
+    described = {**reader_settings(reader), **settings}
+    config = model_class.config_class(shared=True, peft_config=plain_lora(peft_config), **described)
     adapter = add_reward_adapter(denoiser, peft_config)
     model = model_class(config, shared=SharedFeatures(denoiser, adapter, config.blocks))
     model.reader.take(reader)
@@ -60,7 +61,7 @@ def copy_transformer(model_class: type, pipeline, config_kwargs: dict) -> nn.Mod
     reader = wrap_pipeline(pipeline)
     transformer = reader.denoiser
     settings = transformer_settings(transformer, config_kwargs)
-    model = model_class(model_class.config_class(**reader_settings(reader), **settings))
+    model = model_class(model_class.config_class(**{**reader_settings(reader), **settings}))
     model.backbone.load_network(without_adapters(transformer), "the pipeline's transformer")
     model.reader.take(reader)
     return model.cast(transformer.dtype).eval()
@@ -105,7 +106,13 @@ def reader_settings(reader: SPOPipeline) -> dict[str, Any]:
         "max_sequence_length": getattr(reader, "max_sequence_length", None),
         "latent_space": latent_space_of(reader),
         "num_train_timesteps": reader.num_train_timesteps,
+        "base_model": named_base(reader.sd_pipeline),
     }
+
+
+def named_base(pipeline) -> str | None:
+    """The Hub id of a diffusers pipeline that is what its name says."""
+    return None if changes_of_the_base(pipeline) else hub_id(getattr(pipeline, "name_or_path", None))
 
 
 def plain_lora(peft_config: LoraConfig) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class LatentRewardModelConfig(PretrainedConfig):
             Of the query-attention head.
         score_shift (`float`, *optional*, defaults to `0.0`), score_scale (`float`, *optional*, defaults to `1.0`):
             The score of that head is `(raw + score_shift) / score_scale`.
+        base_model (`str`, *optional*):
+            Hub id of the model whose weights it started from, for the model card.
     """
 
     model_type = "latent_reward_model"
@@ -91,6 +93,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         num_heads=8,
         score_shift=0.0,
         score_scale=1.0,
+        base_model=None,
         **kwargs,
     ):
         self.unet_config = {} if unet_config is None else plain_config(unet_config)
@@ -121,6 +124,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         self.num_heads = num_heads
         self.score_shift = score_shift
         self.score_scale = score_scale
+        self.base_model = base_model
         super().__init__(**kwargs)
 
     @property

@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,8 +52,9 @@ class PipelineReader:
         self.config = config
         self.denoiser = denoiser
         self.pipeline: SPOPipeline | None = None
-        self.folder: Path | None = None
-        """Where a pipeline was saved beside the weights. It is loaded when prompts are read and no other one is there."""
+        self.find: Callable[[], Path] | None = None
+        """Says where a pipeline was saved beside the weights, after fetching it from the Hub if need be. It is loaded when
+        prompts are read and no other one is there."""
 
     def take(self, pipeline: SPOPipeline) -> None:
         """
@@ -71,12 +73,13 @@ class PipelineReader:
         Raises:
             ValueError: if there is neither.
         """
-        if self.pipeline is None and self.folder is not None:
-            index = json.loads((self.folder / "model_index.json").read_text())
+        if self.pipeline is None and self.find is not None:
+            folder = self.find()
+            index = json.loads((folder / "model_index.json").read_text())
             # A part that the pipeline did without, such as SD3's T5, has to be left out by name.
             missing = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[-1] is None}
             parts = {**missing, "transformer": self.denoiser}
-            self.take(wrap_pipeline(load_diffusers_pipeline(self.folder, **parts)))
+            self.take(wrap_pipeline(load_diffusers_pipeline(folder, **parts)))
             self.pipeline.max_sequence_length = self.config.max_sequence_length
         if self.pipeline is None:
             raise ValueError(
@@ -123,17 +126,39 @@ def make_text_encoder(config: dict) -> PreTrainedModel:
     return architecture(architecture.config_class(**config))
 
 
+def names_of_other_versions(text_configs: list[dict]) -> dict[str, str]:
+    """
+    transformers 5 left `text_model.` out of the names in a `CLIPTextModel`. Patterns of the names that the other version
+    saved, and what they are called here, as `from_pretrained(key_mapping=...)` takes them.
+    """
+    mapping = {}
+    for index, config in enumerate(text_configs):
+        if config["architecture"] != "CLIPTextModel":
+            continue
+        with torch.device("meta"):
+            names = list(make_text_encoder(config).state_dict())
+        prefix = rf"^text_encoders\.{index}\."
+        if names[0].startswith("text_model."):
+            mapping[prefix + r"(?!text_model\.)"] = f"text_encoders.{index}.text_model."
+        else:
+            mapping[prefix + r"text_model\."] = f"text_encoders.{index}."
+    return mapping
+
+
 def tokenizers_of(pipeline, count: int) -> list | None:
     """The tokenizers of a pipeline's first `count` text encoders, `None` if one is missing."""
     found = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2")][:count]
     return None if any(tokenizer is None for tokenizer in found) else found
 
 
-def load_tokenizers(path: str, folder: str | None, count: int) -> list | None:
-    """`tokenizer/` and `tokenizer_2/` of a folder or Hub id, `None` if they are not there."""
+def load_tokenizers(path: str, folder: str | None, count: int, **hub_kwargs) -> list | None:
+    """
+    `tokenizer/` and `tokenizer_2/` of a folder or Hub id, or of `folder` in it, `None` if they are not there. `hub_kwargs` are
+    `revision`, `token` and `cache_dir`.
+    """
     found = []
     for name in ("tokenizer", "tokenizer_2")[:count]:
-        tokenizer = load_tokenizer(path, f"{folder}/{name}" if folder else name)
+        tokenizer = load_tokenizer(path, f"{folder}/{name}" if folder else name, **hub_kwargs)
         if tokenizer is None:
             return None
         found.append(tokenizer)

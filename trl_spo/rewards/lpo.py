@@ -26,6 +26,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ..hub_files import load_strictly, locate_checkpoint, optional_file, read_plain, require_existing, whole_networks
+from ..model_cards import hub_id
 from .latent_building import copy_unet
 from .latent_text import load_tokenizers
 
@@ -60,6 +61,12 @@ def load_lpo(
     source = os.fspath(folder_or_id)
     require_existing(source, "latent reward model")
     parts = {name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")}
+    for part in (parts["unet"], parts["text_encoder"]):
+        if optional_file(source, f"{part}/config.json") is None:
+            raise FileNotFoundError(
+                f"{source!r} has no {part}/config.json, and a released latent reward is a folder with unet/, text_encoder/ (of "
+                f"SDXL also text_encoder_2/) and {STATE_NAME}. If it is one of several there, name it, as `subfolder='lrm_sd15'`."
+            )
     is_xl = optional_file(source, f"{parts['text_encoder_2']}/config.json") is not None
     with whole_networks(unused=("up_blocks.", "conv_norm_out.", "conv_out.")):
         unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
@@ -69,7 +76,7 @@ def load_lpo(
             encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
 
     # The files do not name their latent space: SDXL's and that of SD1 and SD2 are told apart by the text encoders.
-    settings = {"scaling_factor": 0.13025 if is_xl else 0.18215}
+    settings = {"scaling_factor": 0.13025 if is_xl else 0.18215, "base_model": hub_id(source)}
     file = locate_checkpoint(source, f"{subfolder}/{STATE_NAME}" if subfolder else STATE_NAME)
     heads = read_heads(file)
     settings["projection_dim"] = len(heads.get("visual_projection.weight", torch.empty(0)))

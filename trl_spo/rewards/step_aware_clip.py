@@ -58,7 +58,9 @@ from ..hub_files import (
     read_model_type,
     read_state_dict,
 )
+from ..model_cards import hub_id
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
+from .publishing import PushesWholeFolder, RewardDescription, published, step_aware_description
 from .step_aware_config import CLIP_MEAN, CLIP_STD, StepAwareRewardModelConfig
 from .step_conditioning import AdaLNModulation, StepAwareCLIPEncoderLayer, TimestepEmbedder
 
@@ -110,7 +112,7 @@ def prepare_images(
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
 
 
-class StepAwareRewardModel(PreTrainedModel):
+class StepAwareRewardModel(PushesWholeFolder, PreTrainedModel):
     r"""
     Scores how well an image, predicted at a timestep of the denoising, fits its prompt and human preference. The reward
     model of [SPO](https://huggingface.co/papers/2406.04314).
@@ -411,7 +413,8 @@ class StepAwareRewardModel(PreTrainedModel):
         """
         clip = load_pretrained(CLIPModel, path_or_id, "CLIP model")
         processor = path_or_id if processor is None else processor
-        config = cls.config_class(clip.config, **{**image_settings(processor), **config_kwargs})
+        settings = {"base_model": hub_id(path_or_id), **image_settings(processor), **config_kwargs}
+        config = cls.config_class(clip.config, **settings)
         model = cls(config, tokenizer=_load_own_tokenizer(processor, config)).cast(clip.visual_projection.weight.dtype)
         weights = {f"model.{name}": weight for name, weight in clip.state_dict().items()}
         weights |= {name: value for name, value in model.state_dict().items() if _is_step_parameter(name)}
@@ -479,11 +482,13 @@ class StepAwareRewardModel(PreTrainedModel):
             `ValueError`: If the file is unsafe, or its keys or shapes are not those of the architecture; they are
             named at once, the first ten of each kind.
         """
+        base_model = hub_id(checkpoint)
         checkpoint = locate_checkpoint(checkpoint, filename, revision=revision, cache_dir=cache_dir, token=token)
         weights = {canonical_name(name): weight for name, weight in read_state_dict(checkpoint).items()}
         processor = clip if processor is None else processor
         clip_config = load_pretrained(CLIPConfig, clip, "CLIP configuration")
-        config = cls.config_class(clip_config, **{**image_settings(processor), **config_kwargs})
+        settings = {"base_model": base_model, **image_settings(processor), **config_kwargs}
+        config = cls.config_class(clip_config, **settings)
         model = cls(config, tokenizer=_load_own_tokenizer(processor, config))
         load_strictly(model, weights, checkpoint, f"the CLIP architecture of {str(clip)!r}")
         return model.eval()
@@ -495,9 +500,9 @@ class StepAwareRewardModel(PreTrainedModel):
         in [`~transformers.PreTrainedModel.from_pretrained`]; missing or unexpected weights are an error.
         """
         path = str(pretrained_model_name_or_path)
+        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
         if kwargs.get("config") is None:
-            hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if key in kwargs}
-            model_type = read_model_type(path, hub_kwargs)
+            model_type = read_model_type(path, where)
             if model_type != cls.config_class.model_type:
                 raise ValueError(
                     f"{path!r} holds a {model_type!r} model, not a step-aware reward model. Make one from a CLIP with "
@@ -507,24 +512,28 @@ class StepAwareRewardModel(PreTrainedModel):
         model, info = load_whole(super().from_pretrained, path, "step-aware reward model", *model_args, **kwargs)
         model._freeze_unused_step_parameters()  # loading in transformers 5 switches gradients on again
         if model.tokenizer is None:
-            model.tokenizer = _load_own_tokenizer(path, model.config)
+            model.tokenizer = _load_own_tokenizer(path, model.config, **where)
         return (model, info) if return_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         r"""
-        Writes weights, configuration (with the image settings) and tokenizer to a folder that
-        [`~StepAwareRewardModel.from_pretrained`] loads on its own. Arguments as in
+        Writes weights, configuration (with the image settings), tokenizer and model card to a folder that
+        [`~StepAwareRewardModel.from_pretrained`] loads on its own. A card that is there stays. Arguments as in
         [`~transformers.PreTrainedModel.save_pretrained`].
         """
-        # First, so that a push to the Hub, which happens inside `super()`, contains it.
-        if self.tokenizer is not None and kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with published(self, self.describe(), save_directory, kwargs):
+            if self.tokenizer is not None and kwargs.get("is_main_process", True):
+                self.tokenizer.save_pretrained(save_directory)
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def describe(self) -> RewardDescription:
+        """What its model card says about it."""
+        return step_aware_description(self.config)
 
 
-def _load_own_tokenizer(path: str, config: StepAwareRewardModelConfig):
+def _load_own_tokenizer(path: str, config: StepAwareRewardModelConfig, **where):
     """The tokenizer in a folder or Hub id, if there is one; it must fit the text tower."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, **where)
     check_vocabulary(tokenizer, config.clip_config.text_config.vocab_size, "reward model")
     return tokenizer
 

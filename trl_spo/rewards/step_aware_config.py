@@ -44,6 +44,8 @@ class StepAwareRewardModelConfig(PretrainedConfig):
             Width of the sinusoidal timestep embedding. Even.
         max_period (`int`, *optional*, defaults to `10000`):
             Longest period of the sinusoidal timestep embedding.
+        base_model (`str`, *optional*):
+            Hub id of the model whose weights it started from, for the model card.
     """
 
     model_type = "step_aware_reward_model"
@@ -58,6 +60,7 @@ class StepAwareRewardModelConfig(PretrainedConfig):
         num_train_timesteps=1000,
         frequency_embedding_size=256,
         max_period=10000,
+        base_model=None,
         **kwargs,
     ):
         if clip_config is None:
@@ -84,6 +87,7 @@ class StepAwareRewardModelConfig(PretrainedConfig):
         self.num_train_timesteps = num_train_timesteps
         self.frequency_embedding_size = frequency_embedding_size
         self.max_period = max_period
+        self.base_model = base_model
         super().__init__(**kwargs)
 
     @property

@@ -19,7 +19,6 @@ The functions turn plain values into Markdown and read nothing but what they are
 never copied as a whole, because the arguments of a run also hold tokens and paths. Local paths do not appear.
 """
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Iterable
@@ -28,15 +27,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..model_cards import FOLDER, cell, hub_id, join, link, versions
 from ..rewards.base import Reward
+from ..rewards.publishing import RewardDescription, sections, usage
 from ..step_distribution import StepRule
 
 
 PAPER = "2406.04314"
-LPO_PAPER = "2502.01051"
-FOLDER = "path/to/this/folder"  # where the card's examples load from if the model has no Hub id
 SAMPLES_NAME = "samples.json"  # written by `ImageLoggingCallback`
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)  # so no markup, and no "user:password@host/"
 STRIP_NAME = r"step_(\d+)\.png"
 SPO_RECIPE = (
     "learning_rate lr_scheduler_type weight_decay max_grad_norm per_device_train_batch_size "
@@ -55,16 +53,6 @@ SPO_LIMITATIONS = (
     "images, who is shown and how) is that of the base model or worse, and images of one prompt may have become more "
     "alike. Samplers, guidance and prompts unlike those of the training may show less of the effect."
 )
-REWARD_LIMITATIONS = (
-    "It repeats the preferences of its training data, with what was in fashion there. A policy trained on it will find what "
-    "it overrates; look at images, and measure with a reward that was not trained on."
-)
-
-
-def hub_id(value: Any) -> str | None:
-    """`value` if it is a Hub id such as "user/model", `None` if it is a local path or empty."""
-    value = str(value or "")
-    return value if HUB_ID.fullmatch(value) and not Path(value).exists() else None
 
 
 def describe_reward(reward: Any) -> str:
@@ -179,9 +167,9 @@ def spo_model_card(
         "## Limitations",
         SPO_LIMITATIONS,
         "## Versions",
-        _versions("diffusers", "peft", "transformers", "torch"),
+        versions("diffusers", "peft", "transformers", "torch"),
     ]
-    return _join(header, parts)
+    return join(header, parts)
 
 
 def step_reward_model_card(
@@ -189,10 +177,8 @@ def step_reward_model_card(
     *,
     name: str,
     base_model: str | None,
+    description: RewardDescription,
     pipeline: str | None = None,
-    num_train_timesteps: int = 1000,
-    step_conditioning: bool = True,
-    latent_shape: tuple[int, ...] | None = None,
     global_step: int = 0,
     log_history: Iterable[dict] = (),
     tags: Iterable[str] = (),
@@ -204,10 +190,8 @@ def step_reward_model_card(
         args ([`StepRewardConfig`]): the settings of the run.
         name (`str`): heading.
         base_model (`str`, *optional*): Hub id of the model training started from; a local path is left out.
+        description ([`RewardDescription`]): what the reward model says about itself.
         pipeline (`str`, *optional*): Hub id of the diffusion model whose predictions or latents it judges.
-        num_train_timesteps (`int`, *optional*, defaults to `1000`): timesteps it knows.
-        step_conditioning (`bool`, *optional*, defaults to `True`): whether the timestep reaches the vision tower.
-        latent_shape (`tuple[int, ...]`, *optional*): of a latent reward model: shape of one of the latents it judges.
         global_step, log_history, tags: as in [`spo_model_card`].
 
     Returns:
@@ -215,7 +199,6 @@ def step_reward_model_card(
     """
     # The header, for the Hub.
     base = hub_id(base_model)
-    where = hub_id(args.hub_model_id) or FOLDER
     header = ModelCardData(
         library_name="trl_spo",
         tags=list(tags),
@@ -226,72 +209,21 @@ def step_reward_model_card(
 
     # What it judges, how to use it, and how it came about.
     diffusion = hub_id(pipeline)
-    judged = f"[{diffusion}](https://huggingface.co/{diffusion})" if diffusion else "a diffusion model"
-    timesteps = "at any timestep"
-    if step_conditioning:
-        timesteps = f"and takes the timestep (0 to {num_train_timesteps - 1}) as an input"
-    about, code, complete = _reward_model_in_words(args, latent_shape, global_step, where)
+    judged = link(diffusion) if diffusion else "a diffusion model"
     parts = [
         f"# {name}",
-        f"{about} of {judged} {timesteps}; a higher score is preferred, and only differences between images of one prompt "
-        "mean something.",
-        "## Use",
-        f"```python\n{code}\n```",
-        f"The folder is complete: {complete}. In training, `SPOTrainer(config, pipeline, model, ...)`.",
+        f"{description.title}, trained for {global_step} steps. It scores {description.scores} of {judged} "
+        f"{description.timesteps}; a higher score is preferred, and only differences between images of one prompt mean "
+        "something.",
+        *usage(description, hub_id(args.hub_model_id)),
         "## Recipe",
         _settings(args, REWARD_RECIPE),
         *_evaluation(log_history, ("_loss", "_accuracy", "_margin"), "/t_"),
-        "## Limitations",
-        REWARD_LIMITATIONS,
+        *sections(description, base),
         "## Versions",
-        _versions("transformers", "diffusers", "torch"),
+        versions("transformers", "diffusers", "torch"),
     ]
-    return _join(header, parts)
-
-
-def _reward_model_in_words(
-    args, latent_shape: tuple[int, ...] | None, global_step: int, where: str
-) -> tuple[str, str, str]:
-    """Of a reward model: the start of a sentence about what it scores, its use as code, and what its folder holds."""
-    spo, lpo = (f"https://huggingface.co/papers/{paper}" for paper in (PAPER, LPO_PAPER))
-    if latent_shape is None:
-        about = (
-            f"Step-aware reward model for [Step-aware Preference Optimization]({spo}) (SPO), trained for {global_step} "
-            "steps. It scores predictions of the finished image"
-        )
-        model, variable, complete = (
-            "StepAwareRewardModel",
-            "images",
-            "weights, configuration, tokenizer and image settings",
-        )
-        samples = f"torch.rand(2, 3, {args.resolution}, {args.resolution}) * 2 - 1  # in [-1, 1]"
-    else:
-        about = (
-            f"Latent reward model for [Latent Preference Optimization]({lpo}) (LPO), trained for {global_step} steps. It "
-            "scores noisy latents"
-        )
-        model, variable, complete = "LatentRewardModel", "latents", "weights, configuration and tokenizers"
-        samples = f"torch.randn(2, {', '.join(map(str, latent_shape))})  # in the scale of the denoiser"
-    code = (
-        "import torch\n"
-        f"from trl_spo import {model}\n\n"
-        f'model = {model}.from_pretrained("{where}")\n'
-        f"{variable} = {samples}\n"
-        f'scores = model.score({variable}, ["a red cat", "a red cat"], timesteps=torch.tensor([0, 501]))'
-    )
-    return about, code, complete
-
-
-def _join(header: ModelCardData, parts: list[str]) -> str:
-    return f"---\n{header.to_yaml().strip()}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return str(getattr(value, "value", value)).replace("|", "\\|").replace("\n", " ")
-
-
-def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if hub_id(name) else name
+    return join(header, parts)
 
 
 def _describe_scoring_vae(vae: Any, name: str | None) -> str | None:
@@ -306,7 +238,7 @@ def _settings(args, names: list[str], more: dict[str, Any] | None = None) -> str
     """A table of the settings that `args` has, and of what is not `None` in `more`."""
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings |= {name: value for name, value in (more or {}).items() if value is not None}
-    rows = [f"| `{name}` | {_cell(value)} |" for name, value in settings.items()]
+    rows = [f"| `{name}` | {cell(value)} |" for name, value in settings.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
@@ -339,7 +271,7 @@ def _spo_introduction(
             f" at commit `{commit}`." if commit else "."
         )
     if reward:
-        text += f" Reward: {_link(reward)}."
+        text += f" Reward: {link(reward)}."
     return text
 
 
@@ -396,13 +328,3 @@ def _spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_cl
 
 def _literal(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else f"{value:g}"
-
-
-def _versions(*packages: str) -> str:
-    found = []
-    for package in ("trl_spo", *packages):
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found) + "."
