@@ -79,6 +79,7 @@ ARMS = {  # the most important first, since time may run out
     SDXL: Arm({"gradient_checkpointing": True}, seconds=120, preset="sdxl"),
     "224 px": Arm({"scoring_image_size": 224}, seconds=60),
     "exact, fp16": Arm(seconds=90, dtype="float16"),
+    "LPO": Arm({"reward": "latent", "branch_start_step": 0, "beta": 500.0}, seconds=60),
 }
 PUBLIC_SECONDS = 90
 

@@ -271,6 +271,7 @@ class Meter:
         self.peak_mib = 0.0
         self.reference = None
         self._start = self._end = None
+        self.cpu_seconds = self._cpu_start = 0.0
 
     @property
     def total(self) -> float:
@@ -301,12 +302,14 @@ class Meter:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
+        self._cpu_start = time.process_time()
         self._start = self.now()
 
     def step(self, loss: float):
         """An optimizer step is over; the last one ends the measurement."""
         if self._start is not None:
             self._end, self.peak_mib = self.now(), self.memory("peak")
+            self.cpu_seconds = time.process_time() - self._cpu_start
             self.losses.append(loss)
 
     def add(self, phase: str, seconds: float):
@@ -500,6 +503,7 @@ def measure(
         "num_prompts": prompts,
         "num_pairs": meter.num_pairs,
         "pairs_per_second": meter.num_pairs / meter.total,
+        "pairs_per_cpu_second": meter.num_pairs / meter.cpu_seconds,
         "seconds": {
             **seconds,
             "reward": seconds["reward"] - meter.seconds["reward_text"],

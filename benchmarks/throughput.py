@@ -37,7 +37,8 @@ fill the first optimizer step; where blocks are compiled, that is when.
 Every repeat is a process of its own, so that a peak of memory belongs to one configuration, and the processes of
 several configurations take turns (A B A B ...), so that a machine that slows down slows all of them. Ratios are taken
 between neighbours, and their median is reported with minimum and maximum. A command that has repeats of its own
-should be told to make one.
+should be told to make one. `pairs_per_cpu_second` counts the time of all threads of the process alone: on a CPU it can be
+compared where other programs run beside, with `OMP_WAIT_POLICY=PASSIVE` (threads that spin while they wait count as busy).
 
 Phases exclude each other. A UNet call belongs to the policy if it records gradients, to the reference inside
 reference of the loss, to the rollout otherwise; `other` is the rest of the loop, the optimizer and the prompts' text
@@ -106,6 +107,7 @@ PER_PROMPT = {
 }
 PER_PAIR = ("policy_forward", "policy_backward", "reference_forward")
 MEASURES = ("pairs_per_second", "peak_memory_mib", "peak_memory_above_models_mib")
+CPU_MEASURE = "pairs_per_cpu_second"  # another program need not have it
 REWARDS = ("pixel", "latent")
 DESCRIPTION = ("preset", "device", "dtype", "threads", "hardware", "versions", "options")
 NUM_PROMPTS = 4096  # of the whole data set; a run sees a few of them, another run others
@@ -374,7 +376,7 @@ class _Window(TrainerCallback):
     def __init__(self):
         self.profiler: Profiler | None = None
         self.seconds: dict[str, float] = {}
-        self.total = 0.0
+        self.total = self.cpu_seconds = 0.0
 
     def _now(self) -> float:
         if torch.cuda.is_available():
@@ -384,10 +386,12 @@ class _Window(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.profiler is not None:
             self.profiler.start()
+        self.cpu_seconds = -time.process_time()
         self.total = -self._now()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.total += self._now()
+        self.cpu_seconds += time.process_time()
         if self.profiler is not None:
             self.seconds = self.profiler.stop()
 
@@ -468,18 +472,19 @@ def measure(preset: str, device: str, dtype: str, options: dict, phases: bool = 
         if cuda or not phases:
             run(trainer, seed=2)
             loader = trainer.pair_loader
-            total, num_pairs, peak = window.total, loader.num_pairs_seen, memory.peak
+            total, cpu_seconds, num_pairs, peak = window.total, window.cpu_seconds, loader.num_pairs_seen, memory.peak
         if phases:
             window.profiler = profiler = Profiler(trainer, synchronize=cuda)
             run(trainer, seed=3)
             profiler.remove()
             loader = trainer.pair_loader
         if not cuda and phases:
-            total, num_pairs, peak = window.total, loader.num_pairs_seen, memory.peak
+            total, cpu_seconds, num_pairs, peak = window.total, window.cpu_seconds, loader.num_pairs_seen, memory.peak
     result = {
         "num_prompts": loader.num_prompts_seen,
         "num_pairs": num_pairs,
         "pairs_per_second": num_pairs / total,
+        CPU_MEASURE: num_pairs / cpu_seconds,
         "seconds": window.seconds if phases else {"total": total},
         "warm_up_seconds": warm_up_seconds,
         "peak_memory_mib": peak,
@@ -582,8 +587,8 @@ def compare(base: list[dict], other: list[dict]) -> dict:
     two does not have (0, when nothing was above the models) has no ratio.
     """
     ratios = {}
-    for name in MEASURES:
-        if all(repeat[name] > 0 for repeat in (*base, *other)):
+    for name in (*MEASURES, CPU_MEASURE):
+        if all(repeat.get(name, 0) > 0 for repeat in (*base, *other)):
             values = [b[name] / a[name] for a, b in zip(base, other, strict=True)]
             ratios[name] = {"median": median(values), "min": min(values), "max": max(values), "values": values}
     return ratios
@@ -591,15 +596,16 @@ def compare(base: list[dict], other: list[dict]) -> dict:
 
 def table(arms: list[dict], ratios: dict) -> str:
     """Markdown: one row per arm; ratios are to the first."""
-    header = ["", "pairs / s", "speed", "peak MiB", "ratio", "MiB above models", "ratio"]
+    measures = ("pairs_per_second", CPU_MEASURE, *MEASURES[1:])
+    header = ["", "pairs / s", "speed", "pairs / CPU s", "ratio", "peak MiB", "ratio", "MiB above models", "ratio"]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for i, arm in enumerate(arms):
         cells = [arm["label"]]
-        for name in MEASURES:
+        for name in measures:
             ratio = ratios.get(arm["label"], {}).get(name)
-            digits = ".3g" if name == "pairs_per_second" else ".0f"
+            digits = ".3g" if name.startswith("pairs_per") else ".0f"
             spread = "{median:.2f} ({min:.2f} to {max:.2f})".format(**ratio) if ratio else "-" if i else "1"
-            cells += [format(arm[name], digits), spread]
+            cells += [format(arm[name], digits) if name in arm else "-", spread]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -48,6 +48,7 @@ KEYS = {
     "num_prompts",
     "num_pairs",
     "pairs_per_second",
+    "pairs_per_cpu_second",
     "seconds",
     "peak_memory_mib",
     "peak_memory_above_models_mib",
@@ -123,6 +124,9 @@ def test_time_and_memory_add_up(result):
         assert sum(seconds[phase] for phase in PHASES) == pytest.approx(seconds["total"])
         assert arm["pairs_per_second"] == pytest.approx(arm["num_pairs"] / seconds["total"], rel=0.01)
         assert 0 < arm["peak_memory_above_models_mib"] < arm["peak_memory_mib"]
+        # One thread, which waits for nobody: its CPU time is the time of the loop, or less where others run beside.
+        cpu_seconds = arm["num_pairs"] / arm["pairs_per_cpu_second"]
+        assert 0.3 * seconds["total"] < cpu_seconds < 1.5 * seconds["total"]
         assert [set(repeat) for repeat in arm["repeats"]] == [
             KEYS - {"preset", "device", "dtype", "threads", "hardware", "versions", "options", "repeats"}
         ]
@@ -137,7 +141,9 @@ def test_ratios_and_table(result):
     assert ratios["two"]["pairs_per_second"] == {"median": speed, "min": speed, "max": speed, "values": [speed]}
     assert ratios["other"]["pairs_per_second"]["median"] == pytest.approx(1 / base["pairs_per_second"])
     assert ratios["other"]["peak_memory_mib"]["median"] == pytest.approx(4096 / base["peak_memory_mib"])
-    assert "peak_memory_above_models_mib" not in ratios["other"]  # it has none, so there is no ratio
+    assert not {"peak_memory_above_models_mib", "pairs_per_cpu_second"} & set(ratios["other"])  # it has none
+    per_cpu_second = two["pairs_per_cpu_second"] / base["pairs_per_cpu_second"]
+    assert ratios["two"]["pairs_per_cpu_second"]["values"] == [per_cpu_second]
     rows = [line.split("|")[1].strip() for line in output.strip().splitlines()[-3:]]
     assert rows == ["base", "two", "other"]
 
@@ -222,9 +228,9 @@ def test_options_are_read_in_the_types_of_the_config(throughput):
 
 @pytest.fixture(scope="module")
 def gpu_report(tmp_path_factory):
-    """Two arms of the benchmark for GPUs, on the CPU: one that is profiled, and the approximate one."""
+    """Three arms of the benchmark for GPUs, on the CPU: one that is profiled, the approximate one, and a latent reward."""
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    arguments = ("--device", "cpu", "--preset", "tiny", "--arms", "exact, eager; 224 px, K = 2", "--json", path)
+    arguments = ("--device", "cpu", "--preset", "tiny", "--arms", "exact, eager; 224 px, K = 2; LPO", "--json", path)
     process = run("gpu.py", *arguments)
     assert process.returncode == 0, process.stderr
     return json.loads(path.read_text()), process.stdout
@@ -243,7 +249,8 @@ def test_a_latent_reward_costs_half_a_unet_per_candidate(throughput):
 
 def test_the_gpu_benchmark_runs(gpu_report):
     report, output = gpu_report
-    eager, small = report["arms"].values()
+    eager, small, lpo = report["arms"].values()
+    assert lpo["num_pairs"] == 2 * 20 and lpo["options"]["reward"] == "latent"  # every step branches
     assert (eager["num_pairs"], small["num_pairs"]) == (2 * 16, 2 * 16)
     assert eager["evals_per_prompt"]["vae_decode"] == 64 and eager["options"] == {"compile_regions": False}
     assert small["options"]["num_candidates"] == 2 and set(small["seconds"]) == {"total"}
