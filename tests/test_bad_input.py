@@ -1050,7 +1050,7 @@ CHECKPOINTS = [
     refused("lora-missing-key", ValueError, "does not fit the adapter being trained", load_lora(rewrite_lora(lambda w: w.pop(first_of(w))))),
     refused("lora-extra-key", ValueError, "does not fit the adapter being trained", load_lora(rewrite_lora(lambda w: w.update({"unet.more.lora.up.weight": torch.ones(2, 4)})))),
     refused("lora-wrong-shape", ValueError, "does not fit the adapter being trained", load_lora(rewrite_lora(replace_first(lambda w: w.T.contiguous())))),
-    refused("lora-of-integers", ValueError, "which is no tensor of real numbers", load_lora(rewrite_lora(replace_first(lambda w: w.long())))),
+    refused("lora-of-integers", ValueError, "which is not a tensor of real numbers", load_lora(rewrite_lora(replace_first(lambda w: w.long())))),
     refused("lora-of-nan", ValueError, "NaN or infinite", load_lora(rewrite_lora(replace_first(lambda w: w * NAN)))),
     refused("lora-truncated", ValueError, "that can be read, it may be incomplete", load_lora(truncate(LORA, 300))),
     refused("lora-empty", ValueError, "that can be read, it may be incomplete", load_lora(truncate(LORA, 0))),

@@ -353,7 +353,7 @@ class TestTraining:
         )
         with pytest.raises(RuntimeError) as error:
             trainer.train()
-        assert "largest difference of two scores was 0.02, p_win - p_lose = 0.01" in str(error.value)
+        assert "largest difference of two scores was 0.02, p_chosen - p_rejected = 0.01" in str(error.value)
 
     def test_the_first_round_without_a_pair_warns(self, tmp_path, monkeypatch):
         warnings = []

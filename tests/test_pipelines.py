@@ -251,9 +251,9 @@ def test_options_out_of_range_or_without_meaning_are_refused(tmp_path):
             wrapped.configure(**options)
     assert (wrapped.guidance_rescale, wrapped.clip_skip) == (0.0, 0)
     for options in ({"guidance_rescale": 0.7}, {"clip_skip": 1}):
-        with pytest.raises(ValueError, match=f"FluxPipeline` knows no `{next(iter(options))}`"):
+        with pytest.raises(ValueError, match=f"FluxPipeline` has no `{next(iter(options))}`"):
             wrap_pipeline(tiny_flux_pipeline(tmp_path)).configure(**options)
-    with pytest.raises(ValueError, match="StableDiffusion3Pipeline` knows no `guidance_rescale`"):
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline` has no `guidance_rescale`"):
         wrap_pipeline(tiny_sd3_pipeline(tmp_path)).configure(guidance_rescale=0.7)
 
 

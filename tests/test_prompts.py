@@ -117,13 +117,13 @@ def test_columns_may_begin_with_a_capital_letter(tmp_path):
         ("l.txt", "a dog\na café\n".encode("latin-1"), r"l.txt' is not text in UTF-8 \(line 2\). Convert it"),
         ("u.txt", "a red cat\n".encode("utf-16-le"), "u.txt' holds characters of value 0, as UTF-16 without"),
         ("c.csv", b"prompt\na dog\na cat, sitting\n", r"c.csv' has 2 cells in line 3 and 1 columns, \['prompt'\]. Put quotes"),
-        ("q.csv", b'prompt,n\n"a cat" sitting,1\n', r"q.csv' is no table \(line 2"),
+        ("q.csv", b'prompt,n\n"a cat" sitting,1\n', r"q.csv' is not a table \(line 2"),
         ("t.csv", b"prompt,n\na cat,1,2\n", "t.csv' has 3 cells in line 2 and 2 columns"),
         ("b.json", b'["a cat",', r"b.json' is neither JSON nor has one JSON value per line \(line 1"),
         ("n.json", b"[1, 2]", "n.json' must hold strings, or objects"),
         ("m.jsonl", b'{"prompt": "a"}\n["b"]\n', "m.jsonl' must hold strings, or objects"),
-        ("x.parquet", b"PAR1 and no more", "x.parquet' is no whole parquet file"),
-        ("p.md", b"a cat\n", "p.md' is no file of prompts: these end in .txt, .json"),
+        ("x.parquet", b"PAR1 and no more", "x.parquet' is not a whole parquet file"),
+        ("p.md", b"a cat\n", "p.md' is not a file of prompts: these end in .txt, .json"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_with_its_cure(name, content, message, tmp_path):

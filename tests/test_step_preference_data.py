@@ -513,7 +513,9 @@ class TestLoading:
         assert [row["caption"] for row in dataset] == pickapic_table(2)["caption"].to_pylist()
         content = (tmp_path / "PAIRS.PARQUET").read_bytes()
         (tmp_path / "half.parquet").write_bytes(content[: len(content) // 2])
-        with pytest.raises(ValueError, match="half.parquet' is no whole parquet file .* Download or write it again"):
+        with pytest.raises(
+            ValueError, match="half.parquet' is not a whole parquet file .* Download or write it again"
+        ):
             load_preference_dataset(tmp_path / "half.parquet", streaming=streaming)
 
     def test_a_hub_id_reaches_load_dataset(self, monkeypatch):

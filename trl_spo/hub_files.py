@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Find, read and refuse files, local ones and those of the Hub: weights, configurations, tokenizers, pipelines.
+Find, read and check files, local ones and those of the Hub: weights, configurations, tokenizers, pipelines.
 
 Every error names the file and what was expected in it. Nothing here runs code from a file: weights are safetensors or
 are unpickled with `weights_only=True`, and tokenizers are loaded without remote code.
@@ -277,7 +277,7 @@ def load_pretrained(loader, path: str | Path, what: str):
     Raises:
         FileNotFoundError: if there is nothing of the kind.
         ValueError: if it is a model of another kind, of which a part would be read and the rest drawn, or weights are
-            missing, unexpected, misshapen or no plain tensors.
+            missing, unexpected, misshapen or not plain tensors.
     """
     path = str(path)
     require_existing(path, what)
@@ -314,7 +314,7 @@ def load_tokenizer(path: str | Path, subfolder: str = "", **hub_kwargs):
     names = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
     if all(optional_file(path, f"{subfolder}/{name}".lstrip("/"), **hub_kwargs) is None for name in names):
         return None
-    # Of remote code the default asks on the terminal.
+    # By default, transformers would ask on the terminal whether to run remote code.
     return AutoTokenizer.from_pretrained(path, subfolder=subfolder, trust_remote_code=False, **hub_kwargs)
 
 
@@ -351,7 +351,7 @@ def load_whole(from_pretrained: Callable, path: str | Path, what: str, *args, **
 
 def loading_problems(info: dict, kinds: tuple[str, ...] = ("missing", "unexpected", "mismatched")) -> str:
     """
-    What diffusers or transformers say about the loading of a network, in words; empty if nothing is wrong.
+    What is wrong with the weights of a loaded network, as diffusers or transformers report it; empty if nothing is.
 
     Position ids, which some versions of transformers save, are left out: they are constants.
 
@@ -375,15 +375,15 @@ def loading_problems(info: dict, kinds: tuple[str, ...] = ("missing", "unexpecte
 @contextlib.contextmanager
 def whole_networks(unused: tuple[str, ...] = ()) -> Iterator[None]:
     """
-    What diffusers and transformers load inside must be whole. They go on with random or empty weights where files lack
-    some, and whoever loads a pipeline cannot ask its parts for `output_loading_info`.
+    A context in which every network that diffusers or transformers load must be complete. They go on with random or empty
+    weights where files lack some, and `output_loading_info` cannot be requested for the parts of a pipeline.
 
     Args:
-        unused (`tuple` of `str`, *optional*): beginnings of names that may be missing.
+        unused (`tuple` of `str`, *optional*): prefixes of names that may be missing.
 
     Raises:
         ValueError: inside, if weights of a network are missing, misshapen, or, in diffusers, unexpected. Unexpected ones of
-            transformers are said: text encoders are often read from files of more than that.
+            transformers are allowed: text encoders are often read from files that hold more.
     """
     import diffusers
 

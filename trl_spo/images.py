@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Images from bytes and files to PIL and tensors, and from tensors back to bytes and PIL.
+Convert images: from bytes and files to PIL and tensors, and from tensors back to bytes and PIL.
 
 This is the one place that decodes image files and that rounds to 8 bits, so that what is scored, shown and saved is
 rounded alike.
@@ -49,7 +49,7 @@ def parse_colour(colour: str) -> tuple[int, int, int]:
         colour (`str`): as `PIL.ImageColor` knows it: a name, `"#ffffff"`, `"rgb(255, 255, 255)"`, ...
 
     Raises:
-        `ValueError`: If it is no colour, or a transparent one.
+        `ValueError`: If it is not a colour, or a transparent one.
     """
     try:
         red, green, blue, alpha = ImageColor.getcolor(colour, "RGBA")
@@ -81,7 +81,7 @@ def read_image(image: Any, background: str = WHITE) -> Image.Image:
     Raises:
         `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
             pixels: a small file may unpack to gigabytes.
-        `ValueError`: If it is of another type, or the background is no opaque colour.
+        `ValueError`: If it is of another type, or the background is not an opaque colour.
     """
     background = parse_colour(background)
     if isinstance(image, dict):
@@ -162,13 +162,15 @@ def image_to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
     if max(image.size) > longest:
         # An even number of pixels goes, so that the middle stays the middle.
         kept = [min(side, longest + (side - longest) % 2) for side in image.size]
-        left, top = ((side - part) // 2 for side, part in zip(image.size, kept, strict=True))
+        left = (image.width - kept[0]) // 2
+        top = (image.height - kept[1]) // 2
         image = image.crop((left, top, left + kept[0], top + kept[1]))
     scale = resolution / min(image.size)
     size = tuple(max(resolution, round(side * scale)) for side in image.size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = ((side - resolution) // 2 for side in size)
+    left = (size[0] - resolution) // 2
+    top = (size[1] - resolution) // 2
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)
     return pixels / 127.5 - 1

@@ -29,6 +29,7 @@ both images of a pair pass the denoiser in one batch.
 """
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def _encode_pairs(
     if cache is None:
         parts = [pipeline.encode_images(part.flatten(0, 1), generator=generator) for part in images.split(chunk)]
         return torch.cat(parts).unflatten(0, (-1, 2))
-    keys = [key for pair in zip(batch["keys_0"], batch["keys_1"], strict=True) for key in pair]
+    keys = list(chain.from_iterable(zip(batch["keys_0"], batch["keys_1"], strict=True)))
     parts = []
     for i, part in enumerate(images.split(chunk)):
         keys_of_part = keys[2 * i * chunk :][: 2 * len(part)]

@@ -108,7 +108,7 @@ def filter_consistent_pairs(
 
     Raises:
         `ValueError`: If the dataset is empty or a stream, a column is missing, a metric has no rule, the background
-            is no opaque colour, or nothing is kept.
+            is not an opaque colour, or nothing is kept.
 
     Example:
 

@@ -89,7 +89,7 @@ def load_prompts(name: str, split: str = "train"):
             f"There is no file {str(name)!r}. Name a file of prompts, or a dataset by folder or Hub id."
         )
     if suffix not in READERS:
-        raise ValueError(f"{str(name)!r} is no file of prompts: these end in {', '.join(READERS)}.")
+        raise ValueError(f"{str(name)!r} is not a file of prompts: these end in {', '.join(READERS)}.")
     return READERS[suffix](path)
 
 
@@ -178,7 +178,7 @@ def _dataset(path: Path, rows: Any) -> Dataset:
     try:
         return Dataset.from_list(rows)
     except Exception as error:  # of pyarrow, for columns whose values have no common kind
-        raise ValueError(f"The rows of {str(path)!r} are no table: {error}") from error
+        raise ValueError(f"The rows of {str(path)!r} do not form a table: {error}") from error
 
 
 def _read_table(path: Path, delimiter: str) -> Dataset:
@@ -195,7 +195,7 @@ def _read_table(path: Path, delimiter: str) -> Dataset:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise ValueError(f"{str(path)!r} is no table (line {reader.reader.line_num}: {error}).") from error
+        raise ValueError(f"{str(path)!r} is not a table (line {reader.reader.line_num}: {error}).") from error
     return Dataset.from_list(rows)
 
 
@@ -207,7 +207,9 @@ def check_parquet(path: Path) -> None:
     try:
         pq.read_schema(path)
     except Exception as error:  # of pyarrow
-        raise ValueError(f"{str(path)!r} is no whole parquet file ({error}). Download or write it again.") from error
+        raise ValueError(
+            f"{str(path)!r} is not a whole parquet file ({error}). Download or write it again."
+        ) from error
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -233,7 +235,7 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
 
     Raises:
         TypeError: if it is neither.
-        ValueError: if the column is missing, there are no prompts, or one is empty, invisible, not a string or no valid
+        ValueError: if the column is missing, there are no prompts, or one is empty, invisible, not a string or not valid
             Unicode; says which.
     """
     # Find the texts: a column of a dataset, which stays lazy, or a list.

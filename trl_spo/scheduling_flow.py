@@ -98,6 +98,8 @@ def flow_step_coefficients(
     zero = torch.zeros_like(t)
     if sampler == "ode" or eta == 0:
         return following, zero
+
+    # The formulas of the table at the top of this module.
     if sampler == "cps":
         std = following * math.sin(eta * math.pi / 2)
         factor = following * math.cos(eta * math.pi / 2)
@@ -118,7 +120,9 @@ def flow_step_coefficients(
         size = t - following
         factor = following - diffusion**2 * size / (2 * t)
         std = diffusion * size.sqrt()
-    last = following <= 0  # what is left is the image: no noise belongs there
+
+    # A step to t' = 0 ends at the image, which has no noise.
+    last = following <= 0
     return torch.where(last, zero, factor), torch.where(last, zero, std)
 
 

@@ -18,7 +18,7 @@ from .images import WHITE, parse_colour
 from .training.arguments import StepTrainingArguments
 
 
-@dataclass(repr=False)  # of its own it would show the token
+@dataclass(repr=False)  # a generated repr would show the Hub token
 class StepRewardConfig(StepTrainingArguments):
     r"""
     Configuration class for the [`StepRewardTrainer`].
@@ -256,8 +256,11 @@ class StepRewardConfig(StepTrainingArguments):
     _VALID_DICT_FIELDS = [*StepTrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # JSON on the command line
 
     def __post_init__(self):
+        # Types first, as comparing a text with a number would only raise Python's own error.
         self.check_kinds()
         super().__post_init__()
+
+        # Then the ranges: of timesteps, and of settings with a lowest value.
         if not 0 <= self.min_timestep <= self.max_timestep:
             raise ValueError(
                 "`min_timestep` and `max_timestep` must satisfy 0 <= min_timestep <= max_timestep, got "
@@ -279,6 +282,8 @@ class StepRewardConfig(StepTrainingArguments):
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if not 0 <= self.relabel_tie_band < 1:
             raise ValueError(f"`relabel_tie_band` must lie in [0, 1), got {self.relabel_tie_band}.")
+
+        # Settings that only work together.
         if self.dataset_streaming and self.max_steps <= 0:
             raise ValueError("`dataset_streaming` needs `max_steps`: a stream does not tell how long an epoch is.")
         for name in ("max_bad_image_fraction", "max_nonfinite_fraction"):

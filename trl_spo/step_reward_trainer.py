@@ -21,6 +21,7 @@ Training of the reward models that judge single denoising steps: the step-aware 
 import copy
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,23 @@ from .training.running_means import RunningMeans, gather_from_processes
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "step_reward_state.json"
-TRAIN, EVAL = 0, 1  # keep the random numbers of training and evaluation apart
+# These keep the random numbers of training and evaluation apart.
+TRAIN = 0
+EVAL = 1
 STREAM_SHUFFLE_BUFFER = 1000  # pairs, with their undecoded images
 
 
 class _PositionCallback(TrainerCallback):
-    """Keeps what the Trainer forgets at a checkpoint: the pass over a stream, and the loss since the last log."""
+    """Keeps what the Trainer does not store in a checkpoint: the pass over a stream, and the loss since the last log."""
 
     def __init__(self, trainer: "StepRewardTrainer"):
         self.trainer = trainer
         self.start()
 
     def start(self, epoch: int = -1, first_step: int = 0, last_logged_step: int | None = None, loss: float = 0.0):
-        self.epoch, self.first_step, self.last_logged_step = epoch, first_step, last_logged_step
+        self.epoch = epoch
+        self.first_step = first_step
+        self.last_logged_step = last_logged_step
         self.loss = self.carried_loss = loss  # since the last log; the part of it from before the checkpoint
         self.inside_epoch = epoch >= 0
 
@@ -74,7 +79,8 @@ class _PositionCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer._is_streamed and not self.inside_epoch:  # the one that is resumed has begun already
-            self.epoch, self.first_step = self.epoch + 1, state.global_step
+            self.epoch += 1
+            self.first_step = state.global_step
         self.inside_epoch = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -180,7 +186,7 @@ class StepRewardTrainer(StepTrainer):
     # --- the stages of setting up ------------------------------------------------------------------------------------
 
     def _check(self, config: StepRewardConfig, reward_model, train_dataset, eval_dataset, preference_model) -> None:
-        """What can be said before anything is loaded."""
+        """Check what can be checked before anything is loaded."""
         on = ("1", "true", "yes")
         switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
         if config.world_size > 1 and all(os.environ.get(name, "").lower() in on for name in switches):
@@ -223,7 +229,8 @@ class StepRewardTrainer(StepTrainer):
         self.sees = reward.sees
         self._reads_with_pipeline = getattr(reward_model, "reads_with_pipeline", False)
         if self.sees != "images":
-            self._tag_names, self._name = ["trl", "spo", "latent-reward-model"], "LPO latent reward model"
+            self._tag_names = ["trl", "spo", "latent-reward-model"]
+            self._name = "LPO latent reward model"
         self._check_timesteps(config, reward_model)
         try:
             self.pipeline.latent_shape(config.resolution, config.resolution)
@@ -278,9 +285,9 @@ class StepRewardTrainer(StepTrainer):
         """The state of a run that has not begun, and what needs to know how the Trainer runs."""
         # FSDP and DeepSpeed cannot shard parameters without dimensions, so `logit_scale` has shape (1,) in training and is
         # saved as ().
-        self._lends_dimension = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._scalars_are_1d = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._scalars = [name for name, value in self.model.named_parameters() if value.ndim == 0]
-        if self._lends_dimension:
+        if self._scalars_are_1d:
             for name in self._scalars:
                 scale = self.model.get_parameter(name)
                 scale.data = scale.data.reshape(1)
@@ -325,9 +332,9 @@ class StepRewardTrainer(StepTrainer):
         # Accuracy is logged for ranges of timesteps of equal width, each with the first one after it.
         count = self.args.accuracy_timestep_bins
         edges = [round(i * self.pipeline.num_train_timesteps / count) for i in range(count + 1)]
-        self._bins = {
-            f"accuracy/t_{low}_{high - 1}": (low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)
-        }
+        self._bins = {}
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            self._bins[f"accuracy/t_{low}_{high - 1}"] = (low, high)
 
     # ---- randomness ----
 
@@ -407,9 +414,10 @@ class StepRewardTrainer(StepTrainer):
         generator = self._next_train_generator()
         timesteps = self._draw_timesteps(len(inputs["prompts"]), generator)
         output, scores_0, scores_1, finite = self._score_pairs(model, inputs, timesteps, generator)
-        label_0, label_1, weights = inputs["label_0"], inputs["label_1"], inputs["weights"]
+        label_0, label_1 = inputs["label_0"], inputs["label_1"]
+
         # The sum over the step still counts those that are not finite, so the rest keeps the weight it has.
-        weights = torch.where(finite, weights, 0.0)
+        weights = torch.where(finite, inputs["weights"], 0.0)
         losses = step_preference_loss(scores_0, scores_1, label_0, label_1)  # (B,)
         if model.training:
             samples = "predicted images" if self.sees == "images" else self.sees.replace("_", " ")
@@ -423,6 +431,7 @@ class StepRewardTrainer(StepTrainer):
         total_weight = weights.sum() if num_items_in_batch is None else num_items_in_batch
         loss = (weights * losses).sum() / total_weight.clamp(min=torch.finfo(torch.float32).tiny)
 
+        # Metrics of the pairs, over all timesteps and by range of timesteps.
         pairs = torch.stack([scores_0, scores_1, label_0, label_1, weights], dim=-1).detach()
         correct, untied = self._record(self._metrics, pairs)
         timesteps = timesteps.to(correct.device)
@@ -445,16 +454,18 @@ class StepRewardTrainer(StepTrainer):
         own = torch.stack([preferred, text_embeds], dim=1)
         everything, first = gather_rows(own)
         present, _ = gather_rows(present)
-        prompts = [prompt for part in gather_from_processes(prompts) for prompt in part]
+        prompts = list(chain.from_iterable(gather_from_processes(prompts)))
         losses = caption_contrastive_loss(*everything.unbind(1), output.logit_scale, prompts, present)
         return losses[first : first + len(own)]
 
     def _record(self, means: RunningMeans, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Adds pairs to the metrics. `pairs (B, 5)` holds scores_0, scores_1, label_0, label_1, weight. Returns whether
-        each pair is ordered as labelled, and whether it is no tie, both (B,).
+        each pair is ordered as labelled, and whether it is not a tie, both (B,).
         """
-        scores, preference, present = pairs[:, :2], pairs[:, 2] - pairs[:, 3], pairs[:, 4] > 0
+        scores = pairs[:, :2]
+        preference = pairs[:, 2] - pairs[:, 3]
+        present = pairs[:, 4] > 0
         untied = (preference != 0) & present
         margins = (scores[:, 0] - scores[:, 1]) * preference.sign()
         correct = margins > 0
@@ -486,13 +497,14 @@ class StepRewardTrainer(StepTrainer):
         position = self._position
         position.loss = position.loss + torch.where(loss.isfinite(), loss, 0.0)
         if position.carried_loss:  # the next log is about the steps before the checkpoint, too
-            loss, position.carried_loss = loss + position.carried_loss, 0.0
+            loss = loss + position.carried_loss
+            position.carried_loss = 0.0
         return loss
 
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
         """What the parent saves, and a model card. Text encoders of the pipeline, which never change, are in no checkpoint."""
         self.model.save_reader = not self._staging
-        if self._lends_dimension and self.args.should_save:
+        if self._scalars_are_1d and self.args.should_save:
             state_dict = dict(self.model.state_dict() if state_dict is None else state_dict)
             state_dict |= {name: state_dict[name].reshape(()) for name in self._scalars}
         Trainer._save(self, str(folder), state_dict)
@@ -547,7 +559,7 @@ class StepRewardTrainer(StepTrainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        """Passes over the data and batches of the last one that a checkpoint has behind it; no stream knows its length."""
+        """Passes over the data, and batches of the current one, before a checkpoint; counted here, as streams have no length."""
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -602,8 +614,9 @@ class StepRewardTrainer(StepTrainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._relabel(self._prepare_inputs(inputs))
-        label_0, label_1, weights = inputs["label_0"], inputs["label_1"], inputs["weights"]
-        losses, pairs = [], []
+        label_0, label_1 = inputs["label_0"], inputs["label_1"]
+        losses = []
+        pairs = []
         eval_timesteps = list(dict.fromkeys(self.args.eval_timesteps))
         for timestep in eval_timesteps:
             timesteps = torch.full((len(inputs["prompts"]),), timestep)
@@ -616,7 +629,7 @@ class StepRewardTrainer(StepTrainer):
             if left_out:
                 logger.warning(f"Left out of the evaluation at timestep {timestep}, not finite: {left_out[:3]}.")
             losses.append(torch.where(finite, loss, 0.0).sum() / finite.sum().clamp(min=1))
-            kept = torch.where(finite, weights, 0.0)
+            kept = torch.where(finite, inputs["weights"], 0.0)
             pairs.append(torch.stack([scores_0, scores_1, label_0, label_1, kept], dim=-1))
         self._eval_batch += 1
         for timestep, of_timestep in zip(eval_timesteps, self._gather_pairs(torch.stack(pairs)), strict=True):

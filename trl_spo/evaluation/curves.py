@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Curves of a run, drawn with matplotlib: everything that was logged, and the accuracy of reward models over the timesteps.
+Draw curves of a run with matplotlib: everything that was logged, and the accuracy of reward models over the timesteps.
 """
 
 import io
@@ -61,9 +61,10 @@ def plot_curves(
     Raises:
         ValueError: if none of the keys was logged.
     """
-    # Which metrics have numbers, and which of them share a panel?
+    # Find the metrics that have numbers, and which of them share a panel.
     wanted = _logged_metrics(log_history, x) if keys is None else list(keys)
-    series = {key: points for key in wanted if (points := _points(log_history, x, key))}
+    series = {key: _points(log_history, x, key) for key in wanted}
+    series = {key: points for key, points in series.items() if points}
     if not series:
         raise ValueError("There is no metric" if keys is None else f"None of {keys} is" + " in the log history.")
     panels: dict[str, list[str]] = {}
@@ -86,7 +87,10 @@ def plot_curves(
 
 def _logged_metrics(log_history: list[dict], x: str) -> list[str]:
     """All metrics that were logged together with `x`, in the order of their first appearance."""
-    logged = dict.fromkeys(key for log in log_history if x in log for key in log)
+    logged = {}  # in this order
+    for log in log_history:
+        if x in log:
+            logged |= dict.fromkeys(log)
     return [key for key in logged if key not in NOT_CURVES and key != x and not key.startswith("train_")]
 
 

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Evaluation with a stated protocol: one fixed seed per prompt, one sampler, and statistics that say how sure they are.
+Evaluate a pipeline under a stated protocol: one fixed seed per prompt, one sampler, and statistics with their uncertainty.
 
 [`evaluate_pipeline`] samples under an [`EvaluationProtocol`], scores with any metrics, compares with a base model on the
 same prompts and seeds, and writes numbers, a table and pictures. The unit of every statistic is the *prompt*, see
@@ -45,7 +45,7 @@ from .sheets import before_after_sheet, image_grid
 from .statistics import paired_statistics, statistics_table
 
 
-OPTIONS = ("guidance_rescale", "clip_skip")  # that not every family has; 0 is off
+OPTIONS = ("guidance_rescale", "clip_skip")  # settings of some families only; 0 is off
 
 
 # --- a stated protocol -----------------------------------------------------------------------------------------------
@@ -169,9 +169,9 @@ class EvaluationResult:
         """Everything but the images, ready for JSON; an undefined number (a standard error of one prompt) is `None`."""
         rows = []
         for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
-            row = {"prompt": prompt, "seed": seed, "scores": {name: v[i].item() for name, v in self.scores.items()}}
+            row = {"prompt": prompt, "seed": seed, "scores": _scores_of_image(self.scores, i)}
             if self.base_scores is not None:
-                row["base_scores"] = {name: values[i].item() for name, values in self.base_scores.items()}
+                row["base_scores"] = _scores_of_image(self.base_scores, i)
             rows.append(row)
         return {
             "protocol": dataclasses.asdict(self.protocol),
@@ -235,6 +235,10 @@ class EvaluationResult:
             {name: values[:shown] for name, values in self.scores.items()},
             title=f"{p.name}: {p.scheduler}, {p.num_inference_steps} steps, guidance {p.guidance_scale:g}, eta {p.eta:g}",
         )
+
+
+def _scores_of_image(scores: dict[str, torch.Tensor], i: int) -> dict[str, float]:
+    return {name: values[i].item() for name, values in scores.items()}
 
 
 def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
@@ -303,7 +307,7 @@ def evaluate_pipeline(
     progress: str | None = None,
 ) -> EvaluationResult:
     r"""
-    Sample, score, compare, report.
+    Sample images, score them, compare them with a base model, and report.
 
     Under `accelerate launch` each process takes its share of the prompts (with its own copy of pipeline and metrics on
     its own device), every process returns the whole result, and the main process alone writes. An image depends on its
@@ -412,7 +416,7 @@ def _rank_and_world_size(device: torch.device) -> tuple[int, int]:
     """Rank of this process and number of processes; joins the process group that a launcher asked for."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1  # nothing is initialised, since it would decide the device of a later training
-    # `cpu` is said, because accelerate takes each rank for a lone process on a machine without an accelerator.
+    # `cpu` is given, because on a machine without an accelerator accelerate would take each rank for a single process.
     state = PartialState(cpu=device.type == "cpu")
     return state.process_index, state.num_processes
 
@@ -431,8 +435,8 @@ class _Task:
 
 
 def _evaluate_shares(task: _Task, batch_size: int, progress: str | None, rank: int, num_ranks: int) -> list[dict]:
-    """The records of all images in order, of which this process makes every `num_ranks`-th."""
-    # The share of this process. Its error waits, so that the other processes do not wait for this one.
+    """The records of all images, in order. Each process makes every `num_ranks`-th and receives the others."""
+    # Evaluate the share of this process. An error is kept until the shares are joined, or the other processes would wait.
     own = list(range(rank, len(task.prompts), num_ranks))
     records: list[dict] = []
     failure = None
@@ -446,7 +450,7 @@ def _evaluate_shares(task: _Task, batch_size: int, progress: str | None, rank: i
         failure = error
     bar.close()
 
-    # Put the shares together; an error in one process is an error in all.
+    # Join the shares; an error in one process is an error in all.
     if num_ranks > 1:
         failures = gather_object([f"rank {rank}: {failure}"] if failure is not None else [])
         if failure is None and failures:
@@ -463,7 +467,7 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
     prompts = [task.prompts[row] for row in rows]
     seeds = [task.seeds[row] for row in rows]
 
-    # The images of both sides.
+    # Sample both sides, from the same seeds.
     def sample(model):
         return generate_images(model, prompts, seeds=seeds, batch_size=len(prompts), **task.protocol.sampler())
 
@@ -473,14 +477,14 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
     elif task.base is not None:
         sides["base model"] = sample(task.base)
 
-    # Their scores, row by row.
+    # Score them; a record per row holds both sides.
     records = [{"row": row, "scores": {}, "images": {}} for row in rows]
     for side, images in sides.items():
         scores = {}
         for name, metric in task.metrics.items():
             scores[name] = _apply_metric(name, metric, images, prompts, side, task.pipeline)
         for i, record in enumerate(records):
-            record["scores"][side] = {name: values[i].item() for name, values in scores.items()}
+            record["scores"][side] = _scores_of_image(scores, i)
             if record["row"] < task.num_sheet_images:
                 record["images"][side] = eight_bits(images[i])
     return records
@@ -490,8 +494,10 @@ def _result(task: _Task, records: list[dict]) -> EvaluationResult:
     """The records of all rows, in order, with their statistics."""
 
     def scores_of(side: str) -> dict[str, torch.Tensor]:
-        of_side = [record["scores"][side] for record in records]
-        return {name: torch.tensor([scores[name] for scores in of_side]) for name in task.metrics}
+        scores = {}
+        for name in task.metrics:
+            scores[name] = torch.tensor([record["scores"][side][name] for record in records])
+        return scores
 
     def images_of(side: str) -> torch.Tensor:
         images = [record["images"][side] for record in records if side in record["images"]]

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Prepares images as the published scorers do, each in its own way.
+Prepare images as the published scorers do, each in its own way.
 
 An image is first rounded to 8 bits, because the published scorers read image files. [`ImagePreparation`] then resizes
 with Pillow's antialiasing and crops the centre; [`prepare_hps_images`] resizes the float tensor by its longer side and
@@ -84,7 +84,7 @@ class ImagePreparation:
         return _normalise(pixels.permute(0, 3, 1, 2).float() / 255, self.mean, self.std)
 
     def _one(self, image: torch.Tensor) -> torch.Tensor:  # (H, W, 3) uint8 -> (h, w, 3) uint8
-        # The size after the resize: of the short side, or of both.
+        # Resize: the short side to a length, or both sides.
         height, width = image.shape[:2]
         if isinstance(self.size, int):
             new_long = int(self.size * max(height, width) / min(height, width))
@@ -95,7 +95,7 @@ class ImagePreparation:
             picture = Image.fromarray(image.numpy()).resize((new[1], new[0]), self.resample)
             image = torch.from_numpy(np.array(picture))
 
-        # The middle of it.
+        # Crop the middle.
         if self.crop is None:
             return image
         if min(new) < self.crop:
@@ -131,7 +131,8 @@ def prepare_hps_images(
     height, width = pixels.shape[-2:]
     scale = size / max(height, width)
     if scale != 1:
-        new_height, new_width = round(height * scale), round(width * scale)
+        new_height = round(height * scale)
+        new_width = round(width * scale)
         pixels = F.interpolate(
             pixels, (new_height, new_width), mode="bicubic", align_corners=False, antialias=antialias
         )

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Published weights of metrics, renamed while they are read: open_clip's and BLIP's names to those of transformers.
+Read the published weights of metrics, and rename them from open_clip's and BLIP's names to those of transformers.
 """
 
 import os

@@ -73,7 +73,9 @@ class ImageRewardModel(nn.Module):
         vision_config ([`~transformers.BlipVisionConfig`]), text_config ([`~transformers.BlipTextConfig`]): sizes.
     """
 
-    mean, std = 0.16717362830052426, 1.0333394966054072  # of the raw reward, from the reference implementation
+    # Statistics of the raw reward, from the reference implementation.
+    mean = 0.16717362830052426
+    std = 1.0333394966054072
 
     def __init__(self, vision_config: BlipVisionConfig, text_config: BlipTextConfig):
         super().__init__()

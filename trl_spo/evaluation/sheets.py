@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Sheets of images, drawn with Pillow: before and after training, the candidate tree of a rollout, a plain grid.
+Draw sheets of images with Pillow: before and after training, the candidate tree of a rollout, a plain grid.
 
 Each function returns a `PIL.Image.Image`, for a notebook or for `.save(...)`.
 """
@@ -32,7 +32,12 @@ from ..step_pairs import BranchRecord, StepPairs
 
 
 LEGEND_WIDTH = 360  # pixels that the legend of a candidate tree needs
-BETTER, WORSE, NEXT, INK, PAPER, MUTED = "#1a9850", "#d73027", "#2166ac", "#222222", "#ffffff", "#777777"
+BETTER = "#1a9850"
+WORSE = "#d73027"
+NEXT = "#2166ac"
+INK = "#222222"
+PAPER = "#ffffff"
+MUTED = "#777777"
 FONT_FOLDERS = {
     "linux": ("~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts"),
     "darwin": ("~/Library/Fonts", "/Library/Fonts", "/System/Library/Fonts"),
@@ -47,11 +52,12 @@ FONT_FOLDERS = {
 def _font_files() -> tuple[str, ...]:
     """DejaVu Sans, if it is somewhere, and then all other fonts of the system."""
     folders = [Path(folder).expanduser() for folder in FONT_FOLDERS.get(sys.platform, ())]
-    found = [
-        path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in (".ttf", ".otf", ".ttc")
-    ]
-    # A font of last resort has one box per script, for every character there is.
-    found = [path for path in found if "lastresort" not in path.name.lower()]
+    found = []
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            # A font of last resort has one box per script, for every character there is.
+            if path.suffix in (".ttf", ".otf", ".ttc") and "lastresort" not in path.name.lower():
+                found.append(path)
     # matplotlib brings DejaVu Sans along. It is looked up without importing matplotlib.
     matplotlib = importlib.util.find_spec("matplotlib")
     if matplotlib is not None and matplotlib.origin is not None:
@@ -91,7 +97,8 @@ def _font_file(text: str) -> str | None:
     for file in (*_font_files(), None):
         missing = sum(not _can_draw(file, character) for character in characters)
         if missing < fewest and _load(file, 16) is not None:
-            best, fewest = file, missing
+            best = file
+            fewest = missing
         if not fewest:
             break
     return best
@@ -151,7 +158,8 @@ def image_grid(images: torch.Tensor, columns: int = 8, gap: int = 4) -> Image.Im
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height, width = images.shape[-2] + gap, images.shape[-1] + gap
+    height = images.shape[-2] + gap
+    width = images.shape[-1] + gap
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), PAPER)
     for i, image in enumerate(images):
         sheet.paste(to_pil(image), (gap + i % columns * width, gap + i // columns * height))
@@ -194,7 +202,7 @@ def before_after_sheet(
     after_scores = after_scores or {}
     _check_lengths(before, after, prompts, before_scores, after_scores)
 
-    # The paper: a cell per prompt, and a heading.
+    # Lay out the sheet: a cell per prompt, and a heading.
     metrics = list(dict.fromkeys([*before_scores, *after_scores]))
     columns = max(1, min(columns, len(prompts)))
     rows = -(-len(prompts) // columns)
@@ -207,7 +215,7 @@ def before_after_sheet(
     if title:
         _write_title(draw, title, top=10, size=16, width=sheet.width)
 
-    # The cells: image, prompt and scores of both sides.
+    # Draw the cells: image, prompt and scores of both sides.
     small = _font(11)
     for i, prompt in enumerate(prompts):
         x = 12 + (i % columns) * cell_width
@@ -282,7 +290,7 @@ def candidate_tree(
             f"`prompt_row` must be in [0, {num_prompts}), one of the rollout's prompts; got {prompt_row}."
         )
 
-    # The paper: a column per branch, a heading and a legend.
+    # Lay out the sheet: a column per branch, a heading and a legend.
     latents = pairs.branches[0].pred_original_samples
     column_width = size + 26
     cell_height = round(size * latents.shape[-2] / latents.shape[-1]) + 34
@@ -294,7 +302,7 @@ def candidate_tree(
     if title:
         _write_title(draw, title, top=8, size=14, width=width)
 
-    # The branches, and what their colours mean.
+    # Draw the branches, and the meaning of their colours.
     for column, branch in enumerate(pairs.branches):
         images = pipeline.decode_latents(branch.pred_original_samples[:, prompt_row]) / 2 + 0.5
         _draw_branch(sheet, branch, prompt_row, images, (12 + column * column_width, top), size, cell_height)

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Statistics of an evaluation: pure functions from scores to means, intervals and win rates.
+Compute the statistics of an evaluation: pure functions from scores to means, intervals and win rates.
 
 The unit of every statistic is the prompt. Several images of one prompt are averaged first, because they are not
 independent evidence about other prompts.

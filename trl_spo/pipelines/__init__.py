@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Model families as SPO trains them: one module each, on the contract of `pipelines.base`."""
+"""The model families that SPO trains: one module each, on the contract of `pipelines.base`."""

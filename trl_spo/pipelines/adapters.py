@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Adapters of a denoiser, whatever the denoiser is called: add one, write it in diffusers' format, read it back."""
+"""Add an adapter to a denoiser, write it in diffusers' format, and read it back; the same for all families."""
 
 import copy
 import json
@@ -39,9 +39,9 @@ logger = logging.get_logger(__name__)
 LORA_NAME = "pytorch_lora_weights.safetensors"  # as diffusers names the file of a LoRA
 METADATA_KEY = "lora_adapter_metadata"  # in the header of the file, where diffusers keeps the configuration
 FOLDED_KEY = "folded_strength"  # in the header, too: the strength that is part of the weights of a file
-NOT_TRAINED = {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}  # of an adapter that is used
+NOT_TRAINED = {"lora_dropout": 0.0, "inference_mode": True, "init_lora_weights": True}  # once training is over
 PROVENANCE = ("peft_version", "base_model_name_or_path", "revision", "task_type", "auto_mapping")
-STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")  # what equal weights mean
+STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")  # how weights are scaled
 
 
 def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: str = "denoiser") -> torch.nn.Module:
@@ -59,9 +59,10 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
 
     Raises:
         ValueError: if the configuration is of another method than LoRA, fits no layer, trains or changes weights of the
-            denoiser itself, or the denoiser already carries other adapters. The reference is the denoiser with adapters
-            off: it must be the base, with nothing missing.
+            denoiser itself, or the denoiser already carries other adapters. The reference is the denoiser with its adapters
+            off, so that must be the complete base model.
     """
+    # An adapter that is already there is trained on, if it is the one that is asked for.
     existing = {name: own for name, own in getattr(denoiser, "peft_config", {}).items() if name != REWARD_ADAPTER}
     if existing:
         wanted = peft_config.to_dict()
@@ -76,6 +77,7 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             parameter.requires_grad_(parameter.is_floating_point())
         for parameter in reward_parameters(denoiser).values():
             parameter.requires_grad_(False)
+    # Otherwise add a new one.
     else:
         if peft_config.peft_type != PeftType.LORA:
             raise ValueError(
@@ -87,6 +89,8 @@ def add_lora(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         if REWARD_ADAPTER in denoiser.peft_config:  # layers that both have are off outside of the reward's own use
             denoiser.set_adapter("default")
             denoiser.enable_adapters()
+
+    # Only now, in float32, is the magnitude of DoRA measured.
     cast_training_params(denoiser, dtype=torch.float32)
     if not existing:
         _measure_magnitudes(denoiser)
@@ -143,7 +147,8 @@ def _already_there(existing: dict, what: str = "The pipeline") -> str:
 
 
 def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: str) -> None:
-    """Inject an adapter, and see that the denoiser without it is still the base, and that a file can hold it."""
+    """Inject an adapter. Check that the denoiser without it is still the base, and that a file can hold what is trained."""
+    # Remember the base, to compare with it afterwards.
     before = {n.replace(".base_layer.", "."): _fingerprint(value) for n, value in denoiser.state_dict().items()}
     if any(map(_is_fused, denoiser.modules())):
         raise ValueError(
@@ -165,7 +170,7 @@ def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
         _take_out(denoiser)
         raise ValueError(f"The adapter of this `peft_config` would learn nothing: {without_effect}.")
 
-    # What is trained must be what can be switched off and what the file holds: layers of the adapter, and nothing else.
+    # Only layers of the adapter may be trained: they alone can be switched off, and they alone are in the file.
     own = set(map(id, adapter_parameters(denoiser)))
     foreign = [n for n, p in denoiser.named_parameters() if p.requires_grad and id(p) not in own]
     if foreign:
@@ -177,7 +182,7 @@ def _add_new(denoiser: torch.nn.Module, peft_config: PeftConfig, denoiser_name: 
             "`use_peft=False`."
         )
 
-    # The base must be what it was.
+    # The weights of the base must not have changed.
     after = {name.replace(".base_layer.", "."): value for name, value in denoiser.state_dict().items()}
     changed = [n for n, mark in before.items() if n not in after or _fingerprint(after[n]) != mark]
     if changed:
@@ -212,14 +217,16 @@ def adapter_parameters(network: torch.nn.Module) -> list[torch.nn.Parameter]:
     found = []
     for module in network.modules():
         if isinstance(module, BaseTunerLayer):
-            layers = [getattr(module, name, None) for name in module.adapter_layer_names]
-            found += [p for layer in layers if hasattr(layer, "parameters") for p in layer.parameters()]
+            for name in module.adapter_layer_names:
+                layer = getattr(module, name, None)
+                if hasattr(layer, "parameters"):
+                    found += layer.parameters()
     return found
 
 
 def _fingerprint(values: torch.Tensor) -> tuple:
     """Equal for tensors with equal bits, in any memory order; quantised ones consist of several plain tensors."""
-    if values.device.type == "meta":  # shapes without numbers, which estimates of memory work on
+    if values.device.type == "meta":  # shapes without values, which estimates of memory work on
         return values.dtype, values.shape
     if is_traceable_wrapper_subclass(values):
         parts, _ = values.__tensor_flatten__()
@@ -229,7 +236,7 @@ def _fingerprint(values: torch.Tensor) -> tuple:
 
 
 def _take_out(denoiser: torch.nn.Module) -> None:
-    """Remove adapters that were injected, and what peft wraps whole."""
+    """Remove injected adapters, and unwrap the modules that peft wrapped as a whole."""
     denoiser.unload_lora()
     for name, module in list(denoiser.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -239,8 +246,8 @@ def _take_out(denoiser: torch.nn.Module) -> None:
 
 def published_config(peft_config: PeftConfig) -> dict:
     """
-    The configuration that goes into a file: what the adapter is, without what was true only while it was trained. diffusers
-    makes the adapter from it, and would switch dropout on and draw initial weights anew.
+    The configuration that goes into a file, without settings that belong to training only: diffusers makes the adapter from
+    it, and would switch dropout on and draw initial weights anew.
     """
     return {**peft_config.to_dict(), **NOT_TRAINED}
 
@@ -261,7 +268,7 @@ def _sorted(names):
 
 
 def switch_dropout(network: torch.nn.Module, on: bool) -> None:
-    """Dropout as the network and its adapter were made with, or none; each run decides for itself."""
+    """Set dropout to what the network and its adapter were made with, or to 0. Each run decides for itself."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.own_p = getattr(module, "own_p", module.p)
@@ -286,10 +293,11 @@ def save_lora(
         save_directory (`str` or `Path`): folder.
         state_dict (`dict`, *optional*): of the denoiser, where the caller has gathered it from several processes.
         adapter_name (`str`, *optional*, defaults to `"default"`): which of its adapters; by default the policy's.
-        fold_alpha (`bool`, *optional*, defaults to `False`): multiply the second matrix of each layer by its strength, and write
-            alpha = rank: readers that know no header, and take just that, then agree with those that do. A checkpoint is
-            written without, so that it comes back bit for bit.
+        fold_alpha (`bool`, *optional*, defaults to `False`): multiply the second matrix of each layer by its strength, and
+            write alpha = rank. Programs that do not read the header assume just that, so all readers then agree. Checkpoints
+            are written without it, so that they come back bit for bit.
     """
+    # Collect weights and configuration, and fold the strength of each layer into its weights where that is wanted.
     denoiser = getattr(pipeline, denoiser_name)
     layers = get_peft_model_state_dict(denoiser, state_dict=state_dict, adapter_name=adapter_name)
     config = published_config(denoiser.peft_config[adapter_name])
@@ -300,6 +308,8 @@ def save_lora(
         own = {name: config[name] for name in STRENGTH}
         layers = {name: value * strengths.get(name, 1) for name, value in layers.items()}
         config |= {"lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"]), "use_rslora": False}
+
+    # Write them with the family's own writer; the header also keeps what was folded, which training goes on with.
     pipeline.save_lora_weights(
         save_directory,
         safe_serialization=True,
@@ -308,7 +318,7 @@ def save_lora(
             f"{denoiser_name}_lora_adapter_metadata": config,
         },
     )
-    if folds:  # what training goes on with
+    if folds:
         _add_to_header(Path(save_directory) / LORA_NAME, {FOLDED_KEY: json.dumps(own)})
 
 
@@ -346,37 +356,41 @@ def load_lora(pipeline: Any, denoiser_name: str, directory: str | Path) -> None:
         ) from error
     unusable = sorted(name for name, value in layers.items() if not value.is_floating_point())
     if unusable:
-        raise ValueError(f"{str(directory)!r} holds {unusable[0]!r}, which is no tensor of real numbers.")
+        raise ValueError(f"{str(directory)!r} holds {unusable[0]!r}, which is not a tensor of real numbers.")
     broken = sorted(name for name, value in layers.items() if not value.isfinite().all())
     if broken:
         raise ValueError(
             f"{str(directory)!r} holds numbers that are NaN or infinite, in {broken[0]!r}. Use an earlier checkpoint."
         )
 
-    # Names and shapes must be those of the adapter. Files of older versions of diffusers have other names.
+    # Compare names and shapes with those of the adapter. Files of older versions of diffusers have other names.
     prefix = f"{denoiser_name}."
     layers = {name.removeprefix(prefix): value for name, value in layers.items() if name.startswith(prefix)}
     layers = convert_unet_state_dict_to_peft(layers)
     denoiser = getattr(pipeline, denoiser_name)
     expected = get_peft_model_state_dict(denoiser)
-    differing = sorted(set(layers) ^ set(expected)) or sorted(
-        name for name in expected if layers[name].shape != expected[name].shape
-    )
+    differing = sorted(set(layers) ^ set(expected))
+    if not differing:
+        differing = sorted(name for name in expected if layers[name].shape != expected[name].shape)
     if differing:
         raise ValueError(
             f"The LoRA in {str(directory)!r} does not fit the adapter being trained (first difference: "
             f"{differing[0]!r}). Use the `peft_config` of the run that wrote it."
         )
+
+    # Undo the folding of strengths, and load.
     folded = _check_strength(Path(directory) / LORA_NAME, denoiser_name, denoiser.peft_config["default"])
     if folded:
-        layers = {n: v / _strength(denoiser, n) if ".lora_B." in n else v for n, v in layers.items()}
+        for name in layers:
+            if ".lora_B." in name:
+                layers[name] = layers[name] / _strength(denoiser, name)
     set_peft_model_state_dict(denoiser, layers)
 
 
 def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> bool:
     """
-    Equal names and shapes are not yet equal adapters: alpha and its like say how strong the weights are. Returns whether they
-    are folded into the weights of the file.
+    Check the settings that say how strong the weights are, such as alpha: adapters that differ in them are different, even
+    with equal names and shapes. Returns whether the strength is folded into the weights of the file.
     """
     with safe_open(file, framework="pt") as handle:
         metadata = handle.metadata() or {}

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`wrap_pipeline`: from what users have to the pipeline that SPO trains. The families stand in one table."""
+"""Turn any pipeline that users have into the one that SPO trains: [`wrap_pipeline`] and its table of model families."""
 
 from pathlib import Path
 from typing import Any

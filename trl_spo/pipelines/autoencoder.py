@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-From images to latents in the scale of the denoiser, and back: the VAE of a pipeline, and the small decoder that may
-stand in for it when candidates are scored.
+Encode images to latents in the scale of the denoiser and decode them, with the VAE of a pipeline or with a small decoder
+that replaces it when candidates are scored.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def scale_and_shift(
     vae: torch.nn.Module, device: torch.device | None = None
 ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
     """
-    What lies between the latents of a VAE and those of a denoiser: `latents = (vae_latents - shift) * scale`.
+    How the latents of a VAE become those of a denoiser: `latents = (vae_latents - shift) * scale`.
 
     Returns:
         `tuple` of two numbers, or of two float32 tensors of shape `(channels, 1, 1)` on `device` where the VAE has a
@@ -47,11 +47,15 @@ def scale_and_shift(
     mean = getattr(config, "latents_mean", None)
     std = getattr(config, "latents_std", None)
     if mean is not None and std is not None:
-        shift, deviation = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-        if device is not None:  # without a wait for the device
-            shift, deviation = shift.to(device, non_blocking=True), deviation.to(device, non_blocking=True)
-        scale = scale / deviation
+        shift = _per_channel(mean, device)
+        scale = scale / _per_channel(std, device)
     return scale, shift
+
+
+def _per_channel(values: list[float], device: torch.device | None) -> torch.Tensor:
+    """One number per channel, `(channels, 1, 1)`, on the device, without waiting for it."""
+    numbers = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+    return numbers if device is None else numbers.to(device, non_blocking=True)
 
 
 def own_precision(vae: torch.nn.Module):
@@ -116,7 +120,7 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
     Args:
         vae (`AutoencoderTiny` or other diffusers autoencoder, path or Hub id, *optional*): `None` keeps the pipeline's own
             VAE. What a path or Hub id names is loaded as an `AutoencoderTiny`, in the dtype of the pipeline.
-        pipeline ([`SPOPipeline`]): whose latents it decodes.
+        pipeline ([`SPOPipeline`]): the pipeline whose latents it decodes.
 
     Returns:
         `torch.nn.Module`: the decoder, frozen and in evaluation mode, on the device it was given or loaded on; `None`
@@ -126,6 +130,7 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
         TypeError: if it does not decode.
         ValueError: if it cannot be loaded, or takes other latents than the pipeline's.
     """
+    # Load it, if it is given by name.
     if vae is None:
         return None
     if isinstance(vae, (str, Path)):
@@ -138,12 +143,15 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
             raise ValueError(
                 f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({error})."
             ) from error
+
+    # Check that it can decode these latents.
     if not isinstance(vae, torch.nn.Module) or not hasattr(vae, "decode") or not hasattr(vae, "config"):
         raise TypeError(
             "`scoring_vae` must be a diffusers autoencoder such as `AutoencoderTiny`, or the path or Hub id of one, got "
             f"`{type(vae).__name__}`."
         )
-    channels, expected = latent_channels(vae), latent_channels(pipeline.vae)
+    channels = latent_channels(vae)
+    expected = latent_channels(pipeline.vae)
     if channels != expected:
         raise ValueError(
             f"`scoring_vae` decodes latents with {channels} channels, but the pipeline's have {expected}."

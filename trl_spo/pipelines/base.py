@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What SPO asks of a diffusion pipeline.
+The contract of a pipeline, [`SPOPipeline`]: what SPO asks of every model family.
 
 Rollout, loss and trainers know no scheduler, no UNet and no noise parametrisation. They ask a pipeline for the *step
 distribution* of x_{t-1} given x_t (mean, standard deviation, predicted x_0), and the pipeline asks its step rule. A new
@@ -60,7 +60,7 @@ class SPOPipeline:
         use_lora (`bool`, *optional*, defaults to `True`): train adapters (True) or the whole denoiser.
 
     Attributes:
-        sd_pipeline: the diffusers pipeline; of networks that are wrapped, by `torch.compile` for example, those inside.
+        sd_pipeline: the diffusers pipeline, without wrappers such as `torch.compile` around its networks.
         step_rule ([`StepRule`]): what the sampler does in a step; set by subclasses.
         use_lora (`bool`): whether an adapter is trained.
         scoring_vae (`torch.nn.Module`, *optional*): decodes for the reward instead of the pipeline's VAE.
@@ -119,6 +119,7 @@ class SPOPipeline:
         Raises:
             ValueError: for a value out of range, or one that is not off in a family without the option.
         """
+        # Refuse values out of range, options that the family does not have, and more layers than the encoders have.
         if guidance_rescale is not None and not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must be in [0, 1], where 0 is off; got {guidance_rescale}.")
         if clip_skip is not None and clip_skip < 0:
@@ -126,14 +127,17 @@ class SPOPipeline:
         for name, value in (("guidance_rescale", guidance_rescale), ("clip_skip", clip_skip)):
             if value and name not in self.options:
                 raise ValueError(
-                    f"A `{type(self.sd_pipeline).__name__}` knows no `{name}`, so images would be made unlike in training; leave "
+                    f"A `{type(self.sd_pipeline).__name__}` has no `{name}`, so images would be made unlike in training; leave "
                     "it at 0."
                 )
-        layers = [encoder.config.num_hidden_layers for encoder in self.clip_text_encoders()] if clip_skip else []
-        if clip_skip and clip_skip >= min(layers):
-            raise ValueError(
-                f"`clip_skip` must be below {min(layers)}, the layers of the text encoder; got {clip_skip}."
-            )
+        if clip_skip:
+            fewest = min(encoder.config.num_hidden_layers for encoder in self.clip_text_encoders())
+            if clip_skip >= fewest:
+                raise ValueError(
+                    f"`clip_skip` must be below {fewest}, the layers of the text encoder; got {clip_skip}."
+                )
+
+        # Set them only now, so that an error changes nothing.
         for name, value in (("guidance_rescale", guidance_rescale), ("clip_skip", clip_skip)):
             if value is not None:
                 setattr(self, name, value)
@@ -145,7 +149,7 @@ class SPOPipeline:
 
     @contextlib.contextmanager
     def configured(self, **options) -> Iterator[None]:
-        """[`SPOPipeline.configure`] inside, and what it was before after that."""
+        """A context with the settings of [`SPOPipeline.configure`]; afterwards they are as they were before."""
         before = {name: getattr(self, name) for name in options}
         self.configure(**options)
         try:
@@ -211,22 +215,26 @@ class SPOPipeline:
         if use_lora is not None:
             self.use_lora = use_lora
         self.freeze()
-        # Nothing of an earlier run on this object: its reference was the model as that run found it.
+        # Forget what an earlier run left on this object: its reference was the model as that run found it.
         self._frozen_copy = None
         self._compute_dtype = None
         if self.use_lora:
             self.add_lora(peft_config)
         else:
+            # Full fine-tuning: the weights must be real numbers that an optimizer can change.
             require_no_adapters(self.denoiser, self.denoiser_name)
             before = self.compute_dtype
             weights = self.denoiser.parameters()
-            # Some libraries' quantised weights say they are float32, as what they stand for is.
+            # Quantised weights of some libraries report float32, the dtype of what they stand for.
             quantised = getattr(self.denoiser, "hf_quantizer", None) is not None
             if quantised or any(not w.is_floating_point() or torch.finfo(w.dtype).bits < 16 for w in weights):
                 raise ValueError(
                     f"The {self.denoiser_name} stores weights in 8 bits or less, so it cannot be trained as a whole. Train an adapter "
                     "(`use_peft=True`), or load it without quantisation and layerwise casting."
                 )
+
+            # The reference is a copy, since the weights themselves change. Training is in float32, as steps of 1e-5 vanish
+            # in half precision; callers may go on in the dtype they had.
             self.denoiser.to(torch.float32)
             self._frozen_copy = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
             self.denoiser.requires_grad_(True)
@@ -241,17 +249,17 @@ class SPOPipeline:
 
     def frozen_modules(self) -> dict[str, torch.nn.Module]:
         """Networks that are used but never trained, by component name."""
-        components = self.sd_pipeline.components
-        return {
-            name: module
-            for name, module in components.items()
-            if isinstance(module, torch.nn.Module) and name != self.denoiser_name
-        }
+        frozen = {}
+        for name, module in self.sd_pipeline.components.items():
+            if isinstance(module, torch.nn.Module) and name != self.denoiser_name:
+                frozen[name] = module
+        return frozen
 
     def check_weights(self) -> None:
         """
         Raises:
-            ValueError: if weights are on the meta device by now, and are shapes without numbers; see [`check_network`].
+            ValueError: if weights are on the meta device by now, so that they have shapes but no values; see
+                [`check_network`].
         """
         for name, module in {self.denoiser_name: self.denoiser, **self.frozen_modules()}.items():
             check_network(module, name)
@@ -272,7 +280,7 @@ class SPOPipeline:
 
     @contextlib.contextmanager
     def encoders_on_device(self) -> Iterator[None]:
-        """Encode prompts inside: with `offload_text_encoders` the encoders are on the device only as long."""
+        """A context in which to encode prompts: with `offload_text_encoders` the encoders are on the device only inside it."""
         if not self.offload_text_encoders:
             yield
             return
@@ -290,7 +298,7 @@ class SPOPipeline:
     def default_lora(self) -> LoraConfig:
         """
         The adapter that is trained if the caller names none: rank 4 on the attention projections, as the paper does on
-        Stable Diffusion 1.5 (SPO, appendix; DDPO uses the same). A family whose layers have other names says so.
+        Stable Diffusion 1.5 (SPO, appendix; DDPO uses the same). A family whose layers have other names overrides this.
         """
         return default_lora_config()
 
@@ -312,9 +320,9 @@ class SPOPipeline:
         """
         Args:
             prompts (`list[str]`): B prompts.
-            negative_prompt (`str`, *optional*, defaults to `""`): of the unconditional half of the guidance. `None` leaves
-                that half out, in families with `negative_is_optional`: a run encodes its negative prompt once.
-            size: `height` and `width` of the images in pixels, for models that are told.
+            negative_prompt (`str`, *optional*, defaults to `""`): prompt of the unconditional half of the guidance. `None`
+                leaves that half out, in families with `negative_is_optional`: a run encodes its negative prompt once.
+            size: `height` and `width` of the images in pixels, for models that are conditioned on them.
 
         Returns:
             [`PromptEmbeds`] of B rows.
@@ -329,7 +337,7 @@ class SPOPipeline:
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
             timesteps (`int` or `torch.Tensor` of shape `(batch_size,)`)
             prompt_embeds ([`PromptEmbeds`]): one row per sample.
-            guidance_scale (`float`): what the diffusers pipeline of the family calls so.
+            guidance_scale (`float`): as the diffusers pipeline of the family defines it.
             denoiser (`torch.nn.Module`, *optional*): call this instead of the denoiser, such as its DDP wrapper.
 
         Returns:
@@ -355,7 +363,7 @@ class SPOPipeline:
         raise NotImplementedError
 
     def call_arguments(self, guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
-        """How the family's diffusers pipeline is told the guidance of SPO; for the code of a model card."""
+        """Arguments that give the family's diffusers pipeline the guidance of SPO; for the code of a model card."""
         arguments = {"guidance_scale": guidance_scale}
         if negative_prompt:
             arguments["negative_prompt"] = negative_prompt
@@ -483,7 +491,7 @@ class SPOPipeline:
     def check_default_size(self, sample_size: Any, *given: int | None) -> None:
         """
         Raises:
-            ValueError: if a size is left to the model, and its configuration does not say one.
+            ValueError: if a size is left to the model and its configuration has none.
         """
         if sample_size is None and not all(given):
             raise ValueError(
@@ -494,7 +502,7 @@ class SPOPipeline:
     def check_tokenizers(self) -> None:
         """
         Raises:
-            ValueError: if the tokenizer of a CLIP text encoder allows more tokens than that has places for.
+            ValueError: if the tokenizer of a CLIP text encoder allows more tokens than the encoder has positions for.
         """
         for number in ("", "_2"):
             encoder = getattr(self.sd_pipeline, f"text_encoder{number}", None)

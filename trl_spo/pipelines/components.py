@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-The components of a diffusers pipeline, looked at before anything is done with them: the one door for training, sampling,
-merging and latent rewards.
+Check the components of a diffusers pipeline and remove wrappers, before it is used for training, sampling, merging or a
+latent reward.
 
-Users wrap networks (`torch.compile`, `DistributedDataParallel`, accelerate). A wrapper changes the names of weights, and what
-is saved under them nobody reads, so the networks inside are used.
+Users wrap networks (`torch.compile`, `DistributedDataParallel`, accelerate). A wrapper changes the names of weights, and
+other programs cannot read files with such names, so the networks inside are used.
 """
 
 import copy
@@ -39,13 +39,14 @@ def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
     """The network inside of `torch.compile`, data parallel and sharding wrappers, however many there are."""
     inside = extract_model_from_parallel(network, keep_torch_compile=False)
     while inside is not network:
-        network, inside = inside, extract_model_from_parallel(inside, keep_torch_compile=False)
+        network = inside
+        inside = extract_model_from_parallel(network, keep_torch_compile=False)
     return network
 
 
 def plain_pipeline(pipeline: Any) -> Any:
     """
-    A pipeline whose networks carry their own names and have weights.
+    The pipeline without wrappers around its networks, after a check that all of them have weights.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -57,11 +58,11 @@ def plain_pipeline(pipeline: Any) -> Any:
     Raises:
         ValueError: if a network is a `PeftModel`, has wrapped parts, or weights that are shapes without numbers.
     """
-    networks = {
-        name: value
-        for name, value in getattr(pipeline, "components", {}).items()
-        if isinstance(value, torch.nn.Module)
-    }
+    # Check the networks inside of all wrappers, and the tokenizers against the text encoders.
+    networks = {}
+    for name, value in getattr(pipeline, "components", {}).items():
+        if isinstance(value, torch.nn.Module):
+            networks[name] = value
     inside = {name: unwrapped(network) for name, network in networks.items()}
     for name, network in inside.items():
         check_network(network, name)
@@ -70,12 +71,14 @@ def plain_pipeline(pipeline: Any) -> Any:
         if hasattr(embeddings, "num_embeddings"):
             tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
             check_vocabulary(tokenizer, embeddings.num_embeddings, f"pipeline (tokenizer{suffix})")
+
+    # Leave the caller's pipeline alone: only a copy gets the networks without their wrappers.
     replaced = {name: network for name, network in inside.items() if network is not networks[name]}
     if not replaced:
         return pipeline
     wrappers = ", ".join(f"{name} ({type(networks[name]).__name__})" for name in replaced)
     logger.warning(
-        f"The network inside is used of what is wrapped: {wrappers}. To train compiled blocks, set `compile_regions`."
+        f"These components are wrapped, and the networks inside are used: {wrappers}. To train compiled blocks, set `compile_regions`."
     )
     plain = copy.copy(pipeline)
     plain.register_modules(**replaced)
@@ -99,7 +102,7 @@ def check_network(network: torch.nn.Module, name: str) -> None:
     wrapped = [part for part, module in network.named_modules() if part and unwrapped(module) is not module]
     if wrapped:
         raise ValueError(
-            f"A part of the {name} is wrapped, {wrapped[0]!r}, so its weights would be saved under names that nobody reads. "
+            f"A part of the {name} is wrapped, {wrapped[0]!r}, so its weights would be saved under names that no program reads. "
             "Compile in place, as `module.compile()` and `compile_repeated_blocks()` do, or set `compile_regions`."
         )
     # Whoever works on shapes, as estimates of memory do, says so by `torch.device("meta")` around it.
@@ -113,7 +116,7 @@ def check_network(network: torch.nn.Module, name: str) -> None:
 
 def changes_of_the_base(pipeline: Any) -> str:
     """
-    In words, why a diffusers pipeline is not the model that its name says, as far as that can be known; empty for nothing.
+    Why a diffusers pipeline is not the model that its name says, in words, as far as that can be known; empty if it is.
 
     Known are LoRAs that `pipe.fuse_lora` fused, FreeU, and denoisers, text encoders and tokenizers that were loaded from
     elsewhere ([`parts_from_elsewhere`]). Another VAE makes other images, but a LoRA means the same beside it, so it is not among
@@ -124,13 +127,21 @@ def changes_of_the_base(pipeline: Any) -> str:
     fused = sorted(getattr(pipeline, "fused_loras", None) or ())
     if fused:
         changes.append(f"LoRAs are fused into it ({', '.join(fused)})")
-    blocks = getattr(unwrapped_part(pipeline, "unet"), "up_blocks", ())
-    if any(getattr(block, name, None) is not None for block in blocks for name in ("s1", "s2", "b1", "b2")):
+    if _free_u_is_on(unwrapped_part(pipeline, "unet")):
         changes.append("FreeU is on, which changes what its UNet predicts")
     parts = {name: origin for name, origin in parts_from_elsewhere(pipeline).items() if name != "vae"}
     if parts:
         changes.append("parts come from elsewhere: " + ", ".join(f"{name} ({root})" for name, root in parts.items()))
     return "; ".join(changes)
+
+
+def _free_u_is_on(unet: torch.nn.Module | None) -> bool:
+    """Whether `pipe.enable_freeu` has set its factors in the up blocks."""
+    for block in getattr(unet, "up_blocks", ()):
+        for name in ("s1", "s2", "b1", "b2"):
+            if getattr(block, name, None) is not None:
+                return True
+    return False
 
 
 def unwrapped_part(pipeline: Any, name: str) -> torch.nn.Module | None:
@@ -140,10 +151,11 @@ def unwrapped_part(pipeline: Any, name: str) -> torch.nn.Module | None:
 
 def parts_from_elsewhere(pipeline: Any) -> dict[str, str]:
     """
-    Which parts of a diffusers pipeline another repository or folder gave, such as a VAE that was passed to `from_pretrained`.
+    The parts of a diffusers pipeline that were loaded from another repository or folder, such as a VAE that was passed to
+    `from_pretrained`.
 
-    Diffusers and transformers write into each part where they loaded it from. Parts that say nothing, as those built from a
-    configuration or a single file, pass for the pipeline's own.
+    diffusers and transformers note in each part where they loaded it from. Parts without such a note, as those built from a
+    configuration or a single file, count as the pipeline's own.
 
     Returns:
         `dict[str, str]`: name of the part (`"unet"` or `"transformer"`, `"vae"`, `"text_encoder"`, `"tokenizer"`, ...) and its
@@ -158,11 +170,10 @@ def parts_from_elsewhere(pipeline: Any) -> dict[str, str]:
             continue
         part = unwrapped(part) if isinstance(part, torch.nn.Module) else part
         config = getattr(part, "config", None)
-        origin = getattr(part, "name_or_path", None) or (
-            config.get("_name_or_path") if hasattr(config, "get") else None
-        )
-        roots[name] = _root(origin, name)
-    roots = {name: root for name, root in roots.items() if root is not None}
+        from_config = config.get("_name_or_path") if hasattr(config, "get") else None
+        root = _root(getattr(part, "name_or_path", None) or from_config, name)
+        if root is not None:
+            roots[name] = root
     foreign = {name: root for name, root in roots.items() if root != own}
     if foreign == roots and len(set(roots.values())) == 1 and Path(next(iter(roots.values()))).is_dir():
         return {}  # one copy on the disk, whose pipeline was given the name of its repository
@@ -217,7 +228,7 @@ def check_vae_statistics(vae: torch.nn.Module, used: tuple[str, ...]) -> None:
 
 def check_inputs(transformer: torch.nn.Module, expected_channels: int, vae_channels: int | None) -> None:
     """
-    Whether a transformer takes latents and text and nothing else.
+    Check that a transformer takes latents and text and nothing else.
 
     Args:
         transformer (`torch.nn.Module`): of a flow-matching pipeline.

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a denoiser is conditioned on: text features, one row per prompt."""
+"""Text features that a denoiser is conditioned on, one row per prompt ([`PromptEmbeds`]), and a warning about long prompts."""
 
 import contextlib
 from collections.abc import Iterator
@@ -64,18 +64,21 @@ class PromptEmbeds:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all fields; rows that are shared by expansion count as often as they are seen."""
-        values = (getattr(self, name) for name in _tensors())
+        """Memory of all fields; rows that are shared by expansion count each time they occur."""
+        values = [getattr(self, name) for name in _tensors()]
         return sum(value.nbytes for value in values if value is not None)
 
     def _map(self, function, function_of_lengths=lambda lengths: lengths) -> "PromptEmbeds":
-        """`function` of every tensor, the other one of the numbers that stay with the host."""
-        functions = {**dict.fromkeys(_tensors(), function), **dict.fromkeys(LENGTHS, function_of_lengths)}
-        values = {name: getattr(self, name) for name in functions}
-        return replace(self, **{name: functions[name](value) for name, value in values.items() if value is not None})
+        """Apply one function to every tensor, and the other to the lengths, which are numbers."""
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                changed[field.name] = function_of_lengths(value) if field.name in LENGTHS else function(value)
+        return replace(self, **changed)
 
     def __getitem__(self, index) -> "PromptEmbeds":
-        """Rows by slice or index tensor. Of an index on the CPU nobody waits for the device."""
+        """Rows by slice or index tensor. An index on the CPU is sent to the device without waiting for it."""
         if not torch.is_tensor(index):
             return self._map(lambda value: value[index], lambda lengths: lengths[index])
         place = self.prompt_embeds.device
@@ -126,16 +129,22 @@ class PromptEmbeds:
         Raises:
             ValueError: if some parts have a field, such as the negative prompt, that others do not have.
         """
-        values = {name: [getattr(part, name) for part in parts] for name in _tensors()}
+        # Collect each field from all parts, and bring sequences and masks to one length.
+        values = {}
+        for name in _tensors():
+            values[name] = [getattr(part, name) for part in parts]
         for sequences, masks in SEQUENCES.items():
             if values[sequences][0] is not None:
                 values[sequences], values[masks] = _pad(values[sequences], values[masks])
-        lacking = [name for name, tensors in values.items() if 0 < sum(t is None for t in tensors) < len(tensors)]
-        if lacking:
-            raise ValueError(
-                f"Prompt embeddings can only be joined if all of them have `{lacking[0]}`, or none has it."
-            )
-        joined = {name: torch.cat(tensors) for name, tensors in values.items() if tensors[0] is not None}
+
+        # Join the fields that all parts have; one that only some have is an error.
+        joined = {}
+        for name, tensors in values.items():
+            present = [tensor for tensor in tensors if tensor is not None]
+            if 0 < len(present) < len(tensors):
+                raise ValueError(f"Prompt embeddings can only be joined if all of them have `{name}`, or none has it.")
+            if present:
+                joined[name] = torch.cat(present)
         for name in LENGTHS:
             lengths = [getattr(part, name) for part in parts]
             if None not in lengths:
@@ -172,8 +181,7 @@ def _pad(sequences: list[torch.Tensor], masks: list[torch.Tensor | None]) -> tup
 
 class LongPrompts:
     """
-    One warning for the first prompt that is longer than the text encoder reads. diffusers prints the rest of each text in
-    each call, and transformers says that such a text cannot work.
+    Warns once that long prompts are cut, and silences diffusers' and transformers' own messages about it, one per call.
 
     Attributes:
         warned (`bool`): whether there was such a prompt.
@@ -187,20 +195,23 @@ class LongPrompts:
         self, texts: list[str], pipeline: Any, tokenizer: Any = None, limit: int | None = None
     ) -> Iterator[None]:
         """
-        Encode `texts` inside of this context.
+        A context in which to encode `texts`. It warns of the first one that is too long.
 
         Args:
             texts (`list[str]`): prompts.
             pipeline: the diffusers pipeline that encodes them.
-            tokenizer (*optional*): whose limit counts; by default the pipeline's first.
-            limit (`int`, *optional*): tokens that are read of a text; by default what the tokenizer says.
+            tokenizer (*optional*): the tokenizer whose limit counts; by default the pipeline's first.
+            limit (`int`, *optional*): number of tokens that the text encoder reads; by default the tokenizer's limit.
         """
+        # Silence the messages of diffusers and transformers, one per call.
         tokenizer = tokenizer or pipeline.tokenizer or pipeline.tokenizer_2
         limit = limit or tokenizer.model_max_length
         names = (pipeline.encode_prompt.__module__, "transformers.tokenization_utils_base")
         others = [logging.get_logger(name) for name in names]
         for other in others:
             other.addFilter(_is_not_about_length)
+
+        # Warn of the first prompt that is too long; later ones do not even have to be tokenized.
         try:
             for text in texts:
                 if self.warned or len(text.encode()) < limit:  # a token has at least one byte

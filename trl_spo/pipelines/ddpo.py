@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-TRL's DDPO interface, for the families that TRL's `DDPOTrainer` can train (TRL <= 0.23.1): those with a UNet.
+Implement TRL's DDPO interface for the families that TRL's `DDPOTrainer` can train (TRL <= 0.23.1): those with a UNet.
 
 The classes are TRL's own where TRL has them. Elsewhere the definitions below, with the same names and members, take
 their place, so that code which was written for the interface keeps working.
@@ -79,7 +79,7 @@ except ImportError:
 
 class DDPOMembers(DDPOStableDiffusionPipeline):
     """
-    The members of TRL's DDPO interface for an [`SPOPipeline`], which stands behind this class among the bases:
+    The members of TRL's DDPO interface for an [`SPOPipeline`]. List it before [`SPOPipeline`] in the bases:
     `class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline)`.
     """
 
@@ -147,19 +147,25 @@ class DDPOMembers(DDPOStableDiffusionPipeline):
         Raises:
             ValueError: without a prompt or embeddings, or for a deterministic step, which has no log-probability.
         """
+        # The text comes as prompts or as embeddings.
         if prompt is None and prompt_embeds is None:
             raise ValueError("Pass either `prompt` or `prompt_embeds`.")
         if prompt_embeds is None:
             embeds = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt, negative_prompt)
         else:
             embeds = PromptEmbeds(prompt_embeds, negative_prompt_embeds)
+
+        # Sample, and keep every latent with its log-probability for the policy gradient.
         timesteps = self.set_timesteps(num_inference_steps)
-        latents, log_probs = [self.prepare_latents(len(embeds), generator, height, width)], []
+        latents = [self.prepare_latents(len(embeds), generator, height, width)]
+        log_probs = []
         for timestep in timesteps:
             model_output = self.predict(latents[-1], timestep, embeds, guidance_scale)
             step = self.scheduler_step(model_output, timestep, latents[-1], eta, generator=generator)
             latents.append(step.latents)
             log_probs.append(step.log_probs)
+
+        # Decode the last latent, unless the caller wants it as it is.
         if output_type == "latent":
             return DDPOPipelineOutput(latents[-1], latents, log_probs)
         images = self.sd_pipeline.image_processor.postprocess(

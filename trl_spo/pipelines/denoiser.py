@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is asked of every denoiser, whatever its family: its dtypes, a wrapper for training, and the default LoRA."""
+"""Helpers for the denoiser of any family: find its dtypes, wrap it for training, and the default LoRA."""
 
 from typing import Any
 
@@ -32,9 +32,9 @@ def default_lora_config() -> LoraConfig:
 
 def layerwise_casting(network: torch.nn.Module) -> Any | None:
     """
-    The hook of diffusers' `enable_layerwise_casting` in a network, or `None`: its layers store their weights in few bits, cast
-    them when they are called, and back again. So what its weights are is not what it computes with, and they are other tensors
-    after every call.
+    The hook of diffusers' `enable_layerwise_casting` in a network, or `None`. With it, layers store their weights in few bits
+    and cast them for the time of each call. So the network does not compute in the dtype of its weights, and the weights are
+    new tensors after every call.
     """
     for module in network.modules():
         registry = getattr(module, "_diffusers_hook", None)
@@ -46,14 +46,14 @@ def layerwise_casting(network: torch.nn.Module) -> Any | None:
 
 def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
     """
-    The dtype in which a diffusers network takes its inputs. It is not that of any first parameter: weights may be stored
-    in 8 or 4 bits and computed with in another dtype, and adapters are float32 in a network of half precision.
+    The dtype in which a diffusers network takes its inputs. The dtype of the first parameter may be another one: weights may
+    be stored in 8 or 4 bits, and adapters are float32 in a network of half precision.
     """
     hook = layerwise_casting(network)
     if hook is not None:
         return hook.compute_dtype
 
-    # Elsewhere it is the dtype of the first layer that is neither quantised nor an adapter, nor kept in float32 always.
+    # Otherwise it is the dtype of the first weight that is not quantised, not an adapter's and not always kept in float32.
     adapters = set(map(id, adapter_parameters(network)))
     kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, parameter in network.named_parameters():
@@ -72,10 +72,11 @@ def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
 
 def takes_any_precision(network: torch.nn.Module) -> None:
     """
-    Let a network answer in the dtype it is asked in, whatever that of its weights is. A denoiser that is trained as a whole
-    becomes float32, and its user's pipeline goes on asking in half precision.
+    Make a network accept inputs of any dtype, and return outputs in the dtype of its inputs. A denoiser that is trained as a
+    whole becomes float32, while its user's pipeline goes on calling it in half precision.
     """
 
+    # Inputs and outputs may be nested: SDXL's conditions come in a dictionary, and outputs are records of diffusers.
     def cast(value, dtype):
         return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
@@ -90,6 +91,8 @@ def takes_any_precision(network: torch.nn.Module) -> None:
         values = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
         return next((value.dtype for value in values if value.is_floating_point()), torch.float32)
 
+    # One hook casts the inputs to the dtype of the weights, the other casts the output back. Calls may be nested, so the
+    # dtypes that were asked for are kept on a stack.
     asked = []
 
     def before(module, args, kwargs):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A cache of prompt and image encodings."""
+"""Cache the encodings of prompts and images, so that frozen encoders see each of them once: [`EncodingCache`]."""
 
 from collections import OrderedDict
 from typing import Any
@@ -24,7 +24,7 @@ from .conditioning import PromptEmbeds
 
 class EncodingCache:
     r"""
-    Keeps what the frozen networks make of images and prompts, so that seeing them again costs nothing.
+    Keeps the encodings of images and prompts by frozen networks, so that seeing them again costs nothing.
 
     Of an image it keeps mean and standard deviation of the VAE's posterior, in main memory, and not a latent: every use
     still draws its own sample, with the same random numbers as without the cache. Once `max_bytes` are taken, new
@@ -113,6 +113,7 @@ class EncodingCache:
             [`PromptEmbeds`], one row per prompt.
         """
         keys = [(prompt, negative_prompt, pipeline.clip_skip, *sorted(size.items())) for prompt in prompts]
+        # Encode the prompts that are not in the cache, all while the text encoders are on the device.
         missing = {key: key[0] for key in keys if key not in self._prompts}
         home = "cpu" if pipeline.offload_text_encoders else pipeline.device
         fresh = {}
@@ -122,13 +123,14 @@ class EncodingCache:
                     fresh[key] = self._encode_prompt(pipeline, prompt, negative_prompt, size, home)
             self.num_prompts_encoded += len(missing)
 
+        # Collect all rows before any is kept: keeping one may drop another.
         rows = [fresh[key] if key in fresh else self._prompts[key] for key in keys]
         for key, row in zip(keys, rows, strict=True):
             self._keep(key, row)
         return PromptEmbeds.cat(rows).to(pipeline.device)
 
     def _encode_prompt(self, pipeline, prompt: str, negative_prompt: str, size: dict, home) -> PromptEmbeds:
-        """One row on the device `home`. The negative half comes from an earlier row, where the family encodes it apart."""
+        """One row on the device `home`. The negative half comes from an earlier row, if the family encodes it separately."""
         half = (id(pipeline), negative_prompt, pipeline.clip_skip, *sorted(size.items()))
         if (
             getattr(pipeline, "negative_is_optional", False)

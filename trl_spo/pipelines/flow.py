@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-What flow-matching families share: sigmas behind integer timesteps, latents in float32, and the way from a velocity to a
-step. A family says how its transformer is called ([`SPOFlowPipeline.velocity`]), how prompts are encoded, how large latents
+The base of the flow-matching families, [`SPOFlowPipeline`]: sigmas behind integer timesteps, latents in float32, and the
+way from a velocity to a step. A family says how its transformer is called ([`SPOFlowPipeline.velocity`]), how prompts are encoded, how large latents
 are, and how its schedule is shifted.
 
 Latents are `(B, C, h, w)` everywhere. A transformer that wants them packed into tokens gets them so inside `velocity`.
@@ -66,8 +66,10 @@ def linear_mu(num_tokens: int, config) -> float:
     The shift of FLUX-like schedules (`use_dynamic_shifting`): linear in the number of image tokens, between the two
     points of the scheduler's configuration (https://github.com/black-forest-labs/flux, `sampling.py`).
     """
-    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    first = config.get("base_image_seq_len", 256)
+    last = config.get("max_image_seq_len", 4096)
+    low = config.get("base_shift", 0.5)
+    high = config.get("max_shift", 1.15)
     return low + (num_tokens - first) * (high - low) / (last - first)
 
 
@@ -196,7 +198,7 @@ class SPOFlowPipeline(SPOPipeline):
         return any(word in name for word in ("turbo", "schnell", "lightning", "distilled"))
 
     def prepare_for_training(self, peft_config=None, use_lora: bool | None = None) -> torch.nn.Module:
-        if self.is_distilled:  # said here: sampling and evaluating such a model is what it is for
+        if self.is_distilled:  # only training is a problem: such a model is made for sampling
             logger.warning(
                 f"This {type(self.sd_pipeline).__name__} is distilled to a few steps: its velocities are made for those alone, "
                 "and training wears the distillation off. Base models are the better start."
@@ -205,7 +207,7 @@ class SPOFlowPipeline(SPOPipeline):
 
     @property
     def latent_dtype(self) -> torch.dtype:
-        """float32: the last steps are smaller than what bfloat16 can tell apart."""
+        """float32: bfloat16 cannot represent the differences of the last steps."""
         return torch.float32
 
     # --- the schedule ------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ class SPOFlowPipeline(SPOPipeline):
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): x_t.
             timesteps (`int` or `torch.Tensor` of shape `(batch_size,)`)
             prompt_embeds ([`PromptEmbeds`]): one row per sample.
-            guidance_scale (`float`): what the diffusers pipeline of the family calls so.
+            guidance_scale (`float`): as the diffusers pipeline of the family defines it.
             denoiser (`torch.nn.Module`, *optional*): call this instead of the transformer, such as its DDP wrapper.
 
         Returns:
@@ -286,7 +288,8 @@ class SPOFlowPipeline(SPOPipeline):
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         self.check_size(height, width)
-        factor, default = self.spatial_factor, self.default_latent_size()
+        factor = self.spatial_factor
+        default = self.default_latent_size()
         self.check_default_size(default, height, width)
         return (
             self.latent_channels(),

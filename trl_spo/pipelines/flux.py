@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""FLUX.1 as SPO trains it: packed latents, guidance embedded in the transformer (dev) or none (schnell)."""
+"""The FLUX.1 family: packed latents, guidance embedded in the transformer (dev) or none (schnell)."""
 
 import torch
 
@@ -78,7 +78,8 @@ class SPOFluxPipeline(SPOFlowPipeline):
                 "FLUX.1 has its guidance embedded and no unconditional half, so a `negative_prompt` has no effect; leave it "
                 f"empty, got {negative_prompt!r}."
             )
-        texts, pipeline = list(prompts), self.sd_pipeline
+        texts = list(prompts)
+        pipeline = self.sd_pipeline
         with self.long_prompts.announced(texts, pipeline, pipeline.tokenizer_2, self.max_sequence_length):
             tokens, pooled, _ = pipeline.encode_prompt(
                 texts, None, device=self.device, max_sequence_length=self.max_sequence_length

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""FLUX.2 klein as SPO trains it: patches normalised by the VAE's batch norm, guidance by two calls."""
+"""The FLUX.2 klein family: patches normalised by the VAE's batch norm, guidance by two calls."""
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,8 @@ from .flow import TWO_STREAM_ATTENTION, SPOFlowPipeline
 
 def position_ids(height: int, width: int, length: int, batch_size: int, device: torch.device) -> torch.Tensor:
     """Positions of tokens on the axes (time, row, column, place in the text): `(batch_size, tokens, 4)`."""
-    axes = (
-        torch.arange(size, device=device) for size in (1, height, width, length)
-    )  # counted there: no copy to wait for
+    sizes = (1, height, width, length)
+    axes = [torch.arange(size, device=device) for size in sizes]  # made on the device: there is no copy to wait for
     ids = torch.cartesian_prod(*axes)
     return ids.expand(batch_size, -1, -1)
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Qwen-Image as SPO trains it: masked text, guidance that keeps the norm, a video autoencoder with one frame."""
+"""The Qwen-Image family: masked text, guidance that keeps the norm, a video autoencoder with one frame."""
 
 from typing import Any
 

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-The adapter of a latent reward on the denoiser of a policy: a second one, which is active while the reward scores and at no
-other time.
+Add the adapter of a latent reward to the denoiser of a policy: a second adapter, which is active only while the reward
+scores.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ REWARD_ADAPTER = "reward"
 
 
 def reward_parameters(denoiser: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters of that adapter by name; none, if the denoiser shares itself with no reward."""
+    """Parameters of the reward's adapter by name; empty if the denoiser has none."""
     return {name: value for name, value in denoiser.named_parameters() if f".{REWARD_ADAPTER}." in name}
 
 
@@ -47,7 +47,7 @@ def add_reward_adapter(denoiser: torch.nn.Module, peft_config: PeftConfig) -> di
         `dict[str, torch.nn.Parameter]`: its parameters by name, float32.
 
     Raises:
-        ValueError: if the denoiser shares itself with a reward already, or the configuration fits no layer.
+        ValueError: if the denoiser already has the adapter of a reward, or the configuration fits no layer.
     """
     if REWARD_ADAPTER in getattr(denoiser, "peft_config", {}):
         raise ValueError(
@@ -85,9 +85,10 @@ class _AdapterState:
         for layer, active, off in self.layers:
             layer.set_adapter(active)
             layer.enable_adapters(not off)
+        names = [name for _, active, _ in self.layers for name in active]
         for module in self.network.modules():  # layers that have become adapted since then
             if isinstance(module, BaseTunerLayer) and id(module) not in known:
-                module.set_adapter([active for _, names, _ in self.layers for active in names][:1])
+                module.set_adapter(names[:1])
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
         for module, training in self.modes:
@@ -97,8 +98,8 @@ class _AdapterState:
 @contextlib.contextmanager
 def reward_adapter(denoiser: torch.nn.Module) -> Iterator[None]:
     """
-    Inside, the adapter of the reward is the only one that is active and has gradients, if it is being trained, and dropout
-    is off. Afterwards adapters, `requires_grad` and modes are as they were.
+    A context in which the adapter of the reward is the only active one, and the only one with gradients if it is being
+    trained, and dropout is off. Afterwards adapters, `requires_grad` and modes are as they were.
     """
     state = _AdapterState(denoiser)
     try:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Stable Diffusion (1.x, 2.x) as SPO trains it: a UNet on VAE latents, stochastic DDIM steps, classifier-free guidance.
+The Stable Diffusion 1 and 2 family: a UNet on VAE latents, stochastic DDIM steps, classifier-free guidance.
 
 [`SPOStableDiffusionPipeline`] wraps a diffusers pipeline and never changes the user's scheduler: its step rule keeps a
 `DDIMScheduler` of its own, built from the pipeline's configuration. It also offers the interface of TRL's
@@ -80,7 +80,8 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         super().__init__(pipeline, use_lora)
         self.step_rule = DDIMStepRule(pipeline.scheduler)
         self.long_prompts = LongPrompts()
-        in_channels, latent_channels = self.unet.config.in_channels, self.sd_pipeline.vae.config.latent_channels
+        in_channels = self.unet.config.in_channels
+        latent_channels = self.sd_pipeline.vae.config.latent_channels
         if in_channels != latent_channels:
             raise ValueError(
                 f"The UNet takes {in_channels} input channels and the VAE has {latent_channels} latent channels. SPO "
@@ -90,19 +91,21 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         check_vae_statistics(self.sd_pipeline.vae, self.vae_statistics)
 
     def _check_networks(self) -> None:
-        """Whether the components fit each other and the UNet needs nothing that SPO does not give it."""
+        """Check that the components fit each other, and that latents and text are all that the UNet takes."""
         config = self.unet.config
         if config.out_channels != config.in_channels:
             raise ValueError(
                 f"The UNet makes {config.out_channels} channels of {config.in_channels}. SPO needs a prediction in the "
                 "shape of the latents; models that also learn the variance are not supported."
             )
+
+        # Each of these settings is a further input of the UNet, which SPO would not give it.
         extra = {
             "class_embed_type": config.class_embed_type,
             "num_class_embeds": config.num_class_embeds,
             "addition_embed_type": config.addition_embed_type,
             "encoder_hid_dim_type": config.encoder_hid_dim_type,
-            "time_cond_proj_dim": config.time_cond_proj_dim,  # LCM's: the UNet is told the guidance
+            "time_cond_proj_dim": config.time_cond_proj_dim,  # LCM's: the guidance scale is an input of the UNet
         }
         for name, value in extra.items():
             accepted = self.accepted_embeddings.get(name, (None,))
@@ -114,7 +117,10 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
                     + ", not on classes, images or guidance. Pass a plain text-to-image UNet"
                     + ("; one of SDXL belongs into a `StableDiffusionXLPipeline`." if value == "text_time" else ".")
                 )
-        width, expected = self._text_width(), config.cross_attention_dim
+
+        # A text encoder of another model would be refused by the UNet only when it runs.
+        width = self._text_width()
+        expected = config.cross_attention_dim
         if config.encoder_hid_dim is None and isinstance(expected, int) and width != expected:
             raise ValueError(
                 f"The text encoder gives features of size {width} and the UNet takes {expected} "
@@ -186,7 +192,8 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
         return rescale_noise_cfg(guided, cond, self.guidance_rescale) if self.guidance_rescale else guided
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        unet, factor = self.unet.config, self.spatial_factor
+        unet = self.unet.config
+        factor = self.spatial_factor
         sample_size = unet.sample_size
         self.check_default_size(sample_size, height, width)
         default = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
@@ -200,7 +207,10 @@ class SPOStableDiffusionPipeline(DDPOMembers, SPOPipeline):
 
 def _cat_conditioning(first: dict, second: dict) -> dict:
     """Concatenate two (possibly nested) dictionaries of tensors along the batch dimension."""
-    return {
-        key: _cat_conditioning(value, second[key]) if isinstance(value, dict) else torch.cat([value, second[key]])
-        for key, value in first.items()
-    }
+    joined = {}
+    for key, value in first.items():
+        if isinstance(value, dict):
+            joined[key] = _cat_conditioning(value, second[key])
+        else:
+            joined[key] = torch.cat([value, second[key]])
+    return joined

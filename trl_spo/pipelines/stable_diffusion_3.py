@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Stable Diffusion 3 and 3.5 as SPO trains them: an MMDiT on unpacked latents, guidance in one batch."""
+"""The Stable Diffusion 3 and 3.5 family: an MMDiT on unpacked latents, guidance in one batch."""
 
 import torch
 
@@ -70,9 +70,11 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
 
     def _encode_texts(self, texts: list[str], clip_skip: int = 0):
         pipeline = self.sd_pipeline
-        reader, limit = pipeline.tokenizer, None
+        reader = pipeline.tokenizer
+        limit = None
         if pipeline.text_encoder_3 is not None:  # T5 reads on where the CLIPs stop
-            reader, limit = pipeline.tokenizer_3, self.max_sequence_length
+            reader = pipeline.tokenizer_3
+            limit = self.max_sequence_length
         with self.long_prompts.announced(texts, pipeline, reader, limit):
             return pipeline.encode_prompt(
                 texts,
@@ -86,11 +88,13 @@ class SPOStableDiffusion3Pipeline(SPOFlowPipeline):
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         timestep = 1000 * sigma
-        tokens, pooled = embeds.prompt_embeds, embeds.pooled_prompt_embeds
+        tokens = embeds.prompt_embeds
+        pooled = embeds.pooled_prompt_embeds
         guided = guidance_scale > 1
         if guided:
             self.check_negative(embeds)
-            latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
+            latents = torch.cat([latents, latents])
+            timestep = torch.cat([timestep, timestep])
             tokens = torch.cat([embeds.negative_prompt_embeds, tokens])
             pooled = torch.cat([embeds.negative_pooled_prompt_embeds, pooled])
         output = denoiser(

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Stable Diffusion XL as SPO trains it. Everything that is not conditioning or the VAE's precision is shared with
-[`SPOStableDiffusionPipeline`].
+The Stable Diffusion XL family: two text encoders, size conditioning and the precision of the VAE. Everything else is shared
+with [`SPOStableDiffusionPipeline`].
 """
 
 import copy
@@ -59,7 +59,8 @@ class SPOStableDiffusionXLPipeline(SPOStableDiffusionPipeline):
 
     def _check_networks(self) -> None:
         super()._check_networks()
-        unet, pooled = self.unet.config, self.sd_pipeline.text_encoder_2.config.projection_dim
+        unet = self.unet.config
+        pooled = self.sd_pipeline.text_encoder_2.config.projection_dim
         expected = unet.projection_class_embeddings_input_dim
         if 6 * unet.addition_time_embed_dim + pooled != expected:
             refiner = getattr(self.sd_pipeline.config, "requires_aesthetics_score", False) or (

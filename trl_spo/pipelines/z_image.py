@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Z-Image as SPO trains it: lists of images and captions of different length, a clock that runs backwards."""
+"""The Z-Image family: lists of images and captions of different length, and a time that runs from 0 (noise) to 1."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -50,7 +50,8 @@ class SPOZImagePipeline(SPOFlowPipeline):
             [`PromptEmbeds`] with token features `(B, L, dim)`, masks `(B, L)` and lengths: captions differ in length.
         """
         rows = self._encode_texts(list(prompts))
-        positive, lengths = pad_sequence(rows, batch_first=True), [len(row) for row in rows]
+        positive = pad_sequence(rows, batch_first=True)
+        lengths = [len(row) for row in rows]
         if negative_prompt is None:
             return with_lengths(positive, lengths)
         (negative,) = self._encode_texts([negative_prompt])

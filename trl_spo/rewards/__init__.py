@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What scores candidates: the contract of a reward, and the models that fulfil it."""
+"""The rewards that score candidates: their contract, and the models that fulfil it."""

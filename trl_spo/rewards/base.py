@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The contract of a reward, and the one door through which every reward comes: [`wrap_reward`].
+The contract of a reward, [`Reward`], and [`wrap_reward`], which brings whatever users have into that form.
 
-Rollout, memory estimates, evaluation, relabelling and both trainers know the members of [`Reward`] and no class. A reward
-says what it wants to see:
+Rollout, memory estimates, evaluation, relabelling and both trainers use only the members of [`Reward`], never a subclass. A
+reward declares what it wants to see:
 
 | `sees` | samples | when |
 |---|---|---|
@@ -41,7 +41,7 @@ SEES = ("images", "latents", "noisy_latents")
 
 class Reward:
     """
-    What a rollout asks for scores. Subclasses implement `encode_prompts` and `score`.
+    Scores samples in rollouts and evaluation. Subclasses implement `encode_prompts` and `score`.
 
     Attributes:
         sees (`str`): what `score` gets: `"images"` `(B, 3, height, width)` in [-1, 1], `"latents"` (x_0 predictions), or

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The released weights of DiNa-LRM (https://huggingface.co/papers/2602.11146): `config.json`, an adapter of peft in
+Load the released weights of DiNa-LRM (https://huggingface.co/papers/2602.11146): `config.json`, an adapter of peft in
 `checkpoint/backbone_lora`, and the head in `checkpoint/rm_head.pt`.
 """
 
@@ -101,6 +101,7 @@ def adapter_config(described: dict, transformer: nn.Module, depth: int) -> LoraC
 
 def load_dina(model_class: type, folder_or_id: str | Path, pipeline: Any, shared: bool) -> nn.Module:
     """See [`LatentRewardModel.from_dina_checkpoint`]."""
+    # Read the configuration, and check that the pipeline is the one it belongs to.
     source = os.fspath(folder_or_id)
     require_existing(source, "DiNa-LRM")
     file = locate_checkpoint(source, "config.json")
@@ -115,7 +116,7 @@ def load_dina(model_class: type, folder_or_id: str | Path, pipeline: Any, shared
         )
     peft_config = adapter_config(described, plain.transformer, max(settings["blocks"]))
 
-    # The adapter, on the pipeline's weights or on a copy of them.
+    # Build the model with the adapter: on the pipeline's own weights if it is shared, else on a copy of them.
     if shared:
         model = model_class.from_pipeline(pipeline, shared=True, peft_config=peft_config, **settings)
     else:
@@ -125,6 +126,8 @@ def load_dina(model_class: type, folder_or_id: str | Path, pipeline: Any, shared
     if not shared:
         network.float()  # merging in half precision would round the sum
         add_lora(network, peft_config, "transformer")
+
+    # Load the adapter. Where the weights are not shared it is merged, so that the model is one plain network.
     file = locate_checkpoint(source, f"{LORA_FOLDER}/adapter_model.safetensors")
     weights = {name.removeprefix(LORA_PREFIX): value for name, value in read_state_dict(file).items()}
     name = REWARD_ADAPTER if shared else "default"
@@ -138,6 +141,7 @@ def load_dina(model_class: type, folder_or_id: str | Path, pipeline: Any, shared
         network.requires_grad_(True)
         model.cast(dtype)
 
+    # The head was trained with the adapter and comes in a file of its own.
     file = locate_checkpoint(source, HEAD_NAME)
     load_strictly(model.head, read_state_dict(file), file, "the query-attention head of DiNa-LRM")
     return model.eval()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What reward models take, texts and the timesteps of the samples, and what they return."""
+"""Check the inputs of reward models (texts and timesteps), and define their output; freeze and thaw networks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,20 +59,20 @@ def checked_timesteps(
     timesteps: torch.Tensor | int | None, batch_size: int, num_train_timesteps: int, device: torch.device
 ) -> torch.Tensor:
     """
-    One timestep per sample, where the model is.
+    One timestep per sample, on the device of the model.
 
     Args:
         timesteps (`torch.Tensor` of shape `(batch_size,)` or `()`, or `int`, *optional*): integers in
             `[0, num_train_timesteps)`; `None` stands for finished samples, timestep 0.
         batch_size (`int`): B.
-        num_train_timesteps (`int`): those that the model knows.
-        device (`torch.device`): of the model.
+        num_train_timesteps (`int`): number of timesteps that the model was made for.
+        device (`torch.device`): device of the model.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: int64.
 
     Raises:
-        ValueError: if they are no integers, of another number, or out of range. The range is checked where timesteps are
+        ValueError: if they are not integers, not one per sample, or out of range. The range is checked where timesteps are
             numbers or on the CPU; those on an accelerator are trusted, as reading them would wait for it.
     """
     timesteps = torch.as_tensor(0 if timesteps is None else timesteps)

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Fresh latent rewards around the denoiser of a pipeline: copies of what is read, or the denoiser itself under a second
-adapter.
+Build fresh latent rewards from the denoiser of a pipeline: on copies of the blocks that are read, or on the denoiser itself
+under a second adapter.
 """
 
 from typing import Any
@@ -97,7 +97,7 @@ def transformer_settings(transformer: nn.Module, settings: dict[str, Any]) -> di
 
 
 def reader_settings(reader: SPOPipeline) -> dict[str, Any]:
-    """What a [`LatentRewardModelConfig`] says of the pipeline that reads prompts and whose latents are judged."""
+    """The entries of a [`LatentRewardModelConfig`] about the pipeline that reads prompts and whose latents are judged."""
     with reader.encoders_on_device():
         text_width = pooled_text(reader.encode_prompt([""])).shape[-1]
     return {

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Architecture of a latent reward model, and the latent space that it knows."""
+"""Configuration of a latent reward model, and checks that a pipeline has the latent space it was made for."""
 
 from typing import Any
 
@@ -96,6 +96,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         base_model=None,
         **kwargs,
     ):
+        # Where features are read: the networks, and the part of them that is used.
         self.unet_config = {} if unet_config is None else plain_config(unet_config)
         self.text_configs = [] if text_configs is None else list(text_configs)
         unknown = sorted({text.get("architecture") for text in self.text_configs} - set(TEXT_ENCODERS), key=str)
@@ -109,12 +110,16 @@ class LatentRewardModelConfig(PretrainedConfig):
         self.pipeline_class = pipeline_class
         self.max_sequence_length = max_sequence_length
         self.latent_space = latent_space
+
+        # What the scores are made of: latents with their timesteps, and texts.
         self.projection_dim = projection_dim
         self.guidance_scale = guidance_scale
         self.num_train_timesteps = num_train_timesteps
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
         self.logit_scale_init = logit_scale_init
+
+        # How features become a score.
         if head not in HEADS:
             raise ValueError(f"`head` must be one of {HEADS}, got {head!r}.")
         if head == "query_attention" and self.unet_config:
@@ -137,8 +142,8 @@ class LatentRewardModelConfig(PretrainedConfig):
 
 def latent_space_of(pipeline) -> dict[str, Any]:
     """
-    What tells the latents of an [`SPOPipeline`] from others, as plain values: channels, and the numbers between its VAE and
-    its denoiser.
+    What distinguishes the latents of an [`SPOPipeline`] from those of others, as plain values: channels, and the numbers
+    that scale between its VAE and its denoiser.
     """
     config = pipeline.vae.config
     space = {"channels": pipeline.latent_shape()[0]}
@@ -154,7 +159,7 @@ def latent_space_of(pipeline) -> dict[str, Any]:
 
 def check_made_for(config: LatentRewardModelConfig, pipeline) -> None:
     """
-    Whether a model that reads with a pipeline was made for one like this [`SPOPipeline`].
+    Check that a model was made for this kind of [`SPOPipeline`].
 
     Raises:
         ValueError: for a pipeline of another class, or with latents of another space.
@@ -174,7 +179,8 @@ def check_latent_space(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         ValueError: if latents of one space mean something else in the other.
     """
     for name in sorted({*ours, *theirs}):
-        own, other = (torch.as_tensor(space.get(name, float("nan"))).double() for space in (ours, theirs))
+        own = torch.as_tensor(ours.get(name, float("nan"))).double()
+        other = torch.as_tensor(theirs.get(name, float("nan"))).double()
         if own.shape != other.shape or not torch.allclose(own, other, rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"The latent reward model judges latents with {name} = {ours.get(name)}, and the pipeline's have "

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-What a latent reward model reads off a denoiser: the backbones of [`LatentRewardModel`].
+The backbones of [`LatentRewardModel`]: they read features from inside a denoiser.
 
-Each keeps the part of the network that is read, and no more: of a UNet the down levels and the middle, of a transformer the
-blocks up to the last one that is read.
+Each keeps only the part of the network that is needed: the down and mid blocks of a UNet, or the blocks of a transformer up
+to the last one that is read.
 """
 
 import contextlib
@@ -136,8 +136,8 @@ class TransformerFeatures(nn.Module):
     def __init__(self, config: dict, blocks: list[int]):
         super().__init__()
         settings = {name: value for name, value in config.items() if name != "_class_name"}
-        # transformers builds models that it loads on the meta device; some transformers keep tables that are no weights, and
-        # that no file brings back.
+        # transformers builds models that it loads on the meta device. Some transformers have tables that are not weights, so
+        # no file would fill them again.
         with torch.device("cpu"):
             transformer = getattr(diffusers, config["_class_name"]).from_config(settings)
         check_blocks(transformer, blocks)
@@ -205,8 +205,9 @@ class BlockTokens:
 
 @contextlib.contextmanager
 def catching(transformer: nn.Module, blocks: list[int]) -> Iterator[BlockTokens]:
-    """A call of the transformer inside fills the tokens, in the order of `blocks`."""
-    found, tokens = {}, BlockTokens()
+    """A context in which to call the transformer: afterwards the tokens are there, in the order of `blocks`."""
+    found = {}
+    tokens = BlockTokens()
 
     def catch(key: Any):
         return lambda module, args, output: found.__setitem__(key, output)
@@ -325,8 +326,8 @@ def pooled_text(text: PromptEmbeds) -> torch.Tensor:
     """Pooled features `(B, dim)` of prompts; where the family has none, means over those of their tokens."""
     if text.pooled_prompt_embeds is not None:
         return text.pooled_prompt_embeds
-    tokens, mask = text.prompt_embeds, text.prompt_mask
-    tokens = tokens.flatten(2)
+    tokens = text.prompt_embeds.flatten(2)
+    mask = text.prompt_mask
     if mask is None:
         return tokens.mean(1)
     mask = mask.to(tokens)[..., None]

@@ -109,11 +109,11 @@ class QueryAttention(nn.Module):
 
 class QueryAttentionHead(nn.Module):
     """
-    See above.
+    The whole head: tokens of image and text in, one raw score per sample out. See the formulas of this module.
 
     Args:
-        width (`int`): of the tokens, a multiple of `num_heads` and of 4.
-        num_blocks (`int`): behind how many blocks tokens are read.
+        width (`int`): width of the tokens, a multiple of `num_heads` and of 4.
+        num_blocks (`int`): number of blocks behind which tokens are read.
         num_queries (`int`, *optional*, defaults to `4`), num_heads (`int`, *optional*, defaults to `8`)
 
     Raises:
@@ -169,7 +169,7 @@ class QueryAttentionHead(nn.Module):
         return self.head(queries).mean(1).squeeze(-1)
 
     def _adapted(self, adapters, layers: list[torch.Tensor], time_embedding: torch.Tensor) -> torch.Tensor:
-        adapted = [
-            adapter(tokens.to(self.dtype), time_embedding) for adapter, tokens in zip(adapters, layers, strict=True)
-        ]
+        adapted = []
+        for adapter, tokens in zip(adapters, layers, strict=True):
+            adapted.append(adapter(tokens.to(self.dtype), time_embedding))
         return torch.cat(adapted, dim=-1)

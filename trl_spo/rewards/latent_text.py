@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-How latent rewards read prompts: with text encoders of their own, trained with them, or with the frozen ones of the
+Read the prompts of latent rewards: with text encoders of their own, trained with them, or with the frozen ones of the
 pipeline whose latents they judge.
 """
 
@@ -43,7 +43,7 @@ class PipelineReader:
 
     Args:
         config ([`LatentRewardModelConfig`]):
-            Of the reward model that reads. Pipelines that it was not made for are refused.
+            Configuration of the reward model. Pipelines that it was not made for are refused.
         denoiser (`torch.nn.Module`):
             The part of a transformer that the reward model carries.
     """
@@ -166,14 +166,14 @@ def load_tokenizers(path: str, folder: str | None, count: int, **hub_kwargs) -> 
 
 
 def save_without_denoiser(pipeline, folder: Path) -> None:
-    """A diffusers pipeline as a folder, but for its denoiser."""
+    """Save a diffusers pipeline without its denoiser."""
     components = dict(pipeline.sd_pipeline.components)
     components[pipeline.denoiser_name] = None
-    # It complains that a part which is not there cannot be saved.
-    complains = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level = complains.level
-    complains.setLevel(logging.ERROR)
+    # diffusers would warn that the missing part cannot be saved.
+    noisy_logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = noisy_logger.level
+    noisy_logger.setLevel(logging.ERROR)
     try:
         type(pipeline.sd_pipeline)(**components).save_pretrained(folder)
     finally:
-        complains.setLevel(level)
+        noisy_logger.setLevel(level)

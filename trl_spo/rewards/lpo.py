@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The released latent rewards of LPO (https://huggingface.co/casiatao/LRM): a UNet and its text encoders in diffusers'
+Load the released latent rewards of LPO (https://huggingface.co/casiatao/LRM): a UNet and its text encoders in diffusers'
 format, and `state_dict.pt` with the heads.
 """
 
@@ -57,7 +57,7 @@ def load_lpo(
     model_class: type, folder_or_id: str | Path, subfolder: str | None, tokenizer: str | None, config_kwargs: dict
 ) -> nn.Module:
     """See [`LatentRewardModel.from_original_checkpoint`]."""
-    # The networks, of which SDXL's reward has one more. The up blocks never run.
+    # Load the networks: SDXL's reward has a second text encoder. The up blocks never run, so they may be missing.
     source = os.fspath(folder_or_id)
     require_existing(source, "latent reward model")
     parts = {name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")}
@@ -75,14 +75,14 @@ def load_lpo(
             second = transformers.CLIPTextModelWithProjection
             encoders.append(second.from_pretrained(source, subfolder=parts["text_encoder_2"]))
 
-    # The files do not name their latent space: SDXL's and that of SD1 and SD2 are told apart by the text encoders.
+    # The files do not name their latent space: the number of text encoders shows whether it is SDXL's.
     settings = {"scaling_factor": 0.13025 if is_xl else 0.18215, "base_model": hub_id(source)}
     file = locate_checkpoint(source, f"{subfolder}/{STATE_NAME}" if subfolder else STATE_NAME)
     heads = read_heads(file)
     settings["projection_dim"] = len(heads.get("visual_projection.weight", torch.empty(0)))
     model = copy_unet(model_class, unet, encoders, {**settings, **config_kwargs})
 
-    # The heads. The scale is a plain number in some files, so it is not a weight of a module.
+    # Load the heads. The scale is a plain number in some files, so it is not a weight of a module.
     expected = nn.ModuleDict({"visual_projection": model.visual_projection})
     if model.text_projection is not None:
         expected["text_projection"] = model.text_projection

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Scores of candidates in full batches: decode where the reward wants images, ask it in chunks, wait for the device once."""
+"""Score candidates in full batches: decode where the reward wants images, ask it in chunks, wait for the device once."""
 
 import math
 
@@ -25,8 +25,8 @@ from .base import Reward
 
 def even_slices(total: int, size: int | None) -> list[slice]:
     """
-    As few slices of `total` samples as have at most `size` each, all of nearly one length: the last is no straggler, which
-    would leave a GPU idle and, if it were a single sample, have compiled code compiled once more.
+    The fewest slices of `total` samples with at most `size` each, all of nearly the same length. A short last slice would
+    leave a GPU idle, and a single sample would be compiled anew.
     """
     count = max(1, math.ceil(total / size)) if size else 1
     ends = [total * i // count for i in range(count + 1)]
@@ -38,8 +38,8 @@ class Scorer:
     Asks the reward about candidates of one rollout. Prompts are encoded once.
 
     Args:
-        pipeline ([`SPOPipeline`]): decodes.
-        reward ([`Reward`]): judges.
+        pipeline ([`SPOPipeline`]): decodes the candidates.
+        reward ([`Reward`]): scores them.
         prompts (`list[str]`): the B prompts of the rollout.
         decode_batch_size (`int`, *optional*): maximum number of images in one call of the decoder.
         batch_size (`int`, *optional*): maximum number of samples in one call of the reward; `decode_batch_size` by
@@ -75,7 +75,10 @@ class Scorer:
             list of `torch.Tensor` of shape `(K, B)`: float32, on the CPU; NaN for latents and images that are not
             finite, instead of which the reward sees zeros.
         """
-        shapes, rows, timesteps = [], [], []
+        # Join the candidates of all steps, with the row of the prompt and the timestep of each.
+        shapes = []
+        rows = []
+        timesteps = []
         for latents, timestep in candidates:
             num_candidates, batch_size = latents.shape[:2]
             shapes.append((num_candidates, batch_size))
@@ -87,6 +90,7 @@ class Scorer:
         if not self.text_is_a_list:  # features are on the device, a list of prompts is not: neither has to wait
             rows = rows.to(latents.device, non_blocking=True)
 
+        # Score them in chunks, and split the scores again.
         scores = []
         for chunk in even_slices(len(latents), self.batch_size):
             scores.append(self._score(latents[chunk], rows[chunk], timesteps[chunk]))

@@ -101,11 +101,13 @@ def prepare_images(
     images = images.float()
     height, width = images.shape[-2:]
     scale = size / min(height, width)
-    new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+    new_height = int(height * scale + 0.5)
+    new_width = int(width * scale + 0.5)
     if (new_height, new_width) != (height, width):
         images = F.interpolate(images, (new_height, new_width), mode="bicubic", align_corners=False, antialias=False)
     if new_height != new_width:
-        top, left = round((new_height - size) / 2), round((new_width - size) / 2)  # Python's rounding: half to even
+        top = round((new_height - size) / 2)  # Python's rounding: half to even
+        left = round((new_width - size) / 2)
         images = images[..., top : top + size, left : left + size]
     images = (images / 2 + 0.5).clamp(0, 1)
     # Channel by channel with numbers: as tensors they would be copied to the device, and a copy waits for it.
@@ -154,7 +156,8 @@ class StepAwareRewardModel(PushesWholeFolder, PreTrainedModel):
     def __init__(self, config: StepAwareRewardModelConfig, tokenizer=None):
         super().__init__(config)
         self.model = CLIPModel(config.clip_config)
-        vision_model, vision_config = self.model.vision_model, self.model.vision_model.config
+        vision_model = self.model.vision_model
+        vision_config = vision_model.config
         hidden_size = vision_config.hidden_size
         vision_model.encoder.layers = nn.ModuleList(
             StepAwareCLIPEncoderLayer(vision_config) for _ in range(vision_config.num_hidden_layers)
@@ -330,9 +333,11 @@ class StepAwareRewardModel(PushesWholeFolder, PreTrainedModel):
         Returns:
             [`StepRewardOutput`].
         """
-        if sum(text is not None for text in (prompts, input_ids, text_features)) != 1:
+        # Check the text first: encoding images is the larger part of the work.
+        texts = [text for text in (prompts, input_ids, text_features) if text is not None]
+        if len(texts) != 1:
             raise ValueError("Give the text as exactly one of `prompts`, `input_ids` and `text_features`.")
-        text = next(text for text in (prompts, input_ids, text_features) if text is not None)
+        text = texts[0]
         pixel_values = prepare_images(
             images.to(self.device), self.config.image_size, self.config.image_mean, self.config.image_std
         )
@@ -341,6 +346,8 @@ class StepAwareRewardModel(PushesWholeFolder, PreTrainedModel):
                 f"There must be one text per image, got {1 if isinstance(text, str) else len(text)} texts for "
                 f"{len(images)} images."
             )
+
+        # Features of both sides.
         if prompts is not None:
             text_features = self.encode_prompts(prompts)
         elif input_ids is not None:
@@ -349,6 +356,7 @@ class StepAwareRewardModel(PushesWholeFolder, PreTrainedModel):
         if tuple(text_features.shape) != expected:
             raise ValueError(f"`text_features` must have shape {expected}, got {tuple(text_features.shape)}.")
         image_features = self.get_image_features(pixel_values, timesteps)
+
         # Normalisation and product in float32: in half precision a score near 20 has steps of 1/64.
         image_embeds = F.normalize(image_features.float(), dim=-1)
         text_embeds = F.normalize(text_features.to(self.device).float(), dim=-1)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The configuration of a step-aware reward model."""
+"""The configuration of a step-aware reward model: [`StepAwareRewardModelConfig`]."""
 
 import copy
 
@@ -76,8 +76,8 @@ class StepAwareRewardModelConfig(PretrainedConfig):
                 "`image_mean` and `image_std` need one number per RGB channel, the latter above 0, got "
                 f"{list(image_mean)} and {list(image_std)}."
             )
-        # One model has one dtype, said once, in this configuration: transformers would build the towers of a CLIP that
-        # was saved in half precision in that dtype, whatever the dtype of the weights is by now.
+        # The dtype of the model is kept in this configuration alone: from a CLIP that was saved in half precision,
+        # transformers would build the towers in that dtype, whatever the dtype of the weights is by now.
         self.clip_config = copy.deepcopy(clip_config)
         for part in (self.clip_config, self.clip_config.text_config, self.clip_config.vision_config):
             part.dtype = None

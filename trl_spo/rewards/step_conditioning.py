@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How a CLIP learns which timestep it looks at: an embedding of the timestep, and layers that it scales and shifts."""
+"""The layers that condition a CLIP on the timestep: an embedding of it, and blocks that it scales and shifts."""
 
 import torch
 from torch import nn

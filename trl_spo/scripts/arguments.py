@@ -15,8 +15,8 @@
 """
 Arguments that the scripts read beside a config, for `trl.TrlParser`.
 
-TRL's own `ModelConfig` and `ScriptArguments` cannot stand here: `use_peft` and `dataset_name` are fields of our configs
-too, and a parser takes each name once. The names that remain are theirs.
+TRL's own `ModelConfig` and `ScriptArguments` cannot be used: `use_peft` and `dataset_name` are also fields of our configs, and
+a parser takes each name once. All other names are the same as in TRL.
 """
 
 import json
@@ -27,7 +27,10 @@ from dataclasses import dataclass, field
 def resume_from(config):
     """`config.resume_from_checkpoint` for `Trainer.train`: on the command line `true` and `last` are words."""
     value = config.resume_from_checkpoint
-    return True if str(value).lower() in ("true", "last") else None if str(value).lower() == "false" else value
+    word = str(value).lower()
+    if word in ("true", "last"):
+        return True
+    return None if word == "false" else value
 
 
 def train_and_save(trainer, config):

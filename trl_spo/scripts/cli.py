@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The console command `trl-spo`: the scripts of this folder as subcommands.
+The console command `trl-spo`, which runs the scripts of this folder as subcommands.
 
 The training commands run in this process, or, with `--accelerate_config` or another option of `accelerate launch`, in
 processes that accelerate starts. What is heavy is imported once a command is known, so `trl-spo --help` answers at once.
@@ -94,7 +94,8 @@ def split_launch_arguments(parser, arguments: list[str]) -> tuple[list[str], lis
 
     own = set(parser._option_string_actions) | {"--config"}
     launchers = (set(launch_command_parser()._option_string_actions) | {"--accelerate_config"}) - own
-    launch, script = [], []
+    launch = []
+    script = []
     target = script
     for argument in arguments:
         if argument.startswith("-"):  # what follows, up to the next option, is its value

@@ -131,6 +131,7 @@ def main(
     from ..sampling import generate_images
     from ..training.checkpointing import check_output_dir
 
+    # Check everything that can be checked before a model is loaded.
     if evaluate_args.base and sampler_args.lora is None:
         raise SystemExit(
             "--base compares with the model without the LoRA, and there is no --lora. To compare two pipelines, name "
@@ -141,9 +142,13 @@ def main(
     protocol = make_protocol(evaluate_args.protocol, sampler_args)
     prompts = sampler_args.read_prompts()
     check_output_dir(sampler_args.output_dir)
+
+    # Load the model with its LoRA, and the metrics.
     pipeline = sampler_args.place(model_args.load_pipeline())  # with the LoRA: a broken one is found before any image
     device = sampler_args.target_device()
     metrics = load_metrics(evaluate_args, reward_args, device)
+
+    # Find out what to compare with: nothing, the same model without its LoRA, or another pipeline.
     base = None
     if evaluate_args.base:  # the model with its LoRA off, so that one model in memory is enough
         seeds = [protocol.seed + i for i in range(len(prompts))]
@@ -157,6 +162,8 @@ def main(
             model_args, model_name_or_path=evaluate_args.base_model_name_or_path, revision=None, vae_name_or_path=None
         )
         base = other.load_pipeline().to(device)
+
+    # Evaluate; the main process writes the files.
     result = evaluate_pipeline(
         pipeline,
         prompts,

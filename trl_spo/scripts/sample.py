@@ -71,7 +71,7 @@ def main(
     from ..sampling import generate_images
     from ..training.checkpointing import check_output_dir
 
-    # Prompts and seeds, before anything is loaded.
+    # Read prompts and seeds before anything is loaded.
     check_output_dir(sampler_args.output_dir)
     if sample_args.prompt:
         prompts = read_prompts(list(sample_args.prompt), name="prompt")
@@ -93,15 +93,15 @@ def main(
     paths = [folder / f"{index:05d}_seed{seed}.png" for index, seed in enumerate(seeds)]
     for path, image in zip(paths, numpy_to_pil(images.permute(0, 2, 3, 1).numpy()), strict=True):
         image.save(path)
+    files = []
+    for path, prompt, seed in zip(paths, prompts, seeds, strict=True):
+        files.append({"file": path.name, "prompt": prompt, "seed": seed})
     record = {
         "model": model_args.model_name_or_path,
         "lora": sampler_args.lora,
         "lora_scale": sampler_args.lora_scale if sampler_args.lora is not None else None,
         "sampler": {"scheduler": type(pipeline.scheduler).__name__, **sampler},
-        "images": [
-            {"file": path.name, "prompt": prompt, "seed": seed}
-            for path, prompt, seed in zip(paths, prompts, seeds, strict=True)
-        ],
+        "images": files,
     }
     (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     settings = ", ".join(f"{name} {value}" for name, value in record["sampler"].items() if value != "")

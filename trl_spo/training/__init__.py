@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What `transformers.Trainer` lacks for these trainers: checkpoints that are whole or absent, memory, metrics, cards."""
+"""What `transformers.Trainer` lacks for these trainers: checkpoints that are complete or absent, memory, metrics, cards."""

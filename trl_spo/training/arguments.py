@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-What both configs have in common: `transformers.TrainingArguments` that tell nobody the Hub token and look at the kind
-of every value of ours before they compare it with anything.
+The base of both configs: `transformers.TrainingArguments` that never show the Hub token, and that check the type of each of
+our settings before its value.
 """
 
 import copy
@@ -67,7 +67,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 def check_kind(name: str, value: Any, annotation: Any) -> None:
     """
-    Whether a value is what the annotation of its field says.
+    Check that a value has the type that the annotation of its field says.
 
     Raises:
         TypeError: if it is of another kind: text for a number, True for an integer, a number for a switch.
@@ -94,7 +94,7 @@ def check_kind(name: str, value: Any, annotation: Any) -> None:
 class StepTrainingArguments(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] that show no secret: neither in their pickle, `training_args.bin` beside every
-    saved model, nor in what trackers and `repr` get. They check the kind of each value of ours, and processes on the CPU
+    saved model, nor in what trackers and `repr` get. The type of each of our settings is checked, and processes on the CPU
     wait for each other no longer than `ddp_timeout`.
     """
 

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What both trainers are: a `transformers.Trainer` with our checkpoints, set up in the same stages.
+The base class of both trainers: a `transformers.Trainer` with our checkpoints, set up in the same stages.
 
     _check      cheap, nothing is loaded: settings, data, output folder
     _load       pipeline and reward model, and whether they fit each other
@@ -34,7 +34,7 @@ from .ema import AveragedWeightsMixin
 
 class StepTrainer(AveragedWeightsMixin, CheckpointingMixin, Trainer):
     """
-    A `Trainer` whose checkpoints exist whole or not at all, which evaluates and saves averaged weights if it has them, and
+    A `Trainer` whose checkpoints are complete or do not exist at all, which evaluates and saves averaged weights if it has them, and
     whose model card is its own. A subclass keeps its metrics between two logs in `_metrics` ([`RunningMeans`]).
     """
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Callbacks of the trainers."""
+"""Callbacks of the trainers: where epochs of pairs end, and sample images while training."""
 
 import json
 import math
@@ -70,7 +70,7 @@ class ImageLoggingCallback(TrainerCallback):
     them as well: TensorBoard, Weights & Biases and Trackio, those that `report_to` names.
 
     Args:
-        trainer ([`SPOTrainer`]): whose pipeline is sampled with the settings of its config.
+        trainer ([`SPOTrainer`]): the trainer; its pipeline is sampled with the settings of its config.
         prompts (`list[str]`): a few prompts.
         every (`int`): optimizer steps between two times.
     """
@@ -98,9 +98,12 @@ class ImageLoggingCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._last = state.global_step
+        # Sample, and save what the model card shows.
         images = self.trainer.generate(self.prompts)
         pictures = [to_pil(image) for image in images]
         self._save(Path(args.output_dir) / "images", images, pictures, state.global_step)
+
+        # Send the images to the trackers of the run, each in its own way.
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
                 for i, image in enumerate(images):

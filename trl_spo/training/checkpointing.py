@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Checkpoints that exist whole or not at all, and the choice of the one to resume from.
+Write checkpoints that are complete or do not exist at all, and choose the one to resume from.
 
 `transformers.Trainer` writes a checkpoint into its final folder, deletes older ones, and only then tells callbacks. A
 process that dies meanwhile leaves a folder that looks like the newest checkpoint, with `save_total_limit=1` the only
@@ -41,11 +41,13 @@ logger = logging.get_logger(__name__)
 
 STAGING_NAME = "_saving"  # pushes to the Hub leave out what begins with an underscore
 TRAINER_STATE_NAME = "trainer_state.json"
-# What is unpickled.
+# Files that are unpickled when a run resumes.
 STATE_NAME = re.compile(r"(optimizer|scheduler|scaler|rng_state|pytorch_model)[\w-]*\.(pt|pth|bin)")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 TORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "basic_ios")  # what torch's errors of writing name
-REPLACED, DELETED = "replaced-", "deleted-"  # prefixes of checkpoints on their way out
+# Prefixes of checkpoints that are being replaced or deleted.
+REPLACED = "replaced-"
+DELETED = "deleted-"
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,14 @@ class CheckpointFiles:
 
 def check_output_dir(output_dir: str | Path, create: bool = True):
     """
-    Whether the folder of a run can be written to, asked before any work is done.
+    Check that the folder of a run can be written to, before any work is done.
 
     Args:
         output_dir (`str` or `Path`): the folder.
-        create (`bool`, *optional*, defaults to `True`): make it; otherwise the folder is asked in which it would be made.
+        create (`bool`, *optional*, defaults to `True`): make the folder; otherwise check the one in which it would be made.
 
     Raises:
-        OSError: if it cannot, with the reason; `PermissionError` and `NotADirectoryError` are among its kinds.
+        OSError: if it cannot, with the reason; it may be a subclass such as `PermissionError` or `NotADirectoryError`.
     """
     output_dir = Path(output_dir)
     asked = output_dir
@@ -132,7 +134,8 @@ def write_text(path: str | Path, text: str):
 
 def move_files(source: str | Path, target: str | Path):
     """Move the files of a folder, one by one, over those of the same name in another; `source` is removed."""
-    source, target = Path(source), Path(target)
+    source = Path(source)
+    target = Path(target)
     sync_folder(source)
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         place = target / path.relative_to(source)
@@ -161,7 +164,8 @@ def clear_staging(output_dir: str | Path):
 
 def publish(staged: str | Path, final: str | Path):
     """Give a finished checkpoint its name. One that has the name already is moved aside and then deleted."""
-    staged, final = Path(staged), Path(final)
+    staged = Path(staged)
+    final = Path(final)
     if final.is_dir() and not staged.is_dir():  # `save_on_each_node` on a disk that the nodes share
         return
     sync_folder(staged)
@@ -187,9 +191,10 @@ def rotate(output_dir: str | Path, limit: int | None, newest: str | Path, best: 
     folders = _checkpoints(output_dir)
 
     # By time: in a folder that is used again, higher numbers may be older. Equal times fall back to the number.
-    old = sorted((f for f in folders if f.resolve() not in always_kept), key=lambda f: (_time_of(f), _step_of(f)))
-    kept = [f for f in folders if f.resolve() in always_kept]
-    for folder in old[: max(0, len(folders) - max(limit, len(kept)))]:
+    old = [folder for folder in folders if folder.resolve() not in always_kept]
+    old.sort(key=lambda folder: (_time_of(folder), _step_of(folder)))
+    num_kept = len(folders) - len(old)
+    for folder in old[: max(0, len(folders) - max(limit, num_kept))]:
         logger.info(f"Deleting {folder}: `save_total_limit` is {limit}.")
         nameless = output_dir / STAGING_NAME / f"{DELETED}{folder.name}"
         nameless.parent.mkdir(exist_ok=True)
@@ -207,7 +212,7 @@ def _step_of(folder: Path) -> int:
 
 
 def global_step_of(folder: str | Path) -> int:
-    """The optimizer steps behind a checkpoint."""
+    """Number of optimizer steps after which a checkpoint was written."""
     return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
 
 
@@ -235,9 +240,8 @@ def _damage(path: Path) -> str | None:
                 pass
         except SafetensorError as error:
             return f"is cut off or not a safetensors file ({error})"
-    elif (
-        STATE_NAME.fullmatch(path.name) or path.name == "training_args.bin"
-    ):  # others are callbacks' and not read here
+    # Pickles of torch; other files with these endings belong to callbacks and are not read here.
+    elif STATE_NAME.fullmatch(path.name) or path.name == "training_args.bin":
         if not zipfile.is_zipfile(path):  # its index is at the end
             return "is cut off or was not written by `torch.save`"
         if path.name != "training_args.bin":
@@ -265,7 +269,7 @@ def _rng_files(folder: Path) -> list[int | None]:
 
 def checkpoint_problems(folder: str | Path, files: CheckpointFiles = CheckpointFiles()) -> list[str]:
     """
-    What keeps a folder from being a checkpoint that training can go on from; empty if nothing does.
+    The reasons why training cannot resume from a folder; empty if it can.
 
     The weights, the states of optimizer, scheduler, random numbers and trainer, and the trainer's own files must be there,
     and no file may be cut off. Tensors are not read and nothing is unpickled, so it takes no time.
@@ -282,17 +286,17 @@ def checkpoint_problems(folder: str | Path, files: CheckpointFiles = CheckpointF
     names = {path.name for path in folder.iterdir()}
     sharded_by_deepspeed = any(name.startswith("global_step") for name in names)
 
-    # The model, and what the trainer itself writes.
-    has_weights = any(path.is_file() or path.is_dir() for pattern in files.weights for path in folder.glob(pattern))
-    if not has_weights and not sharded_by_deepspeed:
+    # Look for the model, and for what the trainer itself writes.
+    if not _has_weights(folder, files.weights) and not sharded_by_deepspeed:
         problems.append(f"the weights are missing ({' or '.join(files.weights)})")
     for name in (TRAINER_STATE_NAME, *files.state):
         if name not in names:
             problems.append(f"{name} is missing")
 
-    # The state of training. A checkpoint that has none of it was not meant to have it.
+    # Look for the state of training. A checkpoint with no part of it was saved without it on purpose.
     has_optimizer = sharded_by_deepspeed or any(name.startswith("optimizer") for name in names)
-    has_scheduler, ranks = "scheduler.pt" in names, _rng_files(folder)
+    has_scheduler = "scheduler.pt" in names
+    ranks = _rng_files(folder)
     if not (has_optimizer or has_scheduler or ranks) and not problems:
         return ["it was saved with `save_only_model=True`, so it has weights and no state of training"]
     if not has_optimizer:
@@ -306,6 +310,14 @@ def checkpoint_problems(folder: str | Path, files: CheckpointFiles = CheckpointF
     return problems
 
 
+def _has_weights(folder: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether a file or folder matches one of the patterns."""
+    for pattern in patterns:
+        if any(path.is_file() or path.is_dir() for path in folder.glob(pattern)):
+            return True
+    return False
+
+
 def _damaged_files(folder: Path) -> list[str]:
     """Files that are cut off or refused, parts of sharded weights that are missing, networks without a configuration."""
     problems = []
@@ -316,13 +328,16 @@ def _damaged_files(folder: Path) -> list[str]:
         if path.name.endswith(".safetensors.index.json"):
             problems += _missing_shards(path)
     networks = {path.parent for path in folder.glob("*/diffusion_pytorch_model*.safetensors*")}
-    return problems + [f"{n.name}/config.json is missing" for n in networks if not (n / "config.json").is_file()]
+    for network in networks:
+        if not (network / "config.json").is_file():
+            problems.append(f"{network.name}/config.json is missing")
+    return problems
 
 
 def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointFiles()) -> str | None:
     """
-    The complete checkpoint of `output_dir` with the highest step, or `None`. Incomplete ones are passed over, which is
-    logged with what they lack. `files` are the `checkpoint_files` of the trainer.
+    The complete checkpoint of `output_dir` with the highest step, or `None`. Incomplete ones are skipped, with a warning
+    that says what they lack. `files` are the `checkpoint_files` of the trainer.
     """
     repair(output_dir)
     for folder in sorted(_checkpoints(Path(output_dir)), key=_step_of, reverse=True):
@@ -337,7 +352,7 @@ def checkpoint_to_resume(
     resume_from_checkpoint, output_dir: str | Path, world_size: int = 1, files: CheckpointFiles = CheckpointFiles()
 ) -> str | None:
     """
-    The checkpoint that an argument of `train` means.
+    Resolve the argument `resume_from_checkpoint` of `train` to a folder.
 
     Args:
         resume_from_checkpoint (`str`, `Path`, `bool` or `None`): a folder, or `True` for the last complete one.
@@ -353,6 +368,8 @@ def checkpoint_to_resume(
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
+
+    # Find the last complete checkpoint of the run, and name the incomplete ones if there is none.
     if resume_from_checkpoint is True:
         folder = last_checkpoint(output_dir, files)
         if folder is None:
@@ -362,6 +379,7 @@ def checkpoint_to_resume(
                 f"There is no checkpoint in {str(output_dir)!r} to resume from.{found} Train from the start, without "
                 "`resume_from_checkpoint`."
             )
+    # Or check the one that is given, and name a better one beside it.
     else:
         folder = str(resume_from_checkpoint)
         other = [name for name in files.foreign if (Path(folder) / name).is_file()]
@@ -373,7 +391,9 @@ def checkpoint_to_resume(
         if problems:
             other = last_checkpoint(Path(folder).absolute().parent, files)
             advice = f"Resume from {other!r}" if other else "There is no complete one beside it: train from the start"
-            raise ValueError(f"{folder!r} is no complete checkpoint: {'; '.join(problems)}. {advice}.")
+            raise ValueError(f"{folder!r} is not a complete checkpoint: {'; '.join(problems)}. {advice}.")
+
+    # Another number of processes can go on from here, but does not repeat the run exactly.
     written_by = len(_rng_files(Path(folder)))
     if written_by != world_size:
         logger.warning(
@@ -388,11 +408,12 @@ def checkpoint_to_resume(
 
 class CheckpointingMixin:
     """
-    Gives a `transformers.Trainer` the checkpoints that are described above. List it before `Trainer` in the bases.
+    Mixin that gives a `transformers.Trainer` the checkpoints that are described above. List it before `Trainer` in the
+    bases.
 
     A subclass declares its files in `checkpoint_files`. It writes the model in `_write_model(folder, output_dir,
-    state_dict)`, its own state in `_write_state(folder)`, and reads that back in `_read_state(folder)`; with `None` that
-    starts a new run. It returns whether no data is left. Every process calls these three.
+    state_dict)` and its own state in `_write_state(folder)`, and reads that back in `_read_state(folder)`, which returns
+    whether no data is left; `_read_state(None)` starts a new run. Every process calls these three.
 
     Callbacks that have files of their own in a checkpoint add a function to `checkpoint_writers`. It is called with the
     folder of a checkpoint while it is being written, on the process that saves.
@@ -411,8 +432,11 @@ class CheckpointingMixin:
         return os.path.join(folder, STAGING_NAME) if self._staging else folder
 
     def _save_checkpoint(self, model, trial) -> None:
-        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        staged, final = run_dir / STAGING_NAME / name, run_dir / name
+        # Write into a staging folder, whose name no reader takes for a checkpoint.
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staged = run_dir / STAGING_NAME / name
+        final = run_dir / name
         if self.args.should_save:
             clear_staging(run_dir)
         self.accelerator.wait_for_everyone()
@@ -435,7 +459,9 @@ class CheckpointingMixin:
             ) from error
         finally:
             self._staging = False
-        self.accelerator.wait_for_everyone()  # every process has written
+
+        # Every process has written: give the checkpoint its name, and only then delete older ones.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish(staged, final)
             rotate(run_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
@@ -446,7 +472,7 @@ class CheckpointingMixin:
             self._push_from_checkpoint(str(final))
 
     def _name_best_checkpoint(self, staged: Path, final: Path):
-        """The best checkpoint by the name it will have, here and in the file."""
+        """Correct the path of the best checkpoint, here and in the file: it must be the final one, not the staging folder."""
         best_step = getattr(self.state, "best_global_step", None)
         best = final.with_name(f"checkpoint-{best_step}") if best_step else None
         if self.state.best_model_checkpoint == str(staged):
@@ -517,9 +543,11 @@ class CheckpointingMixin:
         except (KeyError, ValueError) as error:
             raise ValueError(f"{what}: {error}. {advice}") from error
         # torch takes the settings of any optimizer, and the step would miss its own.
-        missing = [name for keys, group in zip(own, self._param_groups(), strict=False) for name in keys - set(group)]
+        missing = set()
+        for keys, group in zip(own, self._param_groups(), strict=False):
+            missing |= keys - set(group)
         if checkpoint is not None and missing:
-            raise ValueError(f"{what}: it has no {sorted(set(missing))}. {advice}")
+            raise ValueError(f"{what}: it has no {sorted(missing)}. {advice}")
 
     def _param_groups(self) -> list[dict]:
         return getattr(self.optimizer, "param_groups", [])

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How many samples denoiser, decoder and reward model get at once in a rollout, where the config does not say it."""
+"""Choose how many samples denoiser, decoder and reward model get per call in a rollout, where the config leaves it open."""
 
 import math
 
@@ -30,18 +30,19 @@ def choose_chunk_sizes(
     args: SPOConfig, pipeline: SPOPipeline, reward: Reward, embeds: PromptEmbeds, free: int | None = None
 ) -> dict[str, int]:
     """
-    What fits `memory_budget`; without one, about as many pixels as keep the device busy, on CUDA no more than fit its
-    free memory. Memory does not grow with the pool of candidates.
+    The sizes that fit `memory_budget`; without one, about as many pixels as keep the device busy, and on CUDA no more than fit
+    its free memory. Memory does not grow with the number of candidates.
 
     Args:
-        args ([`SPOConfig`]): of the run.
+        args ([`SPOConfig`]): settings of the run.
         pipeline ([`SPOPipeline`]), reward ([`Reward`]): what runs in a rollout.
-        embeds ([`PromptEmbeds`]): of the first prompts.
-        free (`int`, *optional*): bytes that are free on the device; by default it is asked.
+        embeds ([`PromptEmbeds`]): embeddings of the first prompts.
+        free (`int`, *optional*): free bytes on the device; by default they are asked for.
 
     Returns:
         `dict[str, int]`: by the names in `CHUNK_SIZES`.
     """
+    # Where memory is not a concern, use the sizes that keep the device busy.
     latent_shape = pipeline.latent_shape(args.height, args.width)
     pixels = scored_pixels(args, pipeline, latent_shape)
     busy_denoiser, busy_decoder = busy_chunk_sizes(args.device.type, math.prod(latent_shape[1:]), pixels)
@@ -50,7 +51,7 @@ def choose_chunk_sizes(
         reward_size = 16 if args.device.type == "cpu" else 32
         return dict(zip(CHUNK_SIZES, (busy_denoiser, busy_decoder, reward_size), strict=True))
 
-    # As many samples as fit the memory; without a budget of the user no more than are of use.
+    # Otherwise as many samples as fit the memory. Without a budget from the user, no more than are useful.
     budget = args.memory_budget
     largest = args.num_candidates * args.per_device_rollout_batch_size
     if budget is None:

@@ -22,7 +22,7 @@ A compiler needs minutes for a whole UNet and seconds for one block of it, and n
 A graph is shared by all blocks of one class and one shape, and compiled once for:
 
 - **every batch size**: the batch dimension is marked as dynamic before the first call, so that a last, smaller chunk or
-  another number of pairs finds its graph (one sample alone is a case of its own, which torch compiles apart);
+  another number of pairs finds its graph (a single sample is a case of its own, which torch compiles separately);
 - **policy and reference**: `reference_on_same_code` asks the untouched model with the code that the policy runs, so no
   rounding differs between them, and the ratio of both is exactly 1 before the first update.
 
@@ -61,9 +61,9 @@ class CompiledBlock:
     What is called instead of a block: its compiled code, for any batch size.
 
     Args:
-        block (`torch.nn.Module`): whose `forward` is compiled.
-        fixed_sizes (`bool`): no dimension but the batch ever changes, as in a UNet.
-        required (`bool`): a block that cannot be compiled is an error; otherwise it runs as it is, after a warning.
+        block (`torch.nn.Module`): the block to compile.
+        fixed_sizes (`bool`): whether no dimension but the batch ever changes, as in a UNet.
+        required (`bool`): whether a block that cannot be compiled is an error; otherwise it runs as it is, after a warning.
         compile_kwargs (`dict`): arguments of `torch.compile`.
     """
 
@@ -135,9 +135,12 @@ def compile_blocks(networks: Iterable[torch.nn.Module | None], required: bool = 
     Returns:
         `int`: number of blocks, 0 for networks that are not known to repeat any.
     """
+    # Let torch keep one graph per shape: a UNet has several.
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), GRAPHS_PER_BLOCK))
+
+    # Replace how each block is called; compiling happens on its first call.
     count = 0
     for network in networks:
         if network is None:
@@ -173,15 +176,15 @@ def release_blocks(networks: Iterable[torch.nn.Module | None]) -> None:
 @contextlib.contextmanager
 def reference_on_same_code(pipeline: SPOPipeline) -> Iterator[torch.nn.Module]:
     r"""
-    The untouched model, computed by the code that was compiled for the policy.
+    A context with the untouched model, computed by the code that was compiled for the policy.
 
     Code that is compiled for another case (adapter off, no gradients) fuses and therefore rounds differently, and the first
     ratios of policy and reference would not be 1. So the case stays the same: gradients as they are outside, and a LoRA
     whose up projections are zero for the moment, which adds exact zeros; or the frozen copy of full fine-tuning, in the
     mode of the policy. Detach what it predicts.
 
-    Adapters of which zero projections do not make nothing (DoRA, other kinds than LoRA), and dropout, which would differ in
-    both, get the plain `reference` of the pipeline, whose code is compiled apart.
+    Adapters that zero projections do not switch off (DoRA, other methods than LoRA), and dropout, which would differ between
+    the two, get the plain `reference` of the pipeline, which is compiled separately.
 
     Args:
         pipeline ([`SPOPipeline`]): prepared for training.
@@ -207,14 +210,16 @@ def _has_dropout(network: torch.nn.Module) -> bool:
 
 def _up_projections(network: torch.nn.Module) -> list[torch.nn.Parameter] | None:
     """The matrices of a LoRA that come last, if zeros there switch off all that is trained; else `None`."""
-    up, known = [], set()
+    up = []
+    known = set()
     for layer in network.modules():
         if not isinstance(layer, LoraLayer):
             continue
         if any(getattr(layer, "use_dora", {}).values()) or getattr(layer, "lora_variant", None):
             return None
         up += layer.lora_B.parameters()
-        known.update(id(p) for part in (layer.lora_A, layer.lora_B) for p in part.parameters())
+        known.update(map(id, layer.lora_A.parameters()))
+        known.update(map(id, layer.lora_B.parameters()))
     trained = {id(p) for p in network.parameters() if p.requires_grad}
     return up if trained and trained <= known else None
 

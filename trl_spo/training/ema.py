@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-An exponential moving average of what is trained, which transformers and TRL do not have. The average itself is
+Keep an exponential moving average of the trained weights, which transformers and TRL do not offer. The average itself is
 `diffusers.training_utils.EMAModel`; the trainers use it through one context, `weights_for_evaluation`.
 """
 
@@ -37,8 +37,8 @@ EMA_NAME = "ema_training_weights.safetensors"
 
 class AveragedWeightsMixin:
     """
-    Lets an [`EMACallback`] show a `transformers.Trainer` the average of its weights. List it before `Trainer` in the
-    bases.
+    Mixin that makes a `transformers.Trainer` evaluate and save the average of its weights, if an [`EMACallback`] keeps one.
+    List it before `Trainer` in the bases.
 
     Evaluation, prediction and saving happen inside [`~AveragedWeightsMixin.weights_for_evaluation`], training and
     rollouts outside of it. A subclass that has an `evaluate` or a loader of its own, or another method that asks the

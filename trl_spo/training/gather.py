@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Rows of tensors from all processes, through which gradients flow back to the process they came from."""
+"""Gather rows of tensors from all processes, so that gradients flow back to the process they came from."""
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, counts: list[int], rank: int) -> torch.Tensor:
-        ctx.counts, ctx.rank = counts, rank
+        ctx.counts = counts
+        ctx.rank = rank
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in counts]

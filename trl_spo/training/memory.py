@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-How much memory a torch function would take at its peak, without running it, and the chunk sizes that fit a budget.
+Estimate the peak memory of a torch function without running it, and find the chunk sizes that fit a budget.
 
 The function runs on fake tensors (`torch._subclasses.FakeTensorMode`): they have shapes, dtypes, devices and autograd
 history, but no memory and no arithmetic. A dispatch mode sees every operator below autograd, adds the bytes of each
@@ -104,7 +104,7 @@ class _PeakMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.current)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Questions about a tensor are answered here: nothing is created.
+        # Answer questions about a tensor here: they create nothing.
         if func is _DEVICE:  # half of all calls
             return args[0].fake_device
         if func is _ITEM and hasattr(args[0], "_spo_assumed_result"):
@@ -286,8 +286,8 @@ def _fake_mode_of(*modules) -> FakeTensorMode:
 def _check_weights_stay(*networks: torch.nn.Module | None) -> None:
     """
     Raises:
-        RuntimeError: for a network whose layers cast their weights when they are called: without numbers that would leave them
-            broken.
+        RuntimeError: for a network whose layers cast their weights when they are called: on tensors without values that would
+            leave them broken.
     """
     if any(network is not None and layerwise_casting(network) for network in networks):
         raise RuntimeError("its layers cast their weights when they are called, `enable_layerwise_casting`")
@@ -302,7 +302,7 @@ def denoiser_bytes(
     device: torch.device | None = None,
     fake_mode: FakeTensorMode | None = None,
 ) -> int:
-    """Peak activation bytes of one `pipeline.predict` of a rollout. Arguments as in [`rollout_chunk_sizes`]."""
+    """Peak activation bytes of one `pipeline.predict` in a rollout. Arguments as in [`rollout_chunk_sizes`]."""
     _check_weights_stay(pipeline.denoiser)
     device = pipeline.device if device is None else device
     fake_mode = fake_mode or _fake_mode_of(pipeline.denoiser)
@@ -330,6 +330,7 @@ def scoring_bytes(
     Peak activation bytes of decoding and scoring `num_samples` x_0 predictions. Arguments as in
     [`rollout_chunk_sizes`]; `reward_model` may be `None` for the decoder alone.
     """
+    # Decide what runs: the decoder, if images are judged, and the reward, if it works on tensors without values.
     device = pipeline.device if device is None else device
     reward = None if reward_model is None else wrap_reward(reward_model)
     judges_images = reward is None or reward.sees == "images"
@@ -337,13 +338,14 @@ def scoring_bytes(
     _check_weights_stay(*pipeline.running_networks()[1:], reward.module if traced else None)
     fake_mode = fake_mode or _fake_mode_of(*pipeline.frozen_modules().values(), reward and reward.module)
 
-    # The features of one prompt, of which every sample gets the row: encoding is not what takes memory.
+    # Every sample gets the features of one prompt: encoding prompts is not what takes memory.
     if traced:
         with _PeakMemory(fake_mode).watch(), torch.no_grad():
             text = reward.encode_prompts([""])[torch.zeros(num_samples, dtype=torch.long, device=device)]
     with fake_mode:
         latents = torch.empty(num_samples, *latent_shape, dtype=torch.float32, device=device)
 
+    # This is what a rollout runs on a chunk of candidates.
     @torch.no_grad()
     def score(latents):
         samples = pipeline.decode_for_scoring(latents, image_size) if judges_images else latents
@@ -374,7 +376,7 @@ def rollout_chunk_sizes(
         pipeline ([`SPOPipeline`]): with its adapter, if it has one.
         reward_model: everything that [`wrap_reward`] takes. The memory of a function is not known, so the decoder alone
             counts; a function that scores latents gets `largest`.
-        embeds ([`PromptEmbeds`]): from `pipeline.encode_prompt`; of which only the shape of one row counts.
+        embeds ([`PromptEmbeds`]): from `pipeline.encode_prompt`; only the shape of one row matters.
         latent_shape (`tuple[int, ...]`): of one latent, from `pipeline.latent_shape(height, width)`.
         guidance_scale (`float`): above 1 the denoiser sees every latent twice.
         budget_gib (`float`): GiB that the activations of one call may take: what is left of the device beside all
@@ -401,6 +403,8 @@ def rollout_chunk_sizes(
             pipeline, reward_model, latent_shape, n, device=device, fake_mode=fake_mode, image_size=image_size
         ),
     }
+
+    # Search both sizes. A model that cannot be estimated gets a small one.
     sizes = []
     for name, bytes_of_batch in phases.items():
         try:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Model cards: the `README.md` beside a saved model, with the recipe, the sampler, the measurements and how to load it.
+Write model cards: the `README.md` beside a saved model, with the recipe, the sampler, the measurements and how to load it.
 
 The functions turn plain values into Markdown and read nothing but what they are given. Settings are named one by one and
 never copied as a whole, because the arguments of a run also hold tokens and paths. Local paths do not appear.
@@ -148,7 +148,7 @@ def spo_model_card(
         widget=_widget(samples),
     )
 
-    # What it is, what it makes, how to use it, and how it came about.
+    # The text: what it is, samples, how to use it, and how it was trained.
     what = "LoRA" if use_lora else denoiser_class
     parts = [
         f"# {name}",
@@ -207,7 +207,7 @@ def step_reward_model_card(
         datasets=hub_id(args.dataset_name),
     )
 
-    # What it judges, how to use it, and how it came about.
+    # The text: what it judges, how to use it, and how it was trained.
     diffusion = hub_id(pipeline)
     judged = link(diffusion) if diffusion else "a diffusion model"
     parts = [

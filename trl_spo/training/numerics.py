@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-What both trainers do about numbers that are not finite.
+Handle numbers that are not finite, in the same way in both trainers.
 
 - A pair with a NaN or an infinity is left out, counted, and named with its timestep and prompt.
 - An optimizer step whose gradients are not finite changes nothing: no weight, no moment of the optimizer.

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What SPO logs of its rollouts and of its loss, under TRL's names."""
+"""Collect the metrics of SPO's rollouts and of its loss, under TRL's names: [`PairMetrics`]."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ ROLLOUT_NAMES = ("step_reward/", "pairs/valid", "reward_")  # how the metrics of
 
 
 class PairMetrics(RunningMeans):
-    """[`RunningMeans`] that know what a rollout and a loss have to say, and repeat the last rollout's metrics."""
+    """[`RunningMeans`] with the metrics of a rollout and of a loss. Logs without a rollout repeat those of the last one."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,8 @@ class PairMetrics(RunningMeans):
         """Scores, the share of prompts that gave a pair, and the rewards of finished images."""
         self.add("pairs/nonfinite", len(pairs.nonfinite), reduce="sum")
         for branch in pairs.branches:
-            scores, valid = branch.scores, branch.selection.valid
+            scores = branch.scores
+            valid = branch.selection.valid
             # In float32 the difference of two finite scores may be infinite.
             margin = scores.double().max(0).values - scores.double().min(0).values
             self.largest_gap = max(self.largest_gap, margin.nan_to_num(0.0, 0.0, 0.0).max().item())
@@ -117,7 +118,7 @@ class PairMetrics(RunningMeans):
                 "Check what it returns for two different images."
             )
         return (
-            f"The largest difference of two scores was {self.largest_gap:.3g}, p_win - p_lose = "
+            f"The largest difference of two scores was {self.largest_gap:.3g}, p_chosen - p_rejected = "
             f"{math.tanh(self.largest_gap / 2):.3g}; none exceeds `preference_threshold={threshold}`. Lower the "
             "threshold, raise the scale of the reward, or branch at other steps."
         )
@@ -151,4 +152,7 @@ def _with_reductions(metrics: dict[str, list]) -> dict[str, list]:
             return "sum"
         return "per_process" if name.startswith("time/") else "mean"
 
-    return {name: [total, weight, *(known or [reduction(name)])] for name, (total, weight, *known) in metrics.items()}
+    complete = {}
+    for name, (total, weight, *known) in metrics.items():
+        complete[name] = [total, weight, *(known or [reduction(name)])]
+    return complete

@@ -103,7 +103,8 @@ class RunningMeans:
             )
         total, weight = _sum_of_tensor(values, mask) if torch.is_tensor(values) else _sum_of_number(values)
         if torch.is_tensor(entry.total) and torch.is_tensor(total):
-            total, weight = total.to(entry.total.device), weight.to(entry.total.device)
+            total = total.to(entry.total.device)
+            weight = weight.to(entry.total.device)
         entry.total = entry.total + total
         entry.weight = entry.weight + weight
 
@@ -115,20 +116,23 @@ class RunningMeans:
             gather (`Callable`, *optional*): returns what every process passes to it, in a list.
 
         Returns:
-            `dict[str, float]`: without the means of which no value was finite.
+            `dict[str, float]`: metrics without a single finite value are left out.
         """
         # Processes may have different metrics: a rollout of one may have had no pair to say something about.
         processes = gather(self.state_dict())
         self.clear()
         everything = RunningMeans()
         everything.load_state_dict(*processes)
-        divisors = {name: entry.weight for name, entry in everything._sums.items()}
+        metrics = {}
         for name, entry in everything._sums.items():
+            divisor = entry.weight
             if entry.reduce == "sum":
-                divisors[name] = 1
+                divisor = 1
             elif entry.reduce == "per_process":
-                divisors[name] = len(processes)
-        return {name: entry.total / divisors[name] for name, entry in everything._sums.items() if divisors[name] > 0}
+                divisor = len(processes)
+            if divisor > 0:
+                metrics[name] = entry.total / divisor
+        return metrics
 
     def clear(self) -> None:
         """Forget all values and names."""
@@ -142,7 +146,8 @@ class RunningMeans:
         read = iter(read_scalars(tensors))
         state = {}
         for name, entry in self._sums.items():
-            total, weight = (next(read) if torch.is_tensor(v) else v for v in (entry.total, entry.weight))
+            total = next(read) if torch.is_tensor(entry.total) else entry.total
+            weight = next(read) if torch.is_tensor(entry.weight) else entry.weight
             state[name] = [total, weight, entry.reduce]
         return state
 
@@ -161,7 +166,8 @@ def _sum_of_tensor(values: torch.Tensor, mask: torch.Tensor | None) -> tuple[tor
     dtype = torch.float32 if values.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     values = values.detach()
     finite = values.isfinite()
-    values, weights = torch.where(finite, values, 0.0).to(dtype), finite.to(dtype)
+    values = torch.where(finite, values, 0.0).to(dtype)
+    weights = finite.to(dtype)
     if mask is not None:
         weights = weights * mask.to(values)
         values = values * weights

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What SPO refuses before any long work: settings that cannot be trained, and rewards that do not fit them."""
+"""Checks of SPO before any long work: they refuse settings that cannot be trained, and rewards that do not fit them."""
 
 import os
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def check_sharding(config: SPOConfig) -> None:
 
 def choose_best_metric(config: SPOConfig, metrics: dict[str, Callable]) -> None:
     """
-    By what the best checkpoint is chosen, and the learning rate lowered: the reward, unless the config names another
-    metric. Sets `metric_for_best_model`, `greater_is_better` and the mode of the schedule in `config`.
+    Choose the metric by which the best checkpoint is found and the learning rate is lowered: the reward, unless the config
+    names another. Sets `metric_for_best_model`, `greater_is_better` and the mode of the schedule in `config`.
 
     Raises:
         ValueError: for a metric that evaluation does not have.
@@ -47,7 +47,9 @@ def choose_best_metric(config: SPOConfig, metrics: dict[str, Callable]) -> None:
     measured = config.load_best_model_at_end or config.save_strategy == "best"
     if not measured and config.lr_scheduler_type != "reduce_lr_on_plateau":
         return
-    known = [f"{name}_{kind}" for name in ("reward", *metrics) for kind in ("mean", "std")]
+    known = []
+    for name in ("reward", *metrics):
+        known += [f"{name}_mean", f"{name}_std"]
     if config.metric_for_best_model in (None, "loss", "eval_loss"):  # there is no evaluation loss
         config.metric_for_best_model = "reward_mean"
         config.greater_is_better = True

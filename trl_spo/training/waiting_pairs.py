@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Pairs that wait in a checkpoint for their optimizer step. They are transitions of the schedule and the guidance they were
-drawn with, and a run with other settings must not train on them as if they were its own.
+Check the pairs in a checkpoint that still wait for their optimizer step. They were drawn with one schedule and guidance, and
+a run with other settings must not train on them as if they were its own.
 """
 
 from typing import Any
@@ -48,10 +48,10 @@ def check_waiting_pairs(
     latent_shape: tuple[int, ...],
 ) -> None:
     """
-    Whether the pairs of a checkpoint are transitions of this run. Another seed is only a warning.
+    Check that the pairs of a checkpoint were drawn with the settings of this run. Another seed is only a warning.
 
     Args:
-        folder (`str`): of the checkpoint.
+        folder (`str`): the checkpoint.
         written (`dict`, *optional*): its [`transition_settings`]; an old checkpoint has none.
         now (`dict`): those of this run.
         pool ([`StepPairs`], *optional*): the pairs that wait.
