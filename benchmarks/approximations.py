@@ -121,7 +121,8 @@ def train_tiny_decoder(trainer: SPOTrainer, steps: int = 1200) -> AutoencoderTin
         num_encoder_blocks=(1, 1, 1),
         num_decoder_blocks=(2, 2, 1),
     )
-    prompts, latents = list(world.captions("train")), []
+    prompts = list(world.captions("train"))
+    latents = []
     for seed in range(6):
         pairs = trainer.rollout(prompts[seed * 32 : seed * 32 + 32], seed=9000 + seed, return_trajectory=True)
         latents += [branch.pred_original_samples.flatten(0, 1) for branch in pairs.branches]
@@ -146,14 +147,17 @@ def label_agreement(reward_folder: Path, name: str, vae, num_prompts: int) -> di
     exact = make_trainer(reward_folder, 0, 1)
     settings = {key: value for key, value in OPTIONS[name].items() if key != "scoring_vae"}
     other = make_trainer(reward_folder, 0, 1, scoring_vae=vae if name == "tiny decoder" else None, **settings)
-    prompts, kept, same = list(world.captions("train")), [], []
+    prompts = list(world.captions("train"))
+    kept = []
+    same = []
     for start in range(0, num_prompts, 32):
         batch = prompts[start : start + 32]
         pairs = exact.rollout(batch, seed=5000 + start, return_trajectory=True)
         scorer = Scorer(other.pipeline, other.reward, batch, 64, 64, image_size=settings.get("scoring_image_size"))
         scores = scorer([(branch.pred_original_samples, branch.scored_timestep) for branch in pairs.branches])
         rows = torch.arange(len(batch))
-        orders, equal = [], []
+        orders = []
+        equal = []
         for branch, values in zip(pairs.branches, scores, strict=True):
             chosen, rejected, valid = branch.selection
             orders.append(torch.where(valid, (values[chosen, rows] > values[rejected, rows]).double(), torch.nan))
@@ -161,8 +165,10 @@ def label_agreement(reward_folder: Path, name: str, vae, num_prompts: int) -> di
             equal.append(torch.where(valid, both.double(), torch.nan))
         kept.append(torch.stack(orders).nanmean(0))
         same.append(torch.stack(equal).nanmean(0))
-    kept, same = torch.cat(kept), torch.cat(same)
-    kept, same = kept[~kept.isnan()], same[~same.isnan()]
+    kept = torch.cat(kept)
+    same = torch.cat(same)
+    kept = kept[~kept.isnan()]
+    same = same[~same.isnan()]
     error = kept.std().item() / math.sqrt(len(kept))
     return {"labels_kept": kept.mean().item(), "se": error, "same_pair": same.mean().item(), "prompts": len(kept)}
 
@@ -182,7 +188,8 @@ def run(reward_folder: Path, name: str, seed: int, updates: int, vae) -> dict[st
     )
     start = time.process_time()
     trainer.train()
-    seconds, pairs = time.process_time() - start, trainer.pair_loader.num_pairs_seen
+    seconds = time.process_time() - start
+    pairs = trainer.pair_loader.num_pairs_seen
     rolled_out = pairs + trainer.pair_loader.waiting
     log = next(log for log in reversed(trainer.state.log_history) if "pairs/valid_fraction" in log)
     prompts, seeds = evaluation_set("validation", repeats=4)
@@ -245,6 +252,8 @@ def main():
     args = parser.parse_args()
     if not args.reward_model.is_dir():
         raise SystemExit(f"There is no reward model in {args.reward_model}: run `make demo` first.")
+
+    # Continue an earlier run of this script, if its file is there.
     logging.set_verbosity_error()
     results = {"agreement": {}, "runs": {}, "updates": args.updates, "sampler": SAMPLER}
     if args.json.is_file():
@@ -256,6 +265,7 @@ def main():
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1))
 
+    # First how often the labels agree, then what is learnt with them; every result is saved at once.
     if "base" not in results:
         results["base"] = base_scores(args.reward_model)
     vae = train_tiny_decoder(make_trainer(args.reward_model, 0, 1)) if "tiny decoder" in args.only else None

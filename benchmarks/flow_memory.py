@@ -193,6 +193,7 @@ def trainers_context():
 
 def predict(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     """GiB of weights and of the peak of every phase."""
+    # Build the model with weights that have shapes but no values, and count what is always there.
     model = MODELS[name]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -203,6 +204,7 @@ def predict(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     transformer = module_bytes(pipeline.denoiser) - adapter
     linear = sum(layer.weight.numel() for layer in pipeline.denoiser.modules() if type(layer) is torch.nn.Linear)
 
+    # What runs in each phase, with samples as the argument.
     def latents(count):
         with fake_mode:
             return torch.empty(count, *shape)
@@ -216,6 +218,7 @@ def predict(name: str, arguments: argparse.Namespace) -> dict[str, float]:
             kept = forward(samples, reference)
         (forward(samples, trained) - kept).square().mean().backward()
 
+    # Estimate the peak of every phase.
     pipeline.denoiser.enable_gradient_checkpointing()
     trained.train()
     with trainers_context():
@@ -224,6 +227,7 @@ def predict(name: str, arguments: argparse.Namespace) -> dict[str, float]:
             rollout = peak_activation_bytes(forward, latents(arguments.samples), fake_mode=fake_mode)
             decode = peak_activation_bytes(pipeline.decode_latents, latents(arguments.images), fake_mode=fake_mode)
 
+    # Add up what is on the device at once, with the text encoders on it or not, and with quantised weights.
     base = transformer + module_bytes(pipeline.vae) + REWARD_BYTES + 4 * adapter  # weights, gradients, two Adam states
     text = 2 * model.text_parameters
     quantised = base - linear * (2 - NF4_BYTES)

@@ -60,7 +60,10 @@ seconds by phase (rollout UNet 6.1, decode 11.0, reward images 0.8 and text 0.01
 5.6, the rest 2.0). The SDXL preset made 1.16 pairs per second.
 """
 SAME_RATE = {"encode": "decode", "reward_training": "training"}  # not measured: the nearest that was
-STEPS, START, PROMPTS, EPOCHS = 20, 4, 4000, 10
+STEPS = 20
+START = 4
+PROMPTS = 4000
+EPOCHS = 10
 REWARD_PAIRS = {"sd15": 8000 * 64, "sdxl": 7000 * 64}
 EVALUATION_PROMPTS = 500
 SHARES = (1.0, 0.5, 0.25)  # of the branches whose pair passes the threshold
@@ -84,14 +87,19 @@ def network_costs(name: str) -> dict[str, float]:
         reference forward of one guided sample), `decode`, `encode`, `reward_image`, `reward_text`, and `reward_training`
         (forward and backward of one image).
     """
+    # Networks and inputs on the meta device: shapes are enough to count arithmetic.
     models = Models(name, torch.bfloat16, device="meta")
-    pipeline, reward, shape = models.pipeline, models.reward_model, models.pipeline.latent_shape()
-    vae, embeds = pipeline.frozen_modules()["vae"], models.embeds(1)
+    pipeline = models.pipeline
+    reward = models.reward_model
+    shape = models.pipeline.latent_shape()
+    vae = pipeline.frozen_modules()["vae"]
+    embeds = models.embeds(1)
 
     def zeros(*dimensions, dtype=models.dtype):
         return torch.zeros(dimensions, dtype=dtype, device="meta")
 
-    latents, steps = zeros(1, *shape), zeros(1, dtype=torch.long)
+    latents = zeros(1, *shape)
+    steps = zeros(1, dtype=torch.long)
     images = zeros(1, 3, 8 * shape[-2], 8 * shape[-1])
     pixels = zeros(1, 3, *[models.preset.reward_vision["image_size"]] * 2)
     tokens = zeros(1, models.preset.reward_text["max_position_embeddings"], dtype=torch.long)
@@ -101,6 +109,7 @@ def network_costs(name: str) -> dict[str, float]:
             pipeline.predict(latents, steps, embeds, GUIDANCE_SCALE, reference)
         pipeline.predict(latents, steps, embeds, GUIDANCE_SCALE, models.model).sum().backward()
 
+    # Count each network once, training with its backward pass.
     with torch.no_grad():
         costs = {
             "unet": count(lambda: pipeline.predict(latents, steps, embeds, 1.0)),
@@ -203,7 +212,9 @@ def stage(exaflop: float, public: float, total_seconds: float) -> dict[str, floa
 def plan(name: str, tflops: float | None = None) -> dict:
     """Costs, rates and hours of a preset; `tflops` replaces the measured rates."""
     costs = network_costs(name)
-    rates, work, samples = rates_of(name, costs, tflops), stages(name, costs), samples_of_stages(name)
+    rates = rates_of(name, costs, tflops)
+    work = stages(name, costs)
+    samples = samples_of_stages(name)
     # Optimizer, text encoder and host; of SDXL it is part of what was measured as a whole.
     other = MEASURED["other_seconds_per_prompt"] * PROMPTS * EPOCHS if name == "sd15" and tflops is None else 0.0
     duration = {key: seconds(both["ours"], costs, rates) for key, both in samples.items()}

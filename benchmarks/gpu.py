@@ -49,7 +49,10 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
-PUBLIC, EXACT, SMALL, SDXL = "public code, fp16", "exact", "224 px, K = 2", "SDXL preset"
+PUBLIC = "public code, fp16"
+EXACT = "exact"
+SMALL = "224 px, K = 2"
+SDXL = "SDXL preset"
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def phase_table(results: dict[str, dict]) -> str:
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict]:
     """All arms, as far as the time goes; each is printed when it is done."""
-    clock, results = Clock(arguments.minutes), {}
+    clock = Clock(arguments.minutes)
+    results = {}
     on_cpu = arguments.device == "cpu"
     plan = [(name, ARMS[name].seconds, run_arm) for name in ARMS if arguments.arms is None or name in arguments.arms]
     if arguments.public:

@@ -192,7 +192,8 @@ def candidate_accuracy(pipeline, rewards: dict, seed: int) -> dict[str, dict]:
     Share of candidate pairs that rewards order as the exact scores of the finished images do: by reward, own timestep of
     the candidates, and score (utility, aesthetics, alignment).
     """
-    steps, scale = SAMPLER["num_inference_steps"], SAMPLER["guidance_scale"]
+    steps = SAMPLER["num_inference_steps"]
+    scale = SAMPLER["guidance_scale"]
     prompts = list(world.captions("validation"))
     prompts = [prompts[i % len(prompts)] for i in range(NUM_CANDIDATE_PROMPTS)]
     generator = torch.Generator().manual_seed(seed)
@@ -264,7 +265,8 @@ def arithmetic_share(pipeline, reward) -> float:
     embeds = pipeline.encode_prompt([""])
     pipeline.set_timesteps(SAMPLER["num_inference_steps"], pipeline.latent_shape())
     latents = pipeline.prepare_latents(1, torch.Generator().manual_seed(0))
-    text, timestep = reward.encode_prompts([""]), torch.tensor([501])
+    text = reward.encode_prompts([""])
+    timestep = torch.tensor([501])
     counts = []
     for call in (
         lambda: pipeline.predict(latents, timestep, embeds, pipeline.unguided_scale),
@@ -320,7 +322,8 @@ def by_caption(values: torch.Tensor) -> list[float]:
 
 def study(model: str, output: Path, tuned: dict) -> None:
     """All pieces of one model."""
-    pipeline, folder = load(model), output / model
+    pipeline = load(model)
+    folder = output / model
     piece(folder / "base.json", base_scores, pipeline)
     for seed in SEEDS:
         rewards = study_rewards(model, pipeline, seed, folder)

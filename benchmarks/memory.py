@@ -124,7 +124,8 @@ class Models:
 
     def __init__(self, name: str, dtype: torch.dtype, real: bool = False, device: str = "cpu"):
         self.preset: Preset = PRESETS[name]
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         with tempfile.TemporaryDirectory() as folder, contextlib.nullcontext() if real else torch.device("meta"):
             self.pipeline: SPOPipeline = wrap_pipeline(build_pipeline(name, folder))
@@ -152,7 +153,8 @@ class Models:
         return (self.pipeline.denoiser, *self.pipeline.frozen_modules().values(), self.reward_model)
 
     def embeds(self, num_prompts: int) -> PromptEmbeds:
-        text, width = self.preset.text, self.preset.unet["cross_attention_dim"]
+        text = self.preset.text
+        width = self.preset.unet["cross_attention_dim"]
         options = {"dtype": self.dtype, "device": self.device}
         prompt = torch.zeros(num_prompts, text["max_position_embeddings"], width, **options)
         if self.preset.text_2 is None:
@@ -230,8 +232,11 @@ def weight_table(models: Models) -> dict[str, int]:
 
 def phases(models: Models, budget: float, like_cuda: bool) -> dict[str, tuple[int, int]]:
     """Name -> (samples or pairs at a time, predicted peak bytes), every phase at the largest size that fits."""
-    preset, pipeline = models.preset, models.pipeline
-    shape, fake_mode, device = pipeline.latent_shape(), models.fake_mode, models.device
+    preset = models.preset
+    pipeline = models.pipeline
+    shape = pipeline.latent_shape()
+    fake_mode = models.fake_mode
+    device = models.device
     candidates = preset.prompts * preset.rollout["num_candidates"]
     embeds = models.embeds(1)
     start = time.process_time()
@@ -267,7 +272,9 @@ def phases(models: Models, budget: float, like_cuda: bool) -> dict[str, tuple[in
 
 def measure(models: Models, found: dict[str, tuple[int, int]]) -> dict[str, int]:
     """Peak bytes that the phases really take."""
-    pipeline, reward, device = models.pipeline, models.reward_model, models.device
+    pipeline = models.pipeline
+    reward = models.reward_model
+    device = models.device
     shape = pipeline.latent_shape()
 
     def latents(name, dtype):
@@ -282,7 +289,8 @@ def measure(models: Models, found: dict[str, tuple[int, int]]) -> dict[str, int]
     with models.autocast(like_cuda=False):
         with torch.no_grad():
             name = "rollout, UNet"
-            x, rows = latents(name, models.dtype), models.embeds(found[name][0])
+            x = latents(name, models.dtype)
+            rows = models.embeds(found[name][0])
             measured[name] = measured_peak_bytes(lambda: pipeline.predict(x, 501, rows, GUIDANCE_SCALE), device)
             for name, function in (
                 ("rollout, VAE decode", pipeline.decode_latents),
@@ -300,6 +308,7 @@ def measure(models: Models, found: dict[str, tuple[int, int]]) -> dict[str, int]
 
 def report(arguments: argparse.Namespace) -> dict:
     """Build, predict, print and, if asked to, measure."""
+    # The weights, and what they leave of the budget.
     dtype = getattr(torch, arguments.dtype)
     models = Models(arguments.preset, dtype, device="cpu")
     weights = weight_table(models)
@@ -320,6 +329,8 @@ def report(arguments: argparse.Namespace) -> dict:
     if budget <= 0:
         print(f"Does not fit: the weights alone leave {budget / GIB:.2f} GiB.")
         return {**result, "fits": False}
+
+    # Every phase, predicted and, if asked to, measured.
     found = phases(models, budget, like_cuda=not arguments.measure or arguments.device != "cpu")
     measured = {}
     if arguments.measure:
@@ -332,12 +343,15 @@ def report(arguments: argparse.Namespace) -> dict:
             line += f", measured {measured[name] / GIB:7.3f} GiB ({value / measured[name] - 1:+.1%})"
         print(line + ("" if entry["fits"] else ", does not fit"))
         result["phases"][name] = entry
+
+    # The peak of the whole run: rollout and training step take turns.
     rollout = max(value for name, (_, value) in found.items() if name.startswith("rollout"))
     for name in ("training step", "training step, checkpointing"):
         peak = total + max(rollout, found[name][1])
         fits = peak <= total + budget
         print(f"With the {name}: peak {peak / GIB:.2f} GiB, " + ("fits." if fits else "does not fit."))
-        result[f"peak, {name}"], result[f"fits, {name}"] = peak, fits
+        result[f"peak, {name}"] = peak
+        result[f"fits, {name}"] = fits
     result["fits"] = any(result[f"fits, {name}"] for name in ("training step", "training step, checkpointing"))
     return result
 

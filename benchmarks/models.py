@@ -187,6 +187,7 @@ def build_pipeline(name: str, folder: str | Path, seed: int = 0):
         folder (`str` or `Path`): where tokenizer files may be written.
         seed (`int`, *optional*, defaults to `0`): of the weights.
     """
+    # The parts that all families have.
     preset = PRESETS[name]
     torch.manual_seed(seed)
     tokenizer = write_tokenizer(Path(folder) / "tokenizer", preset.text["max_position_embeddings"])
@@ -212,6 +213,8 @@ def build_pipeline(name: str, folder: str | Path, seed: int = 0):
             steps_offset=1,
         ),
     }
+
+    # A second text encoder makes it SDXL.
     if preset.text_2 is not None:
         second = CLIPTextModelWithProjection(_text_config(tokenizer, preset.text_2)).eval()
         pipeline = StableDiffusionXLPipeline(**components, text_encoder_2=second, tokenizer_2=tokenizer)
@@ -227,7 +230,8 @@ def clip_config(name: str, folder: str | Path) -> tuple[CLIPConfig, CLIPTokenize
     """Configuration of the reward model's CLIP, and a tokenizer for it written to `folder`."""
     preset = PRESETS[name]
     tokenizer = write_tokenizer(folder, preset.reward_text["max_position_embeddings"])
-    text, vision = _text_config(tokenizer, preset.reward_text).to_dict(), dict(preset.reward_vision)
+    text = _text_config(tokenizer, preset.reward_text).to_dict()
+    vision = dict(preset.reward_vision)
     text["projection_dim"] = vision["projection_dim"] = preset.projection_dim
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=preset.projection_dim)
     return config, tokenizer

@@ -128,7 +128,8 @@ def find_versions(checkout: Path) -> dict[str, str]:
     Raises:
         SystemExit: if a library is missing, or is not of the version that the public code was written for.
     """
-    found, wrong = {"python": platform.python_version()}, []
+    found = {"python": platform.python_version()}
+    wrong = []
     for name in (*NEEDED, *NEEDED_ANY):
         try:
             found[name] = importlib.metadata.version(name)
@@ -178,7 +179,8 @@ def load_script(project: Path):
     spec = importlib.util.spec_from_file_location("train_spo", project / "train_scripts" / "train_spo.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script
-    before, path = set(sys.modules), list(sys.path)
+    before = set(sys.modules)
+    path = list(sys.path)
     try:
         spec.loader.exec_module(script)
     except RuntimeError as error:
@@ -379,8 +381,11 @@ def instrument(script, meter: Meter, warm_up_steps: int):
     """Hang timers into the names through which the script reaches its functions; what they compute stays as it is."""
     from spo.preference_models import preference_model_fns
 
-    rollout, build_preference = script.multi_sample_pipeline, script.get_preference_model_func
-    Model, Accelerator = preference_model_fns.StepAwarePreferenceModel, script.Accelerator
+    # The originals, and subclasses of them that tell the meter what runs.
+    rollout = script.multi_sample_pipeline
+    build_preference = script.get_preference_model_func
+    Model = preference_model_fns.StepAwarePreferenceModel
+    Accelerator = script.Accelerator
 
     class WatchedModel(Model):
         def __init__(self, *args, **kwargs):
@@ -398,6 +403,7 @@ def instrument(script, meter: Meter, warm_up_steps: int):
             if "train_loss" in values:
                 meter.step(values["train_loss"])
 
+    # The first rollout is the warm-up: all models exist then, so they are hooked there.
     def watched_rollout(pipeline, **kwargs):
         if meter.rollouts == 0:  # all models are built, nothing has run
             gc.collect()
@@ -418,6 +424,7 @@ def instrument(script, meter: Meter, warm_up_steps: int):
         meter.num_pairs = len(output[0])
         return output
 
+    # Put them in the place of the originals.
     preference_model_fns.StepAwarePreferenceModel = WatchedModel
     script.Accelerator = WatchedAccelerator
     script.copy = _CopyModule(meter)
@@ -479,15 +486,19 @@ def measure(
     """
     import torch
 
+    # Run the script with the timers in it.
     if threads:
         torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     script = load_script(project)
     config = configure(script, project, preset, folder)
     meter = Meter(device, phases)
-    prompts, batch = config.sample.sample_batch_size, config.train.train_batch_size
+    prompts = config.sample.sample_batch_size
+    batch = config.train.train_batch_size
     instrument(script, meter, warm_up_steps=max(-(-batch // prompts), 2))
     script.main([])
+
+    # A run with fewer pairs, or losses that are not finite, cannot be compared.
     expected = prompts * (config.sample.num_steps - config.train.divert_start_step)
     if meter.rollouts != 2 or meter.num_pairs != expected:
         raise RuntimeError(

@@ -50,6 +50,7 @@ def worker(num_prompts: int, folder: Path):
     from benchmarks.models import build_pipeline
     from trl_spo import SPOConfig, SPOTrainer
 
+    # A tiny model and a dataset of the asked size on the disk.
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     Dataset.from_dict({"prompt": [f"prompt {i} of many" for i in range(num_prompts)]}).save_to_disk(folder / "prompts")
@@ -68,7 +69,9 @@ def worker(num_prompts: int, folder: Path):
     setup = time.perf_counter() - start
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.train()  # warm-up
+
+    # Measure after a warm-up.
+    trainer.train()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer.args.max_steps = 40
     start = time.process_time()
@@ -92,6 +95,8 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, args.folder)
+
+    # Each size in a process of its own, in turns, so that a change of the machine's speed concerns all of them.
     runs = {size: [] for size in SIZES}
     imports = {name: [] for name in ("trl", "trl_spo")}
     for _ in range(args.repeats):
@@ -103,10 +108,12 @@ def main():
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
             runs[size].append(json.loads(output.strip().splitlines()[-1]))
-    medians = {
-        size: {key: statistics.median(run[key] for run in values) for key in values[0]}
-        for size, values in runs.items()
-    }
+
+    # Medians over the repeats.
+    medians = {}
+    for size, values in runs.items():
+        columns = {key: [run[key] for run in values] for key in values[0]}
+        medians[size] = {key: statistics.median(column) for key, column in columns.items()}
     imports = {name: statistics.median(seconds) for name, seconds in imports.items()}
     print("| prompts | seconds to make the trainer | CPU ms per pair | MiB added by the run |\n|---|---|---|---|")
     for size, values in medians.items():

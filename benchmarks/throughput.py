@@ -224,7 +224,8 @@ class Profiler:
         self._undo = []
         self._in_reference = False
         self._denoisers = set()
-        pipeline, reward = trainer.pipeline, trainer.reward_model
+        pipeline = trainer.pipeline
+        reward = trainer.reward_model
         self._watch_denoiser(pipeline.denoiser)
         self._watch_reference(trainer)
         # Around the decoder, which may be compiled: a hook inside would be compiled with it.
@@ -332,7 +333,8 @@ class Profiler:
         def reference(*args, **kwargs):
             with method(*args, **kwargs) as denoiser:
                 self._watch_denoiser(denoiser)  # a network of its own in full fine-tuning
-                outer, self._in_reference = self._in_reference, True
+                outer = self._in_reference
+                self._in_reference = True
                 try:
                     yield denoiser
                 finally:
@@ -468,18 +470,25 @@ def measure(preset: str, device: str, dtype: str, options: dict, phases: bool = 
         start = time.perf_counter()
         warm_up(trainer)
         warm_up_seconds = time.perf_counter() - start
-        cuda, loader = device == "cuda", trainer.pair_loader
+        cuda = device == "cuda"
+        loader = trainer.pair_loader
         if cuda or not phases:
             run(trainer, seed=2)
             loader = trainer.pair_loader
-            total, cpu_seconds, num_pairs, peak = window.total, window.cpu_seconds, loader.num_pairs_seen, memory.peak
+            total = window.total
+            cpu_seconds = window.cpu_seconds
+            num_pairs = loader.num_pairs_seen
+            peak = memory.peak
         if phases:
             window.profiler = profiler = Profiler(trainer, synchronize=cuda)
             run(trainer, seed=3)
             profiler.remove()
             loader = trainer.pair_loader
         if not cuda and phases:
-            total, cpu_seconds, num_pairs, peak = window.total, window.cpu_seconds, loader.num_pairs_seen, memory.peak
+            total = window.total
+            cpu_seconds = window.cpu_seconds
+            num_pairs = loader.num_pairs_seen
+            peak = memory.peak
     result = {
         "num_prompts": loader.num_prompts_seen,
         "num_pairs": num_pairs,
@@ -491,7 +500,8 @@ def measure(preset: str, device: str, dtype: str, options: dict, phases: bool = 
         "peak_memory_above_models_mib": peak - memory.models,
     }
     if phases:
-        prompts, pairs = loader.num_prompts_seen, loader.num_pairs_seen
+        prompts = loader.num_prompts_seen
+        pairs = loader.num_pairs_seen
         result["evals_per_prompt"] = {name: profiler.samples[phase] / prompts for name, phase in PER_PROMPT.items()}
         result["evals_per_pair"] = {name: profiler.samples[name] / pairs for name in PER_PAIR}
     return result

@@ -120,7 +120,8 @@ def count_lines(source: str, tree: ast.Module) -> tuple[int, int]:
             in_docstrings.update(range(docstring.lineno, docstring.end_lineno + 1))
 
     # Lines with a token on them; a comment alone on its line starts after nothing but blanks.
-    code, comments = set(), set()
+    code = set()
+    comments = set()
     ignored = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

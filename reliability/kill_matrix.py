@@ -575,6 +575,7 @@ def try_point(world: World, point: Point, reference: dict[str, str], folder: Pat
         found = last_checkpoint(output_dir, files) if output_dir.is_dir() else None
         return found, int(Path(found).name.split("-")[1]) if found else None
 
+    # Train and kill, as often as the point says; each process resumes from what the one before left.
     for number, kill in enumerate(point.kills):
         named = point.resume[number - 1] if 0 < number <= len(point.resume) else None
         found = str(output_dir / named) if named else (last()[0] is not None)
@@ -585,12 +586,16 @@ def try_point(world: World, point: Point, reference: dict[str, str], folder: Pat
     if point.damage is not None:
         file = Path(last()[0]) / point.damage
         os.truncate(file, file.stat().st_size // 2)
+
+    # Resume to the end.
     found, step = last()
     row["resumed"] = step
     code = in_process(lambda: train(world, point, point.run, output_dir, None, found is not None, result), log)
     row["seconds"] = round(time.time() - start, 1)
     if code != 0:
         return {**row, "problem": f"the resumed process ended with {code}: {_end_of(log)}"}
+
+    # Compare with the run that was never killed.
     got = json.loads(result.read_text())
     different = sorted(name for name in reference.keys() | got.keys() if reference.get(name) != got.get(name))
     if point.expected is not None and step != point.expected:
@@ -632,6 +637,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="points at a time")
     parser.add_argument("--list", action="store_true", help="names of all points")
     options = parser.parse_args(arguments)
+
+    # Choose the points.
     chosen = points()
     if options.quick:
         chosen = [point for point in chosen if point.name in QUICK]
@@ -640,12 +647,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list or not chosen:
         print("\n".join(point.name for point in points()))
         return 0 if options.list else 2
+
     # A method that was renamed is found here, whichever points were chosen, and not after minutes.
     hooks = {(kill.owner(), kill.method) for point in points() for kill in point.kills}
     gone = sorted(f"{owner.__name__}.{method}" for owner, method in hooks if not hasattr(owner, method))
     if gone:
         print(f"Points name functions that do not exist: {', '.join(gone)}.")
         return 2
+
+    # First the uninterrupted runs, then the points, in several processes.
     torch.set_num_threads(1)
     start = time.time()
     with tempfile.TemporaryDirectory() as temporary:
@@ -679,6 +689,8 @@ def main(arguments: list[str] | None = None) -> int:
         for pid in workers:
             os.waitpid(pid, 0)
         numbered = [row for path in Path(temporary).glob("rows-*.json") for row in json.loads(path.read_text())]
+
+    # The summary, and the table as JSON.
     rows = [row for _, row in sorted(numbered, key=lambda item: item[0])]
     compared = {run: len(values) for run, values in references.items()}
     equal = sum(row["equal"] for row in rows)

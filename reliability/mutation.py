@@ -82,6 +82,7 @@ def add_operators() -> None:
     import libcst as cst
     from mutmut.mutation import file_mutation, mutators
 
+    # Operators that mutmut does not have.
     def smaller_number(node):
         if isinstance(node, cst.Integer) and node.evaluated_value > 0:
             yield node.with_changes(value=repr(node.evaluated_value - 1))
@@ -130,6 +131,7 @@ def add_operators() -> None:
         (cst.Return, dropped_return),
     ]
 
+    # Error messages are not mutated.
     visit = file_mutation.MutationVisitor._skip_node_and_children
 
     def skip(self, node):
@@ -228,6 +230,7 @@ def main() -> int:
     if importlib.util.find_spec("mutmut") is None:
         parser.error("mutmut is not installed here: `make mutation` installs it into an environment of its own")
 
+    # Try all mutants, and compare the survivors with those that are explained.
     start = time.perf_counter()
     results = mutate(args.modules, args.tests, args.jobs)
     if args.output:
@@ -235,11 +238,13 @@ def main() -> int:
     explained = [mutant for mutant in json.loads(EXPLANATIONS.read_text()) if mutant["module"] in args.modules]
     known = {key(mutant) for mutant in explained if mutant.get("reason", "").strip()}
     survivors = {key(mutant) for mutant in results if mutant["status"] not in KILLED}
-    missing, stale = sorted(survivors - known), sorted({key(mutant) for mutant in explained} - survivors)
+    missing = sorted(survivors - known)
+    stale = sorted({key(mutant) for mutant in explained} - survivors)
     for title, mutants in (("survived without an explanation", missing), ("explained, but no survivor", stale)):
         for module, function, original, mutant in mutants:
             print(f"{title}: {module}.{function}\n  - {original}\n  + {mutant}")
 
+    # The table, a line per module.
     print(f"{'module':<20}{'mutants':>9}{'killed':>9}{'survived':>10}{'explained':>11}")
     for module in [*args.modules, "all"]:
         mutants = [mutant for mutant in results if module in (mutant["module"], "all")]

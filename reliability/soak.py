@@ -53,18 +53,22 @@ class Meter(TrainerCallback):
     """Resident set and CPU time per pair, every few seconds; ends the run when its time is over."""
 
     def __init__(self, seconds: float, every: float, pairs_per_step: int):
-        self.seconds, self.every, self.pairs_per_step = seconds, every, pairs_per_step
+        self.seconds = seconds
+        self.every = every
+        self.pairs_per_step = pairs_per_step
         self.process = psutil.Process()
         self.samples: list[dict] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = self.last = time.monotonic()
-        self.cpu, self.step = time.process_time(), state.global_step
+        self.cpu = time.process_time()
+        self.step = state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
         if now - self.last >= self.every:
-            cpu, pairs = time.process_time(), (state.global_step - self.step) * self.pairs_per_step
+            cpu = time.process_time()
+            pairs = (state.global_step - self.step) * self.pairs_per_step
             self.samples.append(
                 {
                     "seconds": round(now - self.start, 1),
@@ -75,7 +79,9 @@ class Meter(TrainerCallback):
                     "threads": self.process.num_threads(),
                 }
             )
-            self.last, self.cpu, self.step = now, cpu, state.global_step
+            self.last = now
+            self.cpu = cpu
+            self.step = state.global_step
         if now - self.start >= self.seconds:
             control.should_training_stop = True
 
@@ -181,6 +187,8 @@ def main():
     parser.add_argument("--num_rows", type=int, default=100_000, help="prompts, or image pairs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+
+    # Train for the given time.
     torch.set_num_threads(1)
     seconds = 60 * args.minutes
     meter = Meter(seconds, every=seconds / 60, pairs_per_step=8)
@@ -189,6 +197,8 @@ def main():
         trainer = make(Path(folder), args.num_rows, meter)
         gc.collect()
         trainer.train()
+
+    # Compare the beginning with the end, and print the samples between.
     result = {"trainer": args.trainer, "minutes": args.minutes, "num_rows": args.num_rows, **compare(meter.samples)}
     result["samples"] = meter.samples
     if args.json:
@@ -199,7 +209,8 @@ def main():
             f"{sample['seconds'] / 60:6.1f} {sample['step']:7d} {sample['rss_mib']:8.1f} "
             f"{sample['cpu_ms_per_pair']:13.3f} {sample['files']:5d} {sample['threads']:7d}"
         )
-    rss, cost = result["rss_mib"], result["cpu_ms_per_pair"]
+    rss = result["rss_mib"]
+    cost = result["cpu_ms_per_pair"]
     print(
         f"{args.trainer}: peak resident set {rss['early']:.1f} -> {rss['late']:.1f} MiB ({rss['change']:+.2%}, "
         f"{result['rss_slope_mib_per_hour']:+.2f} MiB per hour), CPU per pair {cost['early']:.2f} -> {cost['late']:.2f} ms "

@@ -35,7 +35,8 @@ from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.sampling import score_images
 
 
-STEPS, ETA = 10, 1.0
+STEPS = 10
+ETA = 1.0
 EXACT = ("utility", "aesthetics", "alignment")
 
 
@@ -51,7 +52,8 @@ def sample(
         `tuple`: images `(N, 3, 32, 32)` in [0, 1] and final latents `(N, 4, 8, 8)`, float32.
     """
     states, empty = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
-    images, latents = [], []
+    images = []
+    latents = []
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
         context = states[rows]
@@ -84,7 +86,8 @@ def pairwise_distance(values: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(C,)`, in the order in which captions first appear.
     """
-    values, result = values.flatten(1).double(), []
+    values = values.flatten(1).double()
+    result = []
     for caption in dict.fromkeys(prompts):
         rows = [i for i, prompt in enumerate(prompts) if prompt == caption]
         pairs = [(values[i] - values[j]).square().mean().sqrt() for i, j in itertools.combinations(rows, 2)]
@@ -102,7 +105,8 @@ class Evaluation:
     """
 
     def __init__(self, split: str, repeats: int):
-        self.split, self.repeats = split, repeats
+        self.split = split
+        self.repeats = repeats
         self.prompts, self.seeds = evaluation_set(split, repeats)
 
     def by_caption(self, values) -> list[list[float]]:
@@ -146,7 +150,8 @@ def label_accuracy(pipeline, reward_model, dataset, timesteps: list[int], batch_
     agree, exact = ({timestep: [] for timestep in timesteps} for _ in range(2))
     for start in range(0, len(dataset), batch_size):
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-        prompts, decided = batch["prompts"], batch["label_0"] != batch["label_1"]
+        prompts = batch["prompts"]
+        decided = batch["label_0"] != batch["label_1"]
         utilities = [world.utility(batch[f"images_{i}"] / 2 + 0.5, prompts) for i in (0, 1)]
         for timestep in timesteps:
             steps = torch.full((len(prompts),), timestep, dtype=torch.long)
@@ -245,13 +250,18 @@ def two_way(values: torch.Tensor) -> dict[str, float]:
     nan = float("nan")
     if captions < 2:
         raise ValueError(f"Need two captions at least, got {captions}.")
+
+    # Mean squares and degrees of freedom, see above; with one seed, those over captions alone.
     columns = values.mean(0)
     if seeds == 1:
-        variance, df, sds = columns.var().item() / captions, captions - 1, (nan, columns.std().item())
+        variance = columns.var().item() / captions
+        df = captions - 1
+        sds = (nan, columns.std().item())
     else:
         rows = values.mean(1)
         rest = values - rows[:, None] - columns[None] + mean
-        ms_s, ms_c = captions * rows.var().item(), seeds * columns.var().item()
+        ms_s = captions * rows.var().item()
+        ms_c = seeds * columns.var().item()
         ms_e = rest.square().sum().item() / ((seeds - 1) * (captions - 1))
         sds = [math.sqrt(max(ms - ms_e, 0) / n) for ms, n in ((ms_s, captions), (ms_c, seeds))]
         terms = [(ms_s, seeds - 1), (ms_c, captions - 1), (-ms_e, (seeds - 1) * (captions - 1))]
@@ -263,6 +273,8 @@ def two_way(values: torch.Tensor) -> dict[str, float]:
         variance = total / (seeds * captions)
         spread = sum(ms**2 / n for ms, n in terms)
         df = max(1, round(total**2 / spread)) if spread else captions - 1
+
+    # Student's interval from the estimated variance.
     se = math.sqrt(variance)
     reach = float(student_t.ppf(0.975, df)) * se
     return {
@@ -310,22 +322,29 @@ def compute_to_reach(
         `dict`: `compute`, `low`, `high` (5% and 95% of the resamples), `ratio` = budget / compute with `ratio_low`,
         `ratio_high`, `reached` (share of resamples that reach it), `target`.
     """
+    # Curves on one grid, and the scores of the rival at the budget.
     shortest = min(x[-1] for x, _ in curves)
     grid = torch.linspace(0, shortest, 401, dtype=torch.float64)
     table = torch.tensor([[interpolate(x, y, at) for at in grid.tolist()] for x, y in curves], dtype=torch.float64)
     targets = torch.tensor([interpolate(x, y, min(budget, x[-1])) for x, y in rivals], dtype=torch.float64)
+
+    # Resample the seeds of both; the first row is the estimate itself.
     generator = torch.Generator().manual_seed(seed)
     own = torch.randint(len(curves), (draws, len(curves)), generator=generator)
     other = torch.randint(len(rivals), (draws, len(rivals)), generator=generator)
-    means = torch.cat([table.mean(0)[None], table[own].mean(1)])  # (1 + draws, grid); the first is no resample
+    means = torch.cat([table.mean(0)[None], table[own].mean(1)])  # (1 + draws, grid); the first is not a resample
     goals = torch.cat([targets.mean()[None], targets[other].mean(1)])
+
+    # Where each mean curve first reaches its goal, linear between points of the grid.
     above = means >= goals[:, None]
     first = above.int().argmax(1)
-    rows, before = torch.arange(len(means)), (first - 1).clamp(min=0)
+    rows = torch.arange(len(means))
+    before = (first - 1).clamp(min=0)
     rise = means[rows, first] - means[rows, before]
     share = torch.where(rise > 0, (goals - means[rows, before]) / rise, 0.0)
     reach = torch.where(above.any(1), torch.lerp(grid[before], grid[first], share.clamp(0, 1)), torch.inf)
-    point, found = reach[0].item(), sorted(reach[1:].tolist())
+    point = reach[0].item()
+    found = sorted(reach[1:].tolist())
     low, high = found[int(0.05 * draws)], found[min(draws - 1, int(0.95 * draws))]
     return {
         "compute": point,

@@ -124,7 +124,8 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
-        before, self._paused = self._now(), True
+        before = self._now()
+        self._paused = True
         try:
             yield
         finally:
@@ -173,7 +174,10 @@ class Recorder:
     ):
         self.unet, self.marks, self.evaluate = unet, list(marks), evaluate
         self.meter = Meter(unet) if meter is None else meter
-        self.points, self.states, self.updates, self._next = [], [], 0, 0
+        self.points = []
+        self.states = []
+        self.updates = 0
+        self._next = 0
 
     def __call__(self, **extra) -> bool:
         """Returns whether the budget is spent."""
@@ -295,6 +299,8 @@ def train_spo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: di
         trainer.remove_callback(callback)
     trainer.add_callback(_Budget(recorder))
     trainer.train()
+
+    # Add the logged metrics to each point of the curve: means over the steps since the point before.
     names = {
         "fresh_accuracy": "pairs/fresh_accuracy",
         "valid_fraction": "pairs/valid_fraction",
@@ -343,7 +349,8 @@ class _Offline:
     micro_batch_size = 64
 
     def __init__(self, pipeline, pairs: dict, seed: int, settings: dict):
-        self.pairs, self.settings = pairs, settings
+        self.pairs = pairs
+        self.settings = settings
         self.pipeline = SPOShapesPipeline(pipeline)
         torch.manual_seed(seed)  # the adapter is drawn here
         self.pipeline.prepare_for_training(lora_config())
@@ -457,8 +464,10 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer
 
+    # The settings of DDPO that match those of the other methods.
     PartialState()  # TRL's trainer logs before it has an accelerator, and accelerate refuses that
-    samples, updates = settings["samples_per_epoch"], settings["updates_per_epoch"]
+    samples = settings["samples_per_epoch"]
+    updates = settings["updates_per_epoch"]
     repeats = settings.get("samples_per_prompt", 1)
     config = DDPOConfig(
         num_epochs=1,
@@ -485,9 +494,12 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
         save_freq=10**9,
         project_kwargs={"project_dir": str(output_dir / "ddpo")},
     )
+
+    # DDPO draws prompts and asks for rewards through functions.
     prompts = world.captions("train")
     chooser = torch.Generator().manual_seed(seed)
-    seen, waiting = [], []
+    seen = []
+    waiting = []
 
     def prompt_function():
         if not waiting:
@@ -499,6 +511,7 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
         seen.append(rewards.mean().item())
         return rewards, {}
 
+    # Train until the budget is spent.
     wrapped = SPOShapesPipeline(pipeline)
     with recorder.meter.paused():
         trainer = DDPOTrainer(config, reward_function, prompt_function, wrapped)

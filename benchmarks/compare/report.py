@@ -44,7 +44,8 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 
 
 NAN = float("nan")
-REFERENCE, RIVAL = "spo", "dpo"
+REFERENCE = "spo"
+RIVAL = "dpo"
 CURVES = ("spo", "spo_clean", "spo_mended", "spo_exact", "dpo", "ddpo", "sft")
 GROUPS = {
     "methods": ["spo", "spo_mended", "spo_published", "dpo", "ddpo", "sft"],
@@ -75,7 +76,8 @@ class Results:
             raise FileNotFoundError(f"{output} has no base.json: run benchmarks/compare/run.py first.")
         self.base = study.read_json(output / "base.json")
         self.plan = self.base["plan"]
-        self.runs, self.missing = {}, []
+        self.runs = {}
+        self.missing = []
         for arm in study.ARMS:
             found = sorted((output / "run" / arm).glob("*.json"), key=lambda path: int(path.stem))
             if found:
@@ -194,7 +196,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main_table(results: Results, pick: str) -> tuple[str, dict]:
-    data, rows = {}, []
+    data = {}
+    rows = []
     for arm in results.runs:
         if not results.seeds(arm, pick):
             continue
@@ -219,7 +222,8 @@ def main_table(results: Results, pick: str) -> tuple[str, dict]:
 
 
 def cost_table(results: Results) -> tuple[str, dict]:
-    data, rows = {}, []
+    data = {}
+    rows = []
     for arm in results.runs:
         values = {name: results.final_cost(arm, name) for name in ("evaluations", "cpu_seconds", "updates")}
         values["reward_evaluations"] = results.own_cost(arm, "evaluations")
@@ -238,7 +242,8 @@ def cost_table(results: Results) -> tuple[str, dict]:
 
 
 def against_table(results: Results, other: str, pick: str) -> tuple[str, dict]:
-    data, rows = {}, []
+    data = {}
+    rows = []
     for arm in results.runs:
         if arm == other or other not in results.runs:
             continue
@@ -257,7 +262,8 @@ def reach_table(results: Results) -> tuple[str, dict]:
     """The "20x" question."""
     if RIVAL not in results.runs:
         return "", {}
-    data, rows = {}, []
+    data = {}
+    rows = []
     budgets = {name: results.final_cost(RIVAL, name) for name in ("evaluations", "cpu_seconds")}
     for arm in results.runs:
         if arm == RIVAL:
@@ -272,7 +278,9 @@ def reach_table(results: Results) -> tuple[str, dict]:
                 data.setdefault(arm, {})[f"{score}/{compute}"] = value
                 text = number(value["compute"])
                 if math.isfinite(value["compute"]):
-                    low, high, ratio = value["ratio_low"], value["ratio_high"], value["ratio"]
+                    low = value["ratio_low"]
+                    high = value["ratio_high"]
+                    ratio = value["ratio"]
                     text += f": {ratio:.1f}x ({low:.1f} to {high:.1f}; {value['ratio_with_reward']:.1f}x)"
                 row.append(text)
         rows.append(row)
@@ -288,6 +296,7 @@ def equal_time_table(results: Results) -> tuple[str, dict]:
     """
     if REFERENCE not in results.runs:
         return "", {}
+    # The two limits: a run of SPO alone, and with the training of its reward model.
     alone = min(
         point["cpu_seconds"]
         for arm, runs in results.runs.items()
@@ -296,9 +305,13 @@ def equal_time_table(results: Results) -> tuple[str, dict]:
         if study.ARMS[arm].method == "spo" and point["mark"] == run["picks"]["final"]
     )
     limits = {"alone": alone, "with the reward model": alone + results.own_cost(REFERENCE, "cpu_seconds")}
-    data, rows = {"cpu_seconds": limits}, []
+
+    # Read every run's curve at both limits.
+    data = {"cpu_seconds": limits}
+    rows = []
     for arm in results.runs:
-        row, data[arm] = [study.ARMS[arm].title], {}
+        row = [study.ARMS[arm].title]
+        data[arm] = {}
         for name, limit in limits.items():
             own = limit - results.own_cost(arm, "cpu_seconds") if name != "alone" else limit
             for score in EXACT:
@@ -322,13 +335,15 @@ def equal_time_table(results: Results) -> tuple[str, dict]:
 
 def front_table(results: Results) -> tuple[str, dict]:
     """What each arm pays in alignment for the same gain of aesthetics, along its checkpoints."""
-    data, rows = {}, []
+    data = {}
+    rows = []
     for arm in results.runs:
         row = [study.ARMS[arm].title]
         for gain in GAINS:
             paid = [alignment_at(*curves, gain) for curves in zip(*changes(results, arm), strict=True)]
             paid = torch.tensor([value for value in paid if not math.isnan(value)], dtype=torch.float64)
-            count, total = len(paid), len(results.runs[arm])
+            count = len(paid)
+            total = len(results.runs[arm])
             if not count:
                 row.append("not reached")
                 continue
@@ -357,7 +372,8 @@ def alignment_at(aesthetics: list[float], alignment: list[float], gain: float) -
 
 def hacking_table(results: Results) -> tuple[str, dict]:
     """From the best checkpoint on: does the learned reward still rise while the exact scores fall?"""
-    data, rows = {}, []
+    data = {}
+    rows = []
     for arm, runs in results.runs.items():
         values = {"peak": [], "reward": [], **{metric: [] for metric in EXACT}, "hacked": []}
         for run in runs.values():
@@ -381,7 +397,8 @@ def hacking_table(results: Results) -> tuple[str, dict]:
 
 
 def accuracy_table(results: Results) -> tuple[str, dict]:
-    data, rows = {}, []
+    data = {}
+    rows = []
     for kind, found in results.rewards.items():
         for against in ("utility", "labels"):
             by_step = {}
@@ -405,7 +422,8 @@ def order_table(results: Results) -> tuple[str, dict]:
     found = [study.read_json(path)["order"] for path in sorted((results.output / "order").glob("*.json"))]
     if not found:
         return "", {}
-    data, rows = {}, []
+    data = {}
+    rows = []
     for name, by_step in found[0].items():
         for metric in ("aesthetics", "alignment"):
             row = [name, metric]
@@ -418,7 +436,8 @@ def order_table(results: Results) -> tuple[str, dict]:
 
 
 def sweep_table(results: Results) -> tuple[str, dict]:
-    data, rows = {}, []
+    data = {}
+    rows = []
     for method, candidates in study.SWEEPS.items():
         scores = study.sweep_scores(results.output, method)
         if not scores:
@@ -437,7 +456,8 @@ def sweep_table(results: Results) -> tuple[str, dict]:
 def guidance_table(results: Results) -> tuple[str, dict]:
     if "base" not in results.guidance:
         return "", {}
-    data, rows = {}, []
+    data = {}
+    rows = []
     base = results.guidance["base"][0]["scales"]
     for arm, found in results.guidance.items():
         title = "base model" if arm == "base" else study.ARMS[arm].title
@@ -457,12 +477,29 @@ def guidance_table(results: Results) -> tuple[str, dict]:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
+def _on_grid(x: list[float], y: list[float], grid: list[float]) -> list[float]:
+    """The values of a curve at the points of a grid."""
+    return [interpolate(x, y, at) for at in grid]
+
+
+def _changes_of(values: list[float]) -> list[float]:
+    """Differences from the first value."""
+    return [value - values[0] for value in values]
+
+
+def _mean_over_seeds(seeds: list[list[float]]) -> list[float]:
+    """Mean of several curves point by point, as far as all of them go."""
+    return [sum(column) / len(column) for column in zip(*seeds, strict=False)]
+
+
 def figures(results: Results, folder: Path) -> list[str]:
+    """Draw all figures of the report into `folder`; returns the names of their files."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # What all figures share: colours of methods, saving, and the mean of curves over seeds with its standard error.
     names = []
     colours = dict(zip(CURVES, plt.get_cmap("tab10").colors, strict=False))
 
@@ -479,14 +516,16 @@ def figures(results: Results, folder: Path) -> list[str]:
     def band(axis, curves, **style):
         longest = max(max(x) for x, _ in curves)
         grid = [longest * k / 60 for k in range(61)]
-        grid = [at for at in grid if at <= min(max(x) for x, _ in curves)]
-        table = torch.tensor([[interpolate(x, y, at) for at in grid] for x, y in curves], dtype=torch.float64)
+        shortest = min(max(x) for x, _ in curves)
+        grid = [at for at in grid if at <= shortest]
+        table = torch.tensor([_on_grid(x, y, grid) for x, y in curves], dtype=torch.float64)
         mean = table.mean(0)
         axis.plot(grid, mean, **style)
         if len(curves) > 1:
             error = table.std(0) / math.sqrt(len(curves))
             axis.fill_between(grid, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
 
+    # Scores over compute, in both currencies: UNet evaluations and CPU time.
     shown = [arm for arm in CURVES if arm in results.runs]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7.5))
     for row, (compute, label) in enumerate((("evaluations", "UNet evaluations"), ("cpu_seconds", "CPU seconds"))):
@@ -499,8 +538,12 @@ def figures(results: Results, folder: Path) -> list[str]:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
     save(figure, "curves.png", bottom=0.07)
 
-    groups = {title: [arm for arm in arms if arm in results.runs] for title, arms in GROUPS.items()}
-    groups = {title: arms for title, arms in groups.items() if arms}
+    # Ablations, a panel per group: utility over compute, and alignment against aesthetics.
+    groups = {}
+    for title, arms in GROUPS.items():
+        present = [arm for arm in arms if arm in results.runs]
+        if present:
+            groups[title] = present
 
     def panels(name, draw, xlabel, ylabel):
         rows = math.ceil(len(groups) / 4)
@@ -518,16 +561,15 @@ def figures(results: Results, folder: Path) -> list[str]:
         save(figure, name)
 
     def within_budget(arm, score):
-        limit, found = 1.1 * results.plan["budget"], []
+        limit = 1.1 * results.plan["budget"]
+        found = []
         for x, y in results.curves(arm, score):
             count = sum(at <= limit for at in x)
             found.append((x[:count], [value - y[0] for value in y[:count]]))
         return found
 
     def draw_front(axis, arm, style):
-        paths = [
-            [sum(column) / len(column) for column in zip(*seeds, strict=False)] for seeds in changes(results, arm)
-        ]
+        paths = [_mean_over_seeds(seeds) for seeds in changes(results, arm)]
         axis.plot(*paths, "o-", markersize=3, **style)
 
     panels(
@@ -538,16 +580,18 @@ def figures(results: Results, folder: Path) -> list[str]:
     )
     panels("front.png", draw_front, "aesthetics, change", "alignment, change (validation captions)")
 
+    # Reward hacking: does the learned reward still rise while the exact utility falls?
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     for arm in shown:
         for axis, score in zip(axes, ("reward", "utility"), strict=True):
-            curves = [(x, [value - y[0] for value in y]) for x, y in results.curves(arm, score)]
+            curves = [(x, _changes_of(y)) for x, y in results.curves(arm, score)]
             band(axis, curves, color=colours[arm], label=study.ARMS[arm].title)
             axis.set(xlabel="UNet evaluations", ylabel=f"{'learned reward' if score == 'reward' else score}, change")
             thousands(axis)
     axes[0].legend(fontsize=7)
     save(figure, "hacking.png")
 
+    # How often the reward models order pairs correctly, by timestep.
     if results.rewards:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
         for axis, against in zip(axes, ("utility", "labels"), strict=True):
@@ -565,13 +609,15 @@ def figures(results: Results, folder: Path) -> list[str]:
         axes[0].legend()
         save(figure, "reward_accuracy.png")
 
+    # Scores over the guidance scale of sampling, with the base model for comparison.
     if "base" in results.guidance:
         figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
         table = guidance_table(results)[1]
         for axis, metric in zip(axes, EXACT, strict=True):
             for arm, values in table.items():
                 scales = [float(scale) for scale in values[metric]]
-                means, errors = ([value[key] for value in values[metric].values()] for key in ("mean", "se"))
+                means = [value["mean"] for value in values[metric].values()]
+                errors = [value["se"] for value in values[metric].values()]
                 title = "base model" if arm == "base" else study.ARMS[arm].title
                 axis.errorbar(scales, means, errors, marker="o", markersize=3, capsize=2, label=title)
             axis.set(xlabel="guidance scale", ylabel=metric)
@@ -590,7 +636,8 @@ def sheet(results: Results, folder: Path) -> list[str]:
     rows = [(title, Image.open(path).convert("RGB")) for title, path in rows if path.is_file()]
     if not rows:
         return []
-    scale, left = 2, 260
+    scale = 2
+    left = 260
     width, height = rows[0][1].width * scale, rows[0][1].height * scale
     picture = Image.new("RGB", (left + width, (height + 4) * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
@@ -621,6 +668,7 @@ def write_report(output: Path, folder: Path) -> str:
     Returns:
         `str`: the main table in Markdown.
     """
+    # The head of the report: how everything was measured, and the base model.
     results = Results(output)
     folder.mkdir(parents=True, exist_ok=True)
     plan = results.plan
@@ -634,6 +682,8 @@ def write_report(output: Path, folder: Path) -> str:
     )
     base_text = ", ".join(f"{metric} {cell(value, sign='')}" for metric, value in base.items())
     parts = [f"# Comparison in the shapes world\n\n{protocol} Base model: {base_text}."]
+
+    # The sections, each with a table; one without data is left out.
     sections = [
         ("final", f"At {plan['budget']:,} UNet evaluations", lambda: main_table(results, "final")),
         ("chosen", "Best checkpoint on validation captions", lambda: main_table(results, "chosen")),
@@ -665,10 +715,11 @@ def write_report(output: Path, folder: Path) -> str:
         if data[name]:
             parts.append(f"## {title}\n\n{tables[name]}")
     data["tables"] = tables
-    data["curves"] = {
-        arm: {str(seed): [run["base"], *run["points"]] for seed, run in runs.items()}
-        for arm, runs in results.runs.items()
-    }
+    data["curves"] = {}
+    for arm, runs in results.runs.items():
+        data["curves"][arm] = {str(seed): [run["base"], *run["points"]] for seed, run in runs.items()}
+
+    # Figures, what is missing, and the same numbers as JSON.
     parts += [f"![{name}]({name})" for name in figures(results, folder)]
     if results.missing:
         parts.append("Not run: " + ", ".join(results.missing) + ".")

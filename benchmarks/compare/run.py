@@ -270,7 +270,8 @@ def check_settings(output: Path, tasks: list[str]):
     for task in tasks:
         path = output / f"{task}.json"
         if task.startswith(("run", "sweep")) and path.is_file():
-            found, expected = read_json(path)["settings"], settings_of(output, task)
+            found = read_json(path)["settings"]
+            expected = settings_of(output, task)
             if found != expected:
                 raise SystemExit(
                     f"{path} was run with {found} and the plan asks for {expected}: delete it to run it again."
@@ -315,13 +316,16 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
     from trl_spo.images import to_pil
     from trl_spo.preference_collator import StepPreferenceCollator
 
+    # Pairs with labels, for training and for the accuracy of reward models.
     pipeline = load_pipeline()
     preferences = make_preferences(pipeline, plan["num_pairs"], split="train", seed=0)
     fresh = make_preferences(pipeline, plan["accuracy_pairs"], split="heldout", seed=1)
     preferences.save_to_disk(str(output / "preferences"))
     fresh.save_to_disk(str(output / "heldout_pairs"))
 
-    wrapped, batch = wrap_pipeline(pipeline), StepPreferenceCollator(32)(list(preferences))
+    # Latents of the decided pairs, for the methods that train offline.
+    wrapped = wrap_pipeline(pipeline)
+    batch = StepPreferenceCollator(32)(list(preferences))
     decided = (batch["label_0"] != batch["label_1"]).nonzero().flatten()
     first = (batch["label_0"] > batch["label_1"])[decided]
     posteriors = [
@@ -335,7 +339,9 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
     save_file({name: value.contiguous() for name, value in pairs.items()}, output / "pairs.safetensors")
     write_json(output / "pairs.json", [batch["prompts"][i] for i in decided.tolist()])
 
-    scores, images = {}, {}
+    # The base model, with the same noise that every run will be measured with.
+    scores = {}
+    images = {}
     for split in ("validation", "heldout"):
         evaluation = Evaluation(split, plan[f"{split}_repeats"])
         values = evaluation(pipeline)
@@ -364,7 +370,8 @@ def work_reward(task: str, output: Path, plan: dict) -> dict:
     from trl_spo import wrap_pipeline
 
     _, kind, seed = task.split("/")
-    pipeline, folder = load_pipeline(), output / task
+    pipeline = load_pipeline()
+    folder = output / task
     preferences = load_from_disk(str(output / "preferences"))
     model, cost = train_reward_model(kind, pipeline, preferences, int(seed), plan["reward_steps"], folder)
     model.save_pretrained(folder)
@@ -386,11 +393,16 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     from trl_spo import StepAwareRewardModel
     from trl_spo.images import to_pil
 
-    arm, seed, settings = arm_of(task), int(task.rsplit("/", 1)[1]), settings_of(output, task)
+    # A run with the same settings as another one is copied, not repeated.
+    arm = arm_of(task)
+    seed = int(task.rsplit("/", 1)[1])
+    settings = settings_of(output, task)
     twin = find_twin(output, task, settings)
     if twin is not None:
         shutil.copytree(output / twin, output / task, dirs_exist_ok=True)
         return {**read_json(output / f"{twin}.json"), "arm": task.split("/")[1], "copy_of": twin}
+
+    # The reward that trains, and the learned one that judges every run.
     (learned,) = rewards_of(task)
     judge = StepAwareRewardModel.from_pretrained(output / "reward" / learned / str(seed)).eval()
     judge.requires_grad_(False)
@@ -401,6 +413,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     def summary(scores):
         return {name: values.double().mean().item() for name, values in scores.items() if name != "images"}
 
+    # Train within the budget; the recorder measures at the marks, and its time does not count.
     pipeline = load_pipeline()
     stretch = arm.stretch if task.startswith("run") else 1
     marks = checkpoint_marks(plan["budget"], plan["checkpoints"], stretch)
@@ -427,6 +440,7 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     if task.startswith("sweep"):
         return result
 
+    # Held-out scores of three checkpoints: at the budget, the best before it, and the last.
     final = next(i for i, point in enumerate(recorder.points) if point["mark"] >= plan["budget"])
     picks = {
         "final": final,
@@ -435,7 +449,8 @@ def work_run(task: str, output: Path, plan: dict) -> dict:
     }
     heldout = Evaluation("heldout", plan["heldout_repeats"])
     pipeline.unet.eval()
-    result["heldout"], measured = {}, {}
+    result["heldout"] = {}
+    measured = {}
     result["picks"] = {name: recorder.points[i]["mark"] for name, i in picks.items()}
     for name, i in picks.items():
         if name == "long" and i == final:
@@ -464,9 +479,12 @@ def checkpoint_marks(budget: int, checkpoints: int, stretch: float) -> list[int]
 
 def find_twin(output: Path, task: str, settings: dict) -> str | None:
     """A run of another arm that would be this one again, as when a sweep chooses the demo's settings."""
-    kind, name, seed = task.split("/")[0], task.split("/")[1], task.rsplit("/", 1)[1]
+    kind = task.split("/")[0]
+    name = task.split("/")[1]
+    seed = task.rsplit("/", 1)[1]
     for other, arm in ARMS.items():
-        own, path = ARMS.get(name), output / "run" / other / f"{seed}.json"
+        own = ARMS.get(name)
+        path = output / "run" / other / f"{seed}.json"
         if kind != "run" or other == name or not path.is_file():
             continue
         same = (arm.method, arm.reward, arm.stretch) == (own.method, own.reward, own.stretch)
@@ -521,6 +539,7 @@ def execute(tasks: list[str], args: argparse.Namespace, failed: list[str], jobs:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     try:
         while waiting or running:
+            # Start tasks up to the number of jobs, each with a log of its own.
             while waiting and len(running) < jobs:
                 task = waiting.pop(0)
                 log = args.output / "logs" / f"{task.replace('/', '-')}.txt"
@@ -531,6 +550,7 @@ def execute(tasks: list[str], args: argparse.Namespace, failed: list[str], jobs:
                     process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
                 running[task] = (process, time.perf_counter())
             time.sleep(0.2)
+            # Look for tasks that have ended; of one that failed, the end of its log is shown.
             for task, (process, start) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -578,7 +598,8 @@ def main(argv=None) -> int:
     if args.work:
         work(args.work, args.output, read_json(args.output / "plan.json"))
         return 0
-    plan, path = make_plan(args), args.output / "plan.json"
+    plan = make_plan(args)
+    path = args.output / "plan.json"
     if path.is_file() and read_json(path) != plan:
         raise SystemExit(f"{args.output} holds results of another plan, {read_json(path)}; name another folder.")
     everything = stages(args)

@@ -196,6 +196,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
 
 
 def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoint]:
+    # The settings of this model and reward, then those of the command line.
     settings = dict(FLOW_SPO_SETTINGS if args.model == "flow" else SPO_SETTINGS)
     if args.reward == "latent":
         settings = latent_spo_settings(args.model)
@@ -217,6 +218,8 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
         use_cpu=True,
         seed=args.seed,
     )
+
+    # The checkpoint that is best on the validation prompts is kept.
     prompts, _ = evaluation_set("validation", repeats=4)
     trainer = SPOTrainer(
         config,
@@ -262,7 +265,8 @@ def main():
 
 
 def write_results(args, trainer, prompts, before, after, fresh_accuracy, reward_accuracy):
-    (images_before, scores_before), (images_after, scores_after) = before, after
+    (images_before, scores_before) = before
+    (images_after, scores_after) = after
     names = ("aesthetics", "alignment", "reward")
     # Numbers: the samples of one caption are averaged before anything is compared.
     statistics = {name: paired_statistics(scores_after[name], prompts, scores_before[name]) for name in names}

@@ -255,7 +255,8 @@ def make_preferences(pipeline, num_pairs: int = 2_000, split: str = "train", see
     Returns:
         `datasets.Dataset`: see [`preferences_from_images`].
     """
-    pool, generator = world.captions(split), torch.Generator().manual_seed(seed)
+    pool = world.captions(split)
+    generator = torch.Generator().manual_seed(seed)
     prompts = [pool[i] for i in torch.randint(len(pool), (num_pairs,), generator=generator).tolist()]
     seeds = torch.randint(2**62, (2 * num_pairs,), generator=generator).tolist()
     images = sample_images(pipeline, prompts + prompts, seeds, **sampling)

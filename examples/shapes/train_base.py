@@ -101,7 +101,8 @@ def make_tokenizer() -> CLIPTokenizer:
     """
     words = sorted({word for caption in world.CAPTIONS for word in caption.split()})
     split = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    tokens, merges = sorted({symbol for symbols in split for symbol in symbols}), []
+    tokens = sorted({symbol for symbols in split for symbol in symbols})
+    merges = []
     while any(len(symbols) > 1 for symbols in split):
         counts = Counter(pair for symbols in split for pair in itertools.pairwise(symbols))
         pair = max(counts, key=lambda pair: (counts[pair], pair))
@@ -217,7 +218,9 @@ def train_vae(args):
             posterior = vae.encode(batch).latent_dist
             output = vae.decode(posterior.sample()).sample
         output = output.float()
-        pixel, outline, kl = F.l1_loss(output, batch), outline_loss(output, batch), posterior.kl().float().mean() / 256
+        pixel = F.l1_loss(output, batch)
+        outline = outline_loss(output, batch)
+        kl = posterior.kl().float().mean() / 256
         return pixel + 0.5 * outline + 1e-4 * kl, {"pixel": pixel, "outline": outline, "kl": kl}
 
     seconds = train_loop("vae", args.vae_steps, vae.parameters(), 2e-3, loss_function)
@@ -322,9 +325,12 @@ def encode_renders(args, vae) -> tuple[torch.Tensor, list[str]]:
 
 
 def train_unet(args):
+    # Latents of rendered scenes, and networks that are fresh or continue.
     torch.manual_seed(args.seed + 10)
     folder = args.output_dir / "pipeline"
-    vae, tokenizer, scheduler = load(AutoencoderKL, folder / "vae"), make_tokenizer(), make_scheduler()
+    vae = load(AutoencoderKL, folder / "vae")
+    tokenizer = make_tokenizer()
+    scheduler = make_scheduler()
     latents, prompts = encode_renders(args, vae)
     ids, null = tokenize(tokenizer, prompts), tokenize(tokenizer, [""])
     text_encoder = CLIPTextModel(make_text_config(tokenizer))
@@ -337,6 +343,7 @@ def train_unet(args):
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     min_snr_weight = snr.clamp(max=5.0) / snr  # for epsilon prediction; arXiv 2303.09556, section 3.4
 
+    # The usual denoising loss, weighted by timestep, with a tenth of the prompts empty.
     def loss_function(step):
         count = args.unet_batch_size
         index = torch.randint(len(latents), (count,), generator=generator)
@@ -350,6 +357,8 @@ def train_unet(args):
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     seconds = train_loop("unet", args.unet_steps, parameters, args.unet_lr, loss_function, average.update)
+
+    # Save the average of the weights as a pipeline, in half precision.
     average.copy_to_modules()
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -412,7 +421,8 @@ def train_clip(args):
     clip = make_clip(tokenizer)
     generator = torch.Generator().manual_seed(args.seed + 21)
     images, prompts = make_renders(args.num_renders, args.seed + 22)
-    images, ids = normalise(images), tokenize(tokenizer, prompts)
+    images = normalise(images)
+    ids = tokenize(tokenizer, prompts)
     keys = torch.tensor([world.CAPTIONS.index(prompt) for prompt in prompts])
 
     def loss_function(step):
@@ -435,7 +445,8 @@ def train_clip(args):
 def clip_figures(args) -> dict[str, float]:
     """Share of held-out renders whose own caption scores highest among all 103 held-out captions, clean and dull."""
     folder = args.output_dir / "clip"
-    clip, tokenizer = load(CLIPModel, folder), CLIPTokenizer.from_pretrained(folder)
+    clip = load(CLIPModel, folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
     pool = world.captions("heldout")
     figures = {}
     for name, dull in (("clean", False), ("dull", True)):

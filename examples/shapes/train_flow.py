@@ -107,12 +107,14 @@ def latents_of_renders(args) -> tuple[AutoencoderKL, torch.Tensor, list[str]]:
     vae = load(AutoencoderKL, WEIGHTS / "pipeline" / "vae")
     images, prompts = make_renders(args.num_renders, args.seed, split=None)
     latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in (2 * images - 1).split(256)])
-    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    shift = latents.mean().item()
+    scale = 1 / latents.std().item()
     vae.register_to_config(shift_factor=round(shift, 5), scaling_factor=round(scale, 5), _name_or_path="")
     return vae, (latents - vae.config.shift_factor) * vae.config.scaling_factor, prompts
 
 
 def train_flow(args) -> dict[str, float]:
+    # Latents of rendered scenes, and networks that are fresh or continue.
     torch.manual_seed(args.seed)
     vae, latents, prompts = latents_of_renders(args)
     tokenizer = make_tokenizer()
@@ -126,6 +128,7 @@ def train_flow(args) -> dict[str, float]:
     average = Average([transformer, *encoders])
     generator = torch.Generator().manual_seed(args.seed + 1)
 
+    # The flow-matching loss, with a tenth of the prompts empty.
     def loss_function(step):
         count = args.batch_size
         index = torch.randint(len(latents), (count,), generator=generator)
@@ -141,6 +144,8 @@ def train_flow(args) -> dict[str, float]:
 
     parameters = [p for module in (transformer, *encoders) for p in module.parameters()]
     seconds = train_loop("flow", args.steps, parameters, args.learning_rate, loss_function, average.update)
+
+    # Save the average of the weights as a pipeline, in half precision.
     average.copy_to_modules()
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(),

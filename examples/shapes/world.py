@@ -119,7 +119,8 @@ def parse(prompts) -> torch.Tensor:
     Raises:
         `ValueError`: if a text is not a caption of this world.
     """
-    table, unknown = _scene_table(), [prompt for prompt in prompts if prompt not in SCENES]
+    table = _scene_table()
+    unknown = [prompt for prompt in prompts if prompt not in SCENES]
     if unknown:
         raise ValueError(f"Not a caption of the shapes world: {unknown[0]!r}; expected, for example, {CAPTIONS[0]!r}.")
     return torch.tensor([table[prompt] for prompt in prompts], dtype=torch.long).view(-1, 4)
@@ -385,7 +386,8 @@ def _object_map(pixels, objects, backgrounds, to_objects, to_backgrounds) -> tor
     Returns: (B, 32, 32), values in [0, 1].
     """
     misfit = torch.minimum(to_objects, to_backgrounds).clamp(max=4 * COLOUR_TOLERANCE**2).sum(1)  # (B, 13)
-    rows, version = torch.arange(len(pixels)), misfit.argmin(1)
+    rows = torch.arange(len(pixels))
+    version = misfit.argmin(1)
     low = backgrounds[rows, version][:, None]
     line = objects[rows, version][:, None] - low  # (B, 1, 3)
     place = (((pixels - low) * line).sum(2) / (line**2).sum(2)).clamp(0, 1)
@@ -395,7 +397,8 @@ def _object_map(pixels, objects, backgrounds, to_objects, to_backgrounds) -> tor
 
 def _alignment_terms(images: torch.Tensor, scenes: torch.Tensor) -> dict[str, torch.Tensor]:
     size, colour, shape, background = scenes.unbind(1)
-    pixels, versions = images.flatten(2).transpose(1, 2), _colour_versions()
+    pixels = images.flatten(2).transpose(1, 2)
+    versions = _colour_versions()
     to_objects = _squared_distances(pixels, versions[colour])  # (B, 1024, 13)
     to_backgrounds = _squared_distances(pixels, versions[background])
     where = _object_map(pixels, versions[colour], versions[background], to_objects, to_backgrounds)
@@ -425,7 +428,8 @@ def alignment_score(images: torch.Tensor, prompts) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B,)`, float32, values in [0, 1].
     """
-    images, scenes = _check(images), parse(prompts)
+    images = _check(images)
+    scenes = parse(prompts)
     if len(images) != len(scenes):
         raise ValueError(f"Expected one caption per image, got {len(images)} images and {len(scenes)} captions.")
     return _by_chunks(_alignment, 128, images, scenes)
