@@ -34,7 +34,9 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 import trl_spo
+from trl_spo.prompts import load_prompts
 from trl_spo.scripts import cli
+from trl_spo.scripts.errors import run
 from trl_spo.scripts.evaluate import make_parser as evaluate_parser
 from trl_spo.scripts.evaluate import make_protocol
 from trl_spo.scripts.spo import make_parser as spo_parser
@@ -114,8 +116,9 @@ class TestLaunchOptions:
         assert script == [argument for argument in arguments if argument not in launch]
 
     def test_misspelt_options_stay_with_the_script(self, capsys):
-        with pytest.raises(ValueError, match="learning_ratee"):
+        with pytest.raises(SystemExit):
             cli.main(["spo", "--learning_ratee", "1", "--output_dir", "unused", "--report_to", "none"])
+        assert "there is no option --learning_ratee; did you mean --learning_rate?" in capsys.readouterr().err
 
     def test_named_configs(self, tmp_path):
         assert cli.resolve_accelerate_config("multi_gpu").is_file()
@@ -125,6 +128,118 @@ class TestLaunchOptions:
             cli.main(["spo", "--accelerate_config", "many_gpus"])
         with pytest.raises(SystemExit, match="needs a value"):
             cli.main(["step-reward", "--accelerate_config"])
+
+
+def failing(error: Exception):
+    def main(*arguments):
+        raise error
+
+    return main
+
+
+class TestErrors:
+    """A mistake is one line and status 2: a traceback hides the sentence from everybody who does not know the code."""
+
+    def message(self, capsys, *arguments) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        lines = [line for line in error.splitlines() if line.startswith(f"trl-spo {arguments[0]}: error: ")]
+        assert len(lines) == 1
+        return lines[0].partition(": error: ")[2]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--learning_rte", "1"], "there is no option --learning_rte; did you mean --learning_rate?"),
+            (["--learning_rte=1"], "there is no option --learning_rte; did you mean --learning_rate?"),
+            (["--xyzzy"], "there is no option --xyzzy. "),
+            (["--learning_rate", "abc"], "argument --learning_rate/--learning-rate: invalid float value: 'abc'. "),
+            (["--config", "nix.yaml"], "there is no config 'nix.yaml'. "),
+            (["--config=nix.yaml"], "there is no config 'nix.yaml'. "),
+            (["--config"], "--config needs a file. "),
+            (["--kl_coef", "-1"], "`kl_coef` must be 0 or more; got -1.0."),
+            (["--dataset_name", "nix.txt"], "There is no file 'nix.txt'. Name a file of prompts"),
+            (["--dataset_name", __file__], f"{__file__!r} is no file of prompts"),
+            (
+                ["--dataset_name", "nix.txt", "--report_to", "nix"],
+                "`report_to` names 'nix', which is no tracker; there are",
+            ),
+            (["--dataset_name", "nix.txt", "--output_dir", __file__], "Nothing can be written to `output_dir`"),
+            (["--dataset_name", "nix.txt", "--model_init_kwargs", "{"], "--model_init_kwargs must be JSON, got '{'"),
+        ],
+    )
+    def test_before_anything_is_loaded(self, arguments, message, tmp_path, capsys):
+        if "--output_dir" not in arguments:
+            arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
+        arguments = [*arguments, "--model_name_or_path", "does/not-exist", "--use_cpu", "true"]
+        if arguments[0] == "--config" and arguments[1].startswith("--"):  # the last word is the option itself
+            arguments = [*arguments[1:], "--config"]
+        assert self.message(capsys, "spo", *arguments).startswith(message)
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ("learning_rte: 1\n", "has 'learning_rte', which is no argument; did you mean learning_rate?"),
+            ("learning_rate: [1\n", "is no YAML: while parsing a flow sequence"),
+            ("- 1\n", "must hold one `name: value` per line, and holds a list."),
+            (b"# \xff\n", "is no YAML: 'utf-8' codec can't decode byte 0xff"),
+        ],
+    )
+    def test_configs(self, content, message, tmp_path, capsys):
+        path = tmp_path / "run.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert f"{str(path)!r} {message}" in self.message(capsys, "spo", "--config", str(path))
+
+    def test_a_config_by_an_equals_sign(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("output_dir: a\nreport_to: none\n")
+        *_, config = spo_parser().parse_args_and_config([f"--config={tmp_path / 'run.yaml'}", "--seed=3"])
+        assert (config.output_dir, config.seed) == ("a", 3)
+
+    def test_a_reward_model_needs_preferences(self, tmp_path, capsys):
+        message = self.message(capsys, "step-reward", "--output_dir", str(tmp_path), "--use_cpu", "true")
+        assert message.startswith("A reward model learns from preferences: name a dataset")
+
+    def test_commands_that_are_nearly_right(self, capsys):
+        assert cli.main(["sampel"]) == 2
+        assert "did you mean sample?" in capsys.readouterr().err
+
+    def test_debug_prints_the_traceback(self, tmp_path):
+        with pytest.raises(ValueError, match="`kl_coef` must be 0 or more"):
+            cli.main(["spo", "--kl_coef", "-1", "--output_dir", str(tmp_path), "--use_cpu", "true", "--debug"])
+
+    def test_debug_of_the_trainer_is_still_its_own(self, tmp_path, capsys):
+        arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"]
+        *_, config = spo_parser().parse_args_and_config([*arguments, "--debug", "underflow_overflow"])
+        assert [str(option.value) for option in config.debug] == ["underflow_overflow"]
+        message = self.message(capsys, "spo", *arguments, "--debug", "underflow_overflow", "--kl_coef", "-1")
+        assert message.startswith("`kl_coef` must be 0 or more")
+
+    def test_the_traceback_of_an_error_from_elsewhere_is_kept(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        parser = evaluate_parser(prog="trl-spo evaluate")
+        with pytest.raises(SystemExit, match="out of memory on the device"):
+            run(failing(RuntimeError("out of memory on the device")), parser, [])
+        first, second = capsys.readouterr().err.splitlines()
+        assert first == "trl-spo evaluate: error: out of memory on the device"
+        (log,) = tmp_path.glob("trl-spo-*.log")
+        assert second == f"The traceback is in {log}; --debug prints it."
+        assert "Traceback" in log.read_text() and "in failing" not in first
+        with pytest.raises(RuntimeError):
+            run(failing(RuntimeError("out of memory on the device")), parser, ["--debug"])
+
+    def test_errors_that_say_too_little_name_their_kind(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with pytest.raises(SystemExit, match="KeyError: 'unet'"):
+            run(failing(KeyError("unet")), evaluate_parser(prog="p"), [])
+
+    def test_an_error_of_the_package_needs_no_traceback(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with pytest.raises(SystemExit, match="There is no file"):
+            run(lambda *arguments: load_prompts("nix.txt"), evaluate_parser(prog="p"), [])
+        assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 class TestSpo:
@@ -187,11 +302,11 @@ class TestSample:
             self.sample(model, tmp_path)
         with pytest.raises(SystemExit, match="no .safetensors file"):
             self.sample(model, tmp_path, "--prompt", "a cat", "--lora", model)
-        with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        with pytest.raises(SystemExit, match="`batch_size` must be at least 1"):
             self.sample(model, tmp_path, "--prompt", "a cat", "--batch_size", 0)
-        with pytest.raises(ValueError, match="`model_init_kwargs` must be JSON, got '{x'"):
+        with pytest.raises(SystemExit, match="`model_init_kwargs` must be JSON, got '{x'"):
             self.sample(model, tmp_path, "--prompt", "a cat", "--model_init_kwargs", "{x")
-        with pytest.raises(FileNotFoundError, match="There is no LoRA at .*nothing"):
+        with pytest.raises(SystemExit, match="There is no LoRA at .*nothing"):
             self.sample(model, tmp_path, "--prompt", "a cat", "--lora", model / "deep" / "nothing")
 
     @pytest.mark.parametrize("how", [["--variant", "fp16"], ["--model_init_kwargs", '{"variant": "fp16"}']])
@@ -199,7 +314,7 @@ class TestSample:
         """Regression: it could be trained and neither sampled nor evaluated."""
         tiny_sd_pipeline(tmp_path).to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
         arguments = ["--model_name_or_path", tmp_path / "model", "--prompt", "a cat", "--num_inference_steps", 2]
-        with pytest.raises(ValueError, match="Could not load a diffusers pipeline"):
+        with pytest.raises(SystemExit, match="Could not load a diffusers pipeline"):
             self.sample(tmp_path, tmp_path / "none", *arguments)
         assert len(self.sample(tmp_path, tmp_path / "images", *arguments, *how)) == 1
 

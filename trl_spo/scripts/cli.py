@@ -25,6 +25,8 @@ import sys
 from importlib import resources
 from pathlib import Path
 
+from .errors import did_you_mean, one_line_errors, run
+
 
 COMMANDS = {  # name -> (module, runs on several devices, what it does)
     "spo": ("spo", True, "train a LoRA of a diffusion model with SPO"),
@@ -51,7 +53,7 @@ def usage() -> str:
     lines += [
         "",
         "`trl-spo COMMAND --help` lists the arguments of a command. Arguments come from the YAML file of --config and",
-        "from the command line, which goes first.",
+        "from the command line, which goes first. An error is one line; --debug prints its traceback.",
         "",
         "spo and step-reward on several devices:",
         "  --accelerate_config NAME|PATH   a file of `accelerate config`, or one of",
@@ -73,7 +75,7 @@ def resolve_accelerate_config(value: str) -> Path:
         return Path(value)
     if value not in known:
         raise SystemExit(
-            f"trl-spo: --accelerate_config must be a file, or one of {', '.join(known)}; got {value!r}. "
+            f"--accelerate_config must be a file, or one of {', '.join(known)}; got {value!r}. "
             "`accelerate config` writes such a file."
         )
     return known[value]
@@ -112,7 +114,7 @@ def launch_with_accelerate(module: str, launch: list[str], arguments: list[str])
     if "--accelerate_config" in launch:
         index = launch.index("--accelerate_config")
         if index + 1 == len(launch):
-            raise SystemExit("trl-spo: --accelerate_config needs a value, a file or a name.")
+            raise SystemExit("--accelerate_config needs a value, a file or a name.")
         launch[index : index + 2] = ["--config_file", str(resolve_accelerate_config(launch[index + 1]))]
     try:
         launch_command(launch_command_parser().parse_args([*launch, "--module", module, *arguments]))
@@ -139,7 +141,11 @@ def main(argv: list[str] | None = None) -> int:
         print(importlib.import_module(__package__.rpartition(".")[0]).__version__)
         return 0
     if command not in COMMANDS:
-        print(f"trl-spo: there is no command {command!r}; it must be one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        meant = did_you_mean(command, COMMANDS) or "."
+        print(
+            f"trl-spo: there is no command {command!r}; it must be one of {', '.join(COMMANDS)}{meant}",
+            file=sys.stderr,
+        )
         return 2
     name, distributed, _ = COMMANDS[command]
     script = importlib.import_module(f".{name}", __package__)
@@ -147,8 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     if distributed:
         launch, arguments = split_launch_arguments(parser, arguments)
         if launch:
-            return launch_with_accelerate(script.__name__, launch, arguments)
-    script.main(*parser.parse_args_and_config(arguments))
+            with one_line_errors(f"trl-spo {command}"):
+                return launch_with_accelerate(script.__name__, launch, arguments)
+    run(script.main, parser, arguments)
     return 0
 
 

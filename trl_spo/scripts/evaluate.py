@@ -27,8 +27,6 @@ Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_she
 import dataclasses
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
 from .arguments import (
     LoadedPipelineArguments,
     RewardModelArguments,
@@ -36,6 +34,8 @@ from .arguments import (
     json_option,
     leave_process_group,
 )
+from .errors import run
+from .parser import ScriptParser
 
 
 STEP_REWARD = "step_reward"
@@ -83,9 +83,11 @@ class EvaluateArguments:
             raise ValueError(f"`metric_options` names {sorted(unknown)}, which `metrics` does not: {self.metrics}.")
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
-    return TrlParser((LoadedPipelineArguments, SamplerArguments, RewardModelArguments, EvaluateArguments), prog=prog)
+    return ScriptParser(
+        (LoadedPipelineArguments, SamplerArguments, RewardModelArguments, EvaluateArguments), prog=prog
+    )
 
 
 def make_protocol(name: str, sampler_args: SamplerArguments):
@@ -182,4 +184,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser())

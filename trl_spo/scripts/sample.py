@@ -28,9 +28,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
 from .arguments import LoadedPipelineArguments, SamplerArguments
+from .errors import run
+from .parser import ScriptParser
 
 
 SAMPLER = {"num_inference_steps": 20, "guidance_scale": 5.0, "eta": 1.0, "negative_prompt": ""}
@@ -56,9 +56,9 @@ class SampleArguments:
             raise ValueError(f"`images_per_prompt` must be at least 1, got {self.images_per_prompt}.")
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
-    return TrlParser((LoadedPipelineArguments, SamplerArguments, SampleArguments), prog=prog)
+    return ScriptParser((LoadedPipelineArguments, SamplerArguments, SampleArguments), prog=prog)
 
 
 def main(
@@ -110,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser())

@@ -21,8 +21,6 @@ accelerate launch -m trl_spo.scripts.spo --config examples/configs/spo_sd15.yaml
 ```
 """
 
-from trl import TrlParser
-
 from ..spo_config import SPOConfig
 from .arguments import (
     DiffusionModelArguments,
@@ -30,11 +28,13 @@ from .arguments import (
     RewardModelArguments,
     train_and_save,
 )
+from .errors import run
+from .parser import ScriptParser
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
-    return TrlParser((DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig), prog=prog)
+    return ScriptParser((DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig), prog=prog)
 
 
 def main(
@@ -47,20 +47,26 @@ def main(
     from ..prompts import load_prompts
     from ..spo_trainer import SPOTrainer
 
+    # What costs nothing, before anything is loaded.
     if config.dataset_name is None:
         raise SystemExit("SPO needs prompts: name a dataset or a .txt file of prompts with --dataset_name.")
-    evaluation = data_args.eval_dataset_name
+    SPOTrainer.check_output(config)
+    prompts = load_prompts(config.dataset_name, "train")
+    evaluation = None
+    if data_args.eval_dataset_name is not None:
+        evaluation = load_prompts(data_args.eval_dataset_name, data_args.eval_split)
+
     pipeline = model_args.load_pipeline(**(config.model_init_kwargs or {}))
     trainer = SPOTrainer(
         config,
         pipeline,
         reward_args.load(),
-        train_dataset=load_prompts(config.dataset_name, "train"),
-        eval_dataset=None if evaluation is None else load_prompts(evaluation, data_args.eval_split),
+        train_dataset=prompts,
+        eval_dataset=evaluation,
         peft_config=model_args.peft_config(pipeline) if config.use_peft else None,
     )
     train_and_save(trainer, config)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser())

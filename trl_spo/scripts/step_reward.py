@@ -21,16 +21,16 @@ accelerate launch -m trl_spo.scripts.step_reward --config examples/configs/step_
 ```
 """
 
-from trl import TrlParser
-
 from ..step_reward_config import StepRewardConfig
 from .arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments, train_and_save
+from .errors import run
+from .parser import ScriptParser
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
     types = (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, StepRewardConfig)
-    return TrlParser(types, prog=prog)
+    return ScriptParser(types, prog=prog)
 
 
 def main(
@@ -45,14 +45,19 @@ def main(
     from ..preference_dataset import load_preference_dataset
     from ..step_reward_trainer import StepRewardTrainer
 
-    set_seed(config.seed)  # a fresh reward model draws its timestep embedding, or its heads
+    # What costs nothing, before anything is loaded.
+    if config.dataset_name is None:
+        raise SystemExit("A reward model learns from preferences: name a dataset of image pairs with --dataset_name.")
+    StepRewardTrainer.check_output(config)
     evaluation = None
     if data_args.eval_dataset_name is not None:
         evaluation = load_preference_dataset(data_args.eval_dataset_name, split=data_args.eval_split)
+
+    set_seed(config.seed)  # a fresh reward model draws its timestep embedding, or its heads
     pipeline = model_args.load_pipeline(**(config.model_init_kwargs or {}))
     trainer = StepRewardTrainer(config, pipeline, reward_args.load(pipeline), eval_dataset=evaluation)
     train_and_save(trainer, config)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser())

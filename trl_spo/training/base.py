@@ -26,6 +26,8 @@ import copy
 from pathlib import Path
 
 from transformers import Trainer
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .arguments import StepTrainingArguments
 from .checkpointing import CheckpointingMixin, check_output_dir, write_text
@@ -66,9 +68,24 @@ class StepTrainer(AveragedWeightsMixin, CheckpointingMixin, Trainer):
 
     @staticmethod
     def check_output(config: StepTrainingArguments) -> None:
-        """Whether the output folder can be written, on the process that writes."""
+        """
+        Whether the output folder can be written, on the process that writes, and the trackers are installed.
+
+        Raises:
+            ValueError: for a tracker that does not exist or is not installed.
+            OSError: for a folder that cannot be written.
+        """
         if config.should_save:
             check_output_dir(config.output_dir)
+        installed = get_available_reporting_integrations()
+        for name in config.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise ValueError(f"`report_to` names {name!r}, which is no tracker; there are {known}.")
+            if name not in installed:
+                raise ValueError(
+                    f"`report_to` names {name!r}, which is not installed: install it, or set `report_to='none'`."
+                )
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""
