@@ -113,6 +113,34 @@ def test_old_buffers_and_flat_heads(tmp_path):
     torch.testing.assert_close(scores, expected_scores(pipe, heads), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_one_file(tmp_path, kind):
+    """The state dict of the public code's model, which that code reads as well: networks and VAE under their names, and heads."""
+    _, pipe, heads = released(kind, tmp_path)
+    weights = {}
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        network = getattr(pipe, name, None)
+        if network is not None:
+            weights |= {f"{name}.{key}": value for key, value in network.state_dict().items()}
+    for name, value in heads.items():
+        weights[name if name == "logit_scale" else f"{name}.weight"] = (
+            value["weight"] if isinstance(value, dict) else value
+        )
+    file = tmp_path / "reward.pt"
+    torch.save(weights, file)
+    dim = len(heads["visual_projection"]["weight"])
+    settings = {"pipeline": pipe, "projection_dim": dim}
+    model = LatentRewardModel.from_original_checkpoint(file, **settings)
+    scores = model.score(latents_of(pipe), PROMPTS[:2], torch.tensor([700, 20]))
+    torch.testing.assert_close(scores, expected_scores(pipe, heads), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="does not tell its architecture. Pass the `pipeline`"):
+        LatentRewardModel.from_original_checkpoint(file)
+    del weights["visual_projection.weight"]
+    torch.save({**weights, "unet.extra": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="missing: visual_projection.weight; unexpected: backbone.unet.extra"):
+        LatentRewardModel.from_original_checkpoint(file, **settings)
+
+
 class TestWhatDoesNotFit:
     def test_heads_of_another_width(self, tmp_path):
         target, pipe, heads = released("sd15", tmp_path)

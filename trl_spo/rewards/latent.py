@@ -42,29 +42,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..hub_files import (
     load_diffusers_pipeline,
-    load_strictly,
     load_whole,
     locate_checkpoint,
     locate_folder,
     optional_file,
-    read_state_dict,
     require_existing,
 )
-from ..pipelines.adapters import save_lora
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.components import plain_pipeline
 from ..pipelines.conditioning import PromptEmbeds
-from ..pipelines.reward_adapter import REWARD_ADAPTER
 from .dina import load_dina
 from .inputs import StepRewardOutput, check_texts, checked_timesteps
-from .latent_building import copy_transformer, copy_unet, named_base, share_denoiser
-from .latent_config import LatentRewardModelConfig, check_latent_space, check_made_for, latent_space_of
+from .latent_building import copy_transformer, copy_unet, load_onto_pipeline, named_base, share_denoiser
+from .latent_config import LatentRewardModelConfig, check_latent_space, latent_space_of
 from .latent_features import (
     BlockTokens,
     SharedFeatures,
@@ -75,23 +71,17 @@ from .latent_features import (
 )
 from .latent_heads import QueryAttentionHead
 from .latent_text import (
+    PIPELINE_FOLDER,
     PipelineReader,
     encode_with_clips,
     load_tokenizers,
     make_text_encoder,
     names_of_other_versions,
-    save_without_denoiser,
+    save_what_reads,
     tokenizers_of,
 )
 from .lpo import load_lpo
 from .publishing import PushesWholeFolder, RewardDescription, latent_description, published
-
-
-PIPELINE_FOLDER = "pipeline"  # beside saved weights: whose text encoders a transformer's reward reads with
-# What makes a model that shares its denoiser, beside the pipeline and the adapter.
-SHARED_SETTINGS = (
-    "blocks guidance_scale projection_dim head num_queries num_heads score_shift score_scale logit_scale_init base_model"
-).split()
 
 
 class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
@@ -474,7 +464,12 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
 
     @classmethod
     def from_original_checkpoint(
-        cls, folder_or_id: str | Path, subfolder: str | None = None, tokenizer: str | None = None, **config_kwargs
+        cls,
+        folder_or_id: str | Path,
+        subfolder: str | None = None,
+        tokenizer: str | None = None,
+        pipeline: Any | None = None,
+        **config_kwargs,
     ) -> "LatentRewardModel":
         r"""
         One of the released latent rewards of LPO (https://huggingface.co/casiatao/LRM): `unet/` and `text_encoder/` (of
@@ -482,12 +477,14 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
 
         Args:
             folder_or_id (`str` or `Path`):
-                Folder or Hub id.
+                Folder or Hub id, or one file with the state dict of the public code's model.
             subfolder (`str`, *optional*):
                 Folder inside it, such as `"lrm_sd15"`.
             tokenizer (`str`, *optional*):
                 Folder or Hub id of a pipeline that has the tokenizers. Without it they are looked for beside the
                 weights, and otherwise taken from the pipeline that is trained.
+            pipeline (SPO or diffusers pipeline, path or Hub id, *optional*):
+                Of a single file: the pipeline that it was made from.
             config_kwargs:
                 Passed to [`LatentRewardModelConfig`].
 
@@ -498,7 +495,7 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
             `FileNotFoundError`: If a part is missing.
             `ValueError`: If keys or shapes of a network or of the heads do not fit; they are named.
         """
-        return load_lpo(cls, folder_or_id, subfolder, tokenizer, config_kwargs)
+        return load_lpo(cls, folder_or_id, subfolder, tokenizer, pipeline, config_kwargs)
 
     @classmethod
     def from_dina_checkpoint(
@@ -545,7 +542,7 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
         config = cls.config_class.from_pretrained(path, subfolder=subfolder, **where)
         if config.shared and pipeline is not None:
             file = locate_checkpoint(path, f"{subfolder}/model.safetensors".lstrip("/"), **where)
-            return cls._onto(pipeline, file, config)
+            return load_onto_pipeline(cls, pipeline, file, config)
         return_info = kwargs.pop("output_loading_info", False)
         if config.text_configs:
             kwargs.setdefault("key_mapping", names_of_other_versions(config.text_configs))
@@ -558,16 +555,6 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
         if pipeline is not None:
             model.check_pipeline(pipeline)
         return (model, info) if return_info else model
-
-    @classmethod
-    def _onto(cls, pipeline, file: str, config: LatentRewardModelConfig) -> "LatentRewardModel":
-        """A saved model that shares its denoiser, on the denoiser of a pipeline; `file` has its weights."""
-        reader = wrap_pipeline(pipeline)
-        check_made_for(config, reader)
-        settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
-        model = share_denoiser(cls, reader, LoraConfig(**config.peft_config), settings)
-        load_strictly(model, read_state_dict(file), file, "the latent reward model")
-        return model.eval()
 
     def save_pretrained(self, save_directory, *args, save_reader: bool | None = None, **kwargs):
         r"""
@@ -584,22 +571,10 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
         save_reader = self.save_reader if save_reader is None else save_reader
         with published(self, self.describe(save_reader), save_directory, kwargs):
             if kwargs.get("is_main_process", True):
-                self._save_what_reads(Path(save_directory), save_reader)
+                save_what_reads(self, Path(save_directory), save_reader)
             # Under the names of its parameters, also if they were loaded under others: a checkpoint is read by them.
             kwargs.setdefault("save_original_format", False)
             super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _save_what_reads(self, folder: Path, save_reader: bool) -> None:
-        """Tokenizers, a transformer's pipeline, and of a shared model its part of the denoiser as a LoRA of diffusers."""
-        for name, tokenizer in zip(("tokenizer", "tokenizer_2"), self.tokenizers or (), strict=False):
-            tokenizer.save_pretrained(folder / name)
-        if not save_reader or self.reader is None:
-            return
-        reader = self.reader.require()
-        if self.config.shared:
-            save_lora(reader.sd_pipeline, reader.denoiser_name, folder, adapter_name=REWARD_ADAPTER)
-        else:
-            save_without_denoiser(reader, folder / PIPELINE_FOLDER)
 
     def describe(self, save_reader: bool = True) -> RewardDescription:
         """

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Build fresh latent rewards from the denoiser of a pipeline: on copies of the blocks that are read, or on the denoiser itself
-under a second adapter.
+Build latent rewards from the denoiser of a pipeline: on copies of the blocks that are read, or on the denoiser itself under a
+second adapter, fresh or as it was saved.
 """
 
 from typing import Any
@@ -23,12 +23,13 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
+from ..hub_files import load_strictly, read_state_dict
 from ..model_cards import hub_id
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..pipelines.components import changes_of_the_base
 from ..pipelines.reward_adapter import add_reward_adapter
-from .latent_config import latent_space_of
+from .latent_config import LatentRewardModelConfig, check_made_for, latent_space_of
 from .latent_features import (
     SharedFeatures,
     check_blocks,
@@ -37,6 +38,12 @@ from .latent_features import (
     pooled_text,
     without_adapters,
 )
+
+
+# What makes a model that shares its denoiser, beside the pipeline and the adapter.
+SHARED_SETTINGS = (
+    "blocks guidance_scale projection_dim head num_queries num_heads score_shift score_scale logit_scale_init base_model"
+).split()
 
 
 def share_denoiser(model_class: type, pipeline, peft_config: PeftConfig | None, config_kwargs: dict) -> nn.Module:
@@ -54,6 +61,16 @@ def share_denoiser(model_class: type, pipeline, peft_config: PeftConfig | None, 
     model = model_class(config, shared=SharedFeatures(denoiser, adapter, config.blocks))
     model.reader.take(reader)
     return model.to(reader.device).eval()
+
+
+def load_onto_pipeline(model_class: type, pipeline, file: str, config: LatentRewardModelConfig) -> nn.Module:
+    """A saved model that shares its denoiser, on the denoiser of a pipeline; `file` has its weights."""
+    reader = wrap_pipeline(pipeline)
+    check_made_for(config, reader)
+    settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
+    model = share_denoiser(model_class, reader, LoraConfig(**config.peft_config), settings)
+    load_strictly(model, read_state_dict(file), file, "the latent reward model")
+    return model.eval()
 
 
 def copy_transformer(model_class: type, pipeline, config_kwargs: dict) -> nn.Module:

@@ -30,11 +30,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..hub_files import load_diffusers_pipeline, load_tokenizer
+from ..pipelines.adapters import save_lora
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..pipelines.conditioning import PromptEmbeds
+from ..pipelines.reward_adapter import REWARD_ADAPTER
 from .inputs import check_texts
 from .latent_config import LatentRewardModelConfig, check_made_for
+
+
+PIPELINE_FOLDER = "pipeline"  # beside saved weights: whose text encoders a transformer's reward reads with
 
 
 class PipelineReader:
@@ -163,6 +168,22 @@ def load_tokenizers(path: str, folder: str | None, count: int, **hub_kwargs) -> 
             return None
         found.append(tokenizer)
     return found
+
+
+def save_what_reads(model: nn.Module, folder: Path, save_reader: bool) -> None:
+    """
+    Beside the weights of a [`LatentRewardModel`]: tokenizers, a transformer's pipeline, and of a shared model its part of the
+    denoiser as a LoRA of diffusers.
+    """
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), model.tokenizers or (), strict=False):
+        tokenizer.save_pretrained(folder / name)
+    if not save_reader or model.reader is None:
+        return
+    reader = model.reader.require()
+    if model.config.shared:
+        save_lora(reader.sd_pipeline, reader.denoiser_name, folder, adapter_name=REWARD_ADAPTER)
+    else:
+        save_without_denoiser(reader, folder / PIPELINE_FOLDER)
 
 
 def save_without_denoiser(pipeline, folder: Path) -> None:

@@ -18,20 +18,32 @@ format, and `state_dict.pt` with the heads.
 """
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from ..hub_files import load_strictly, locate_checkpoint, optional_file, read_plain, require_existing, whole_networks
+from ..hub_files import (
+    load_strictly,
+    locate_checkpoint,
+    optional_file,
+    read_plain,
+    read_state_dict,
+    require_existing,
+    whole_networks,
+)
 from ..model_cards import hub_id
 from .latent_building import copy_unet
-from .latent_text import load_tokenizers
+from .latent_text import load_tokenizers, names_of_other_versions
 
 
 STATE_NAME = "state_dict.pt"  # heads of the released latent rewards
+UNUSED = ("up_blocks.", "conv_norm_out.", "conv_out.")  # of a UNet: they never run
+FILE_PARTS = {"unet": "backbone.unet", "text_encoder": "text_encoders.0", "text_encoder_2": "text_encoders.1"}
 
 
 def read_heads(path: str) -> dict[str, torch.Tensor]:
@@ -53,13 +65,48 @@ def read_heads(path: str) -> dict[str, torch.Tensor]:
     return flat
 
 
+def load_lpo_file(model_class: type, file: str, pipeline: Any, config_kwargs: dict) -> nn.Module:
+    """
+    A latent reward in one file: the state dict of the public code's model, which it reads as well. The file does not tell the
+    architecture, so the pipeline does that it was made from.
+
+    Raises:
+        ValueError: without a pipeline, or if a weight is missing, unexpected or misshapen; it is named.
+    """
+    if pipeline is None:
+        raise ValueError(
+            f"{file!r} is a file, and does not tell its architecture. Pass the `pipeline` whose latents it judges, or the folder "
+            f"with unet/, text_encoder/ and {STATE_NAME}."
+        )
+    model = model_class.from_pipeline(pipeline, **config_kwargs)
+    other_names = names_of_other_versions(model.config.text_configs)
+    weights = {}
+    for name, value in read_state_dict(file).items():
+        part, _, rest = name.partition(".")
+        if part == "vae" or (part == "unet" and rest.startswith(UNUSED)):
+            continue
+        name = f"{FILE_PARTS.get(part, part)}.{rest}" if rest else part
+        for pattern, replacement in other_names.items():
+            name = re.sub(pattern, replacement, name)
+        weights[name] = value
+    load_strictly(model, weights, file, "a latent reward of this pipeline")
+    return model.eval()
+
+
 def load_lpo(
-    model_class: type, folder_or_id: str | Path, subfolder: str | None, tokenizer: str | None, config_kwargs: dict
+    model_class: type,
+    folder_or_id: str | Path,
+    subfolder: str | None,
+    tokenizer: str | None,
+    pipeline: Any,
+    config_kwargs: dict,
 ) -> nn.Module:
     """See [`LatentRewardModel.from_original_checkpoint`]."""
     # Load the networks: SDXL's reward has a second text encoder. The up blocks never run, so they may be missing.
     source = os.fspath(folder_or_id)
     require_existing(source, "latent reward model")
+    if os.path.isfile(source):
+        return load_lpo_file(model_class, source, pipeline, config_kwargs)
     parts = {name: f"{subfolder}/{name}" if subfolder else name for name in ("unet", "text_encoder", "text_encoder_2")}
     for part in (parts["unet"], parts["text_encoder"]):
         if optional_file(source, f"{part}/config.json") is None:
@@ -68,7 +115,7 @@ def load_lpo(
                 f"SDXL also text_encoder_2/) and {STATE_NAME}. If it is one of several there, name it, as `subfolder='lrm_sd15'`."
             )
     is_xl = optional_file(source, f"{parts['text_encoder_2']}/config.json") is not None
-    with whole_networks(unused=("up_blocks.", "conv_norm_out.", "conv_out.")):
+    with whole_networks(unused=UNUSED):
         unet = UNet2DConditionModel.from_pretrained(source, subfolder=parts["unet"])
         encoders = [transformers.CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])]
         if is_xl:
