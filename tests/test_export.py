@@ -38,10 +38,23 @@ from trl_spo.kohya import export_comfyui, export_kohya, read_lora
 from trl_spo.pipelines.adapters import LORA_NAME
 from trl_spo.scripts.arguments import SamplerArguments
 
-from .flow_testing import tiny_flux_pipeline, tiny_sd3_pipeline
+from .flow_testing import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 from .testing_utils import PROMPTS, brightness_reward, state_of, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_spo_config
 
 
+FLOW_FAMILIES = [
+    tiny_sd3_pipeline,
+    tiny_flux_pipeline,
+    tiny_flux2_klein_pipeline,
+    tiny_z_image_pipeline,
+    tiny_qwen_image_pipeline,
+]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # Every kind of layer a UNet has, with a rank and an alpha of its own for some of them.
 EVERYTHING = {
@@ -343,11 +356,11 @@ def test_a_merged_pipeline_loads_without_peft_and_equals_base_and_lora(base, koh
     torch.testing.assert_close(torch.load(tmp_path / "image.pt"), expected, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", [tiny_sd3_pipeline, tiny_flux_pipeline], ids=["sd3", "flux"])
+@pytest.mark.parametrize("family", FLOW_FAMILIES, ids=lambda make: make.__name__)
 def test_a_lora_of_a_transformer_is_merged_too(family, tmp_path):
     """Every weight becomes W + 0.5 alpha / rank B A, alpha 6 and rank 2; nothing else changes, in the file or the object."""
     pipeline = wrap_pipeline(family(tmp_path))
-    pipeline.add_lora(LoraConfig(r=2, lora_alpha=6, target_modules=ATTENTION))
+    pipeline.add_lora(LoraConfig(r=2, lora_alpha=6, target_modules=list(pipeline.lora_target_modules)))
     generator = torch.Generator().manual_seed(1)
     for name, value in pipeline.denoiser.named_parameters():
         if ".lora_" in name:
@@ -505,6 +518,30 @@ def test_a_transformer_as_comfyui_reads_it(config, tmp_path):
     with torch.no_grad():
         expected = pipeline.predict(latents, 500, embeds, 3.0)
         torch.testing.assert_close(plain.predict(latents, 500, embeds, 3.0), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FLOW_FAMILIES, ids=lambda make: make.__name__)
+def test_every_family_has_such_an_export_of_its_own_layers(family, tmp_path):
+    """`alpha` stands beside every layer of the family's adapter, under the names that diffusers gives its weights."""
+    pipeline = wrap_pipeline(family(tmp_path))
+    pipeline.add_lora(LoraConfig(r=2, lora_alpha=6, target_modules=list(pipeline.lora_target_modules)))
+    for name, value in pipeline.denoiser.named_parameters():
+        if ".lora_" in name:
+            value.data = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+    pipeline.save_lora(tmp_path / "lora")
+    tensors = load_file(export_comfyui(tmp_path / "lora", tmp_path / "comfy.safetensors"))
+    plain = wrap_pipeline(family(tmp_path))
+    layers = {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
+    adapted = {n for n, m in pipeline.denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert layers == {f"transformer.{name}" for name in adapted} and len(tensors) == 3 * len(layers)
+    for layer in layers:
+        down, up = (tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
+        weight = plain.denoiser.get_submodule(layer.removeprefix("transformer.")).weight
+        weight.data += tensors[f"{layer}.alpha"] / len(down) * up @ down
+    latents, embeds = torch.randn(1, *plain.latent_shape(32, 32)), plain.encode_prompt(PROMPTS[:1])
+    with torch.no_grad():
+        expected = pipeline.predict(latents, 500, embeds, 3.0)
+        torch.testing.assert_close(plain.predict(latents, 500, embeds, 3.0), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_exports_refuse_each_other_s_families(tmp_path):

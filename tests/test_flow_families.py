@@ -18,12 +18,13 @@ trains a model that nobody uses. Each is compared with its own diffusers pipelin
 """
 
 import dataclasses
+import inspect
 import re
 from collections import Counter
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxPipeline
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from peft import LoraConfig
 from PIL import Image
 
@@ -55,6 +56,7 @@ from trl_spo import (
     stepwise_rollout,
     wrap_pipeline,
 )
+from trl_spo.evaluation.evaluate import PROTOCOLS, evaluate_pipeline
 from trl_spo.pipelines.auto import FAMILIES
 from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.encoding_cache import EncodingCache
@@ -72,6 +74,9 @@ MAKERS = {
     "qwen_image": (tiny_qwen_image_pipeline, SPOQwenImagePipeline, 4.0),
 }
 LENGTHS = {"qwen_image": 200}  # tokens that are read of a prompt; Qwen-Image's template alone takes 130, one per byte
+PROTOCOL_NAMES = {
+    "sd3": "sd3", "flux": "flux", "flux2": "flux2-klein", "z_image": "z-image", "qwen_image": "qwen-image"
+}  # fmt: skip
 every_family = pytest.mark.parametrize("family", list(MAKERS))
 
 
@@ -179,6 +184,30 @@ class TestAgainstDiffusers:
             expected = expected[:, :, 0] if family == "qwen_image" else expected
         assert torch.allclose(pipeline.decode_latents(mean), expected, atol=1e-4)
         assert (std == 0).all() if family == "flux2" else (std > 0).all()
+
+
+class TestProtocols:
+    def test_they_are_the_defaults_of_diffusers_pipelines(self, made):
+        """But for SD3, which the reinforcement-learning papers sample in 40 steps at 4.5, as the card of 3.5 Medium says."""
+        for family, name in PROTOCOL_NAMES.items():
+            pipeline, protocol = made(family), PROTOCOLS[name]
+            defaults = {n: p.default for n, p in inspect.signature(pipeline.sd_pipeline.__call__).parameters.items()}
+            scale = "true_cfg_scale" if family == "qwen_image" else "guidance_scale"
+            expected = (defaults["num_inference_steps"], defaults[scale])
+            found = (protocol.num_inference_steps, protocol.guidance_scale)
+            assert found == ((40, 4.5) if family == "sd3" else expected), family
+            assert protocol.scheduler == pipeline.step_rule.sampler_name and protocol.eta == 0
+
+    @every_family
+    def test_an_evaluation_samples_as_plain_diffusers_does(self, made, family):
+        pipeline, protocol = made(family), PROTOCOLS[PROTOCOL_NAMES[family]]
+        short = dataclasses.replace(protocol, num_inference_steps=3, height=SIZE, width=SIZE)
+        generators = [torch.Generator().manual_seed(short.seed + i) for i in range(len(PROMPTS))]
+        shape = pipeline.latent_shape(SIZE, SIZE)
+        latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        images = in_diffusers(pipeline, family, latents, 3, **pipeline.call_arguments(short.guidance_scale))
+        result = evaluate_pipeline(pipeline, PROMPTS, {"red": lambda images, _: images[:, 0].mean((1, 2))}, short)
+        assert torch.allclose(result.scores["red"], images[:, 0].mean((1, 2)), atol=1e-3)
 
 
 class TestConditioning:
@@ -476,11 +505,22 @@ class TestNoiseLevels:
 
 
 class TestBadInput:
-    def test_a_negative_prompt_for_flux(self, made):
-        with pytest.raises(
-            ValueError, match="no unconditional half, so a `negative_prompt` has no effect.* got 'blurry'"
-        ):
-            made("flux").encode_prompt(PROMPTS, "blurry")
+    def test_a_negative_prompt_for_flux(self, made, tmp_path):
+        """Also when a trainer is made or an evaluation begins: its first rollout or image may be far away."""
+        pipeline, message = made("flux"), "no unconditional half, so a `negative_prompt` has no effect.* got 'blurry'"
+        with pytest.raises(ValueError, match=message):
+            pipeline.encode_prompt(PROMPTS, "blurry")
+        config = tiny_spo_config(tmp_path / "out", height=SIZE, width=SIZE, negative_prompt="blurry")
+        with pytest.raises(ValueError, match=message):
+            SPOTrainer(config, tiny_flux_pipeline(tmp_path), brightness_reward, train_dataset=PROMPTS)
+        reward = StepAwareRewardModel.from_clip(tiny_clip(tmp_path))
+        row = {"caption": "a", "jpg_0": Image.new("RGB", (8, 8)), "jpg_1": Image.new("RGB", (8, 8)), "label_0": 1.0}
+        config = tiny_step_reward_config(tmp_path / "run", resolution=SIZE, negative_prompt="blurry")
+        with pytest.raises(ValueError, match=message):
+            StepRewardTrainer(config, pipeline, reward, train_dataset=[{**row, "label_1": 0.0}] * 2)
+        protocol = dataclasses.replace(PROTOCOLS["flux"], negative_prompt="blurry")
+        with pytest.raises(ValueError, match=message):
+            evaluate_pipeline(pipeline, PROMPTS, {"red": brightness_reward}, protocol)
 
     @pytest.mark.parametrize("checkpoint", ["schnell", "klein", "turbo"])
     def test_distilled_models_train_with_a_warning_and_sample_without(self, checkpoint, tmp_path, monkeypatch):
@@ -518,9 +558,30 @@ class TestBadInput:
         wrap_pipeline(tiny_sd3_pipeline(tmp_path, with_t5=False)).encode_prompt([long])
         assert len(said) == 2 and "the text encoder reads 77" in said[1]
 
-    def test_a_vae_without_shift(self, tmp_path):
-        with pytest.raises(ValueError, match="The VAE has no `shift_factor` in its configuration"):
-            wrap_pipeline(tiny_sd3_pipeline(tmp_path, shift_factor=None))
+    @pytest.mark.parametrize("family, name", [
+        ("sd3", "shift_factor"), ("flux", "shift_factor"), ("z_image", "shift_factor"),
+        ("qwen_image", "latents_mean"), ("qwen_image", "latents_std"),
+    ])  # fmt: skip
+    def test_a_vae_without_shift(self, tmp_path, family, name):
+        pipe = MAKERS[family][0](tmp_path)
+        pipe.vae.register_to_config(**{name: None})
+        with pytest.raises(ValueError, match=f"The VAE has no `{name}` in its configuration"):
+            wrap_pipeline(pipe)
+
+    def test_flux_needs_its_t5(self, tmp_path):
+        """SD3 may lack it, see above."""
+        pipe = tiny_flux_pipeline(tmp_path)
+        pipe.register_modules(text_encoder_2=None)
+        with pytest.raises(ValueError, match="text_encoder_2"):
+            wrap_pipeline(pipe)
+
+    def test_a_shift_that_is_too_large(self, tmp_path):
+        """S x shift above about 1,000: first steps are closer than integers."""
+        pipe = tiny_sd3_pipeline(tmp_path)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=12.0)
+        config = tiny_spo_config(tmp_path / "out", num_inference_steps=100, height=SIZE, width=SIZE)
+        with pytest.raises(ValueError, match="100 steps of this schedule .* or a scheduler with a smaller shift"):
+            SPOTrainer(config, pipe, brightness_reward, train_dataset=PROMPTS)
 
     def test_a_scheduler_of_another_kind(self, tmp_path):
         pipe = tiny_sd3_pipeline(tmp_path)

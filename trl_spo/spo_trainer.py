@@ -206,6 +206,7 @@ class SPOTrainer(StepTrainer):
                 "as it is; publish that, too (`pipe.save_pretrained`). The model card names no base model."
             )
         self.pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
+        self.pipeline.check_negative_prompt(config.negative_prompt)
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
         check_shared_reward(config, self.reward)

@@ -232,6 +232,7 @@ class StepRewardTrainer(StepTrainer):
             self._tag_names = ["trl", "spo", "latent-reward-model"]
             self._name = "LPO latent reward model"
         self._check_timesteps(config, reward_model)
+        self.pipeline.check_negative_prompt(config.negative_prompt)
         try:
             self.pipeline.latent_shape(config.resolution, config.resolution)
         except ValueError as error:

@@ -289,6 +289,7 @@ def _check_sampler(pipeline: SPOPipeline, protocol: EvaluationProtocol) -> None:
             f"a protocol with scheduler={sampler!r} and a name of its own."
         )
     pipeline.step_rule.check_eta(protocol.eta)
+    pipeline.check_negative_prompt(protocol.negative_prompt)
     with pipeline.configured(**{name: getattr(protocol, name) for name in OPTIONS}):
         pass  # refused before the first image is sampled
 

@@ -353,6 +353,14 @@ class SPOPipeline:
         if embeds.negative_prompt_embeds is None:
             raise ValueError("Guidance needs negative prompt embeddings; encode prompts with `encode_prompt`.")
 
+    def check_negative_prompt(self, negative_prompt: str) -> None:
+        """
+        Whether the family has a use for this negative prompt. Asked before any long work.
+
+        Raises:
+            ValueError: if it has none. By default every family has.
+        """
+
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """
         Shape of one latent, without the batch dimension, of an image of this size (by default the model's own).

@@ -73,11 +73,7 @@ class SPOFluxPipeline(SPOFlowPipeline):
             ValueError: for a negative prompt: the guidance of FLUX is an input of its transformer and has no
                 unconditional half.
         """
-        if negative_prompt:
-            raise ValueError(
-                "FLUX.1 has its guidance embedded and no unconditional half, so a `negative_prompt` has no effect; leave it "
-                f"empty, got {negative_prompt!r}."
-            )
+        self.check_negative_prompt(negative_prompt)
         texts = list(prompts)
         pipeline = self.sd_pipeline
         with self.long_prompts.announced(texts, pipeline, pipeline.tokenizer_2, self.max_sequence_length):
@@ -85,6 +81,13 @@ class SPOFluxPipeline(SPOFlowPipeline):
                 texts, None, device=self.device, max_sequence_length=self.max_sequence_length
             )
         return PromptEmbeds(tokens, pooled_prompt_embeds=pooled)
+
+    def check_negative_prompt(self, negative_prompt: str) -> None:
+        if negative_prompt:
+            raise ValueError(
+                "FLUX.1 has its guidance embedded and no unconditional half, so a `negative_prompt` has no effect; leave it "
+                f"empty, got {negative_prompt!r}."
+            )
 
     def velocity(self, denoiser, latents, sigma, embeds, guidance_scale):
         height, width = latents.shape[-2:]
