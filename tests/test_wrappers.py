@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from trl_spo import LatentRewardModel, SPOTrainer, StepAwareRewardModel, StepRewardTrainer, wrap_pipeline, wrap_reward
 from trl_spo.export import merge_lora
+from trl_spo.pipelines.autoencoder import load_scoring_vae
 from trl_spo.pipelines.components import plain_pipeline, unwrapped
 
 from .flow_testing import tiny_sd3_pipeline
@@ -100,6 +101,19 @@ def test_a_wrapped_run_resumes_a_plain_one_and_the_other_way_round(tmp_path):
             trainer = make_trainer(folder, pipe, max_steps=steps, **settings)
             trainer.train(resume_from_checkpoint=None if steps == 1 else True)
             assert trainer.state.global_step == steps
+
+
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "regions"])
+def test_a_wrapped_decoder_for_scoring_decodes(wrapper, tmp_path):
+    """Regression: a compiled one was an error about len(), one under data parallel was no autoencoder."""
+    decoder = tiny_sd_pipeline(tmp_path / "decoder").vae
+    pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+    assert load_scoring_vae(WRAPPERS[wrapper](decoder), pipeline) is decoder
+    config = tiny_spo_config(tmp_path / "out", max_steps=1)
+    wrapped = WRAPPERS[wrapper](decoder)
+    trainer = SPOTrainer(config, pipeline, brightness_reward, train_dataset=PROMPTS, scoring_vae=wrapped)
+    trainer.train()
+    assert trainer.pipeline.scoring_vae is decoder
 
 
 @pytest.mark.parametrize("make", [tiny_sd_pipeline, tiny_sd3_pipeline])

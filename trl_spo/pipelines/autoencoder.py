@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..hub_files import whole_networks
+from .components import unwrapped
 
 
 def latent_channels(vae: torch.nn.Module) -> int | None:
@@ -145,6 +146,7 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
             ) from error
 
     # Check that it can decode these latents.
+    vae = unwrapped(vae) if isinstance(vae, torch.nn.Module) else vae
     if not isinstance(vae, torch.nn.Module) or not hasattr(vae, "decode") or not hasattr(vae, "config"):
         raise TypeError(
             "`scoring_vae` must be a diffusers autoencoder such as `AutoencoderTiny`, or the path or Hub id of one, got "
