@@ -210,7 +210,7 @@ class TestChoice:
         else:
             os.truncate(path, {"empty": 0, "half": size // 2, "two bytes less": size - 2}[how])
         assert last_checkpoint(run, FILES) == str(run / "checkpoint-2")
-        with pytest.raises(ValueError, match="no complete checkpoint: .*. Resume from '.*checkpoint-2'") as error:
+        with pytest.raises(ValueError, match="not a complete checkpoint: .*. Resume from '.*checkpoint-2'") as error:
             checkpoint_to_resume(run / "checkpoint-4", run, files=FILES)
         assert file in str(error.value) or (file == LORA and "weights are missing" in str(error.value))
 

@@ -440,7 +440,7 @@ class TestResume:
         with pytest.raises(ValueError, match="written with 6 other prompts than the 2"):
             make_trainer(tmp_path, "b", prompts=PROMPTS[:2], **settings).train(str(checkpoint))
         (checkpoint / "spo_state.json").unlink()
-        with pytest.raises(ValueError, match="no complete checkpoint: spo_state.json is missing"):
+        with pytest.raises(ValueError, match="not a complete checkpoint: spo_state.json is missing"):
             make_trainer(tmp_path, "c", **settings).train(str(checkpoint))
 
     def test_a_checkpoint_of_another_kind_of_run_says_which(self, tmp_path):

@@ -99,9 +99,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         # Where features are read: the networks, and the part of them that is used.
         self.unet_config = {} if unet_config is None else plain_config(unet_config)
         self.text_configs = [] if text_configs is None else list(text_configs)
-        unknown = sorted({text.get("architecture") for text in self.text_configs} - set(TEXT_ENCODERS), key=str)
-        if unknown:
-            raise ValueError(f"`text_configs` must be of {' or '.join(TEXT_ENCODERS)}, got {unknown}.")
+        _check_text_encoders(self.text_configs)
         self.transformer_config = transformer_config
         self.shared = shared
         self.peft_config = peft_config
@@ -120,10 +118,7 @@ class LatentRewardModelConfig(PretrainedConfig):
         self.logit_scale_init = logit_scale_init
 
         # How features become a score.
-        if head not in HEADS:
-            raise ValueError(f"`head` must be one of {HEADS}, got {head!r}.")
-        if head == "query_attention" and self.unet_config:
-            raise ValueError("`head='query_attention'` reads tokens of a transformer, and a UNet has none.")
+        _check_head(head, self.unet_config)
         self.head = head
         self.num_queries = num_queries
         self.num_heads = num_heads
@@ -138,6 +133,19 @@ class LatentRewardModelConfig(PretrainedConfig):
         if self.latent_space is not None:
             return self.latent_space["channels"]
         return self.unet_config.get("in_channels", 4)
+
+
+def _check_text_encoders(text_configs: list[dict]) -> None:
+    unknown = sorted({text.get("architecture") for text in text_configs} - set(TEXT_ENCODERS), key=str)
+    if unknown:
+        raise ValueError(f"`text_configs` must be of {' or '.join(TEXT_ENCODERS)}, got {unknown}.")
+
+
+def _check_head(head: str, unet_config: dict) -> None:
+    if head not in HEADS:
+        raise ValueError(f"`head` must be one of {HEADS}, got {head!r}.")
+    if head == "query_attention" and unet_config:
+        raise ValueError("`head='query_attention'` reads tokens of a transformer, and a UNet has none.")
 
 
 def latent_space_of(pipeline) -> dict[str, Any]:
