@@ -21,9 +21,9 @@ python benchmarks/clean_images.py --json clean_images.json
 ```
 
 Two rewards start from one CLIP and see the same 1,200 noisy preferences, timesteps and noises; they differ in what they see
-of the pairs that are drawn at t = 0, which is every second one. Twice: with pairs that the base model sampled, which have been through its
-VAE already, as most of a dataset of generated images has, and with pairs that the world's renderer drew, which have not, as
-photographs have not. Both are then asked about fresh pairs:
+of the pairs that are drawn at t = 0, which is every second one. Twice: with pairs that the base model sampled, which have
+been through its VAE already, as most of a dataset of generated images has, and with pairs that the world's renderer drew,
+which have not, as photographs have not. Both are then asked about fresh pairs:
 
 - **raw**: at t = 0, images as they are;
 - **round trip**: at t = 0, encoded and decoded;
