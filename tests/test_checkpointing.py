@@ -46,6 +46,7 @@ from trl_spo.training.checkpointing import (
 )
 from trl_spo.training.ema import EMA_NAME
 from trl_spo.training.pair_metrics import PairMetrics
+from trl_spo.training.waiting_pairs import check_base, sample_base_weights
 
 from .testing_utils import (
     PROMPTS,
@@ -582,6 +583,45 @@ def test_another_seed_is_said(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_spo.training.waiting_pairs.logger.warning", warnings.append)
     spo_trainer(tmp_path, seed=7)._read_state(str(finished / "checkpoint-2"))
     assert any("was written with `seed=42` and this run has 7" in warning for warning in warnings)
+
+
+class TestBase:
+    """
+    Regression: a LoRA of one model was trained on another of the same shapes. Whoever wants that starts a new run.
+    """
+
+    @pytest.mark.parametrize("network", ["unet", "text_encoder"])
+    def test_another_one_is_refused(self, finished, tmp_path, network):
+        trainer = spo_trainer(tmp_path)
+        weight = next(w for w in getattr(trainer.pipeline.sd_pipeline, network).parameters() if w.ndim > 1)
+        with torch.no_grad():
+            weight.mul_(1.05)
+        before = state_of(trainer.model)
+        with pytest.raises(
+            ValueError, match=f"another base model: the weights of its {network} are not those of this run"
+        ):
+            trainer.train(resume_from_checkpoint=str(finished / "checkpoint-2"))
+        assert not changed(before, trainer.model)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_in_another_precision_it_is_the_same(self, finished, dtype):
+        written = json.loads((finished / "checkpoint-2" / "spo_state.json").read_text())["base_weights"]
+        assert set(written) == {"unet", "text_encoder"} and len(written["unet"]) == 256
+        rounded = {name: torch.tensor(numbers).to(dtype).tolist() for name, numbers in written.items()}
+        assert rounded != written
+        check_base("checkpoint", written, rounded)
+        check_base("checkpoint", rounded, written)
+
+    def test_networks_that_are_trained_are_not_the_base(self, tmp_path):
+        trainer = spo_trainer(tmp_path, use_peft=False)
+        assert set(sample_base_weights(trainer.pipeline)) == {"text_encoder"}
+
+    def test_old_checkpoints_do_not_say(self, finished, tmp_path):
+        folder = shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+        state = json.loads((folder / "spo_state.json").read_text())
+        del state["base_weights"]
+        (folder / "spo_state.json").write_text(json.dumps(state))
+        spo_trainer(tmp_path)._read_state(str(folder))
 
 
 def test_a_reward_run_resumes_with_its_pairs_only(tmp_path):

@@ -63,7 +63,7 @@ from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
 from .training.pair_metrics import PairMetrics
 from .training.running_means import gather_from_processes
 from .training.spo_checks import check_reward_timesteps, check_sharding, check_shared_reward, choose_best_metric
-from .training.waiting_pairs import check_waiting_pairs, transition_settings
+from .training.waiting_pairs import check_base, check_waiting_pairs, sample_base_weights, transition_settings
 
 
 logger = logging.get_logger(__name__)
@@ -675,6 +675,7 @@ class SPOTrainer(StepTrainer):
         pool = {name: value.contiguous().clone() for name, value in state.pop("pool").items()}
         save_file(pool, folder / PAIRS_NAME)
         state.update(metrics, transitions=transition_settings(self.args, self._set_timesteps(self.args)))
+        state["base_weights"] = sample_base_weights(self.pipeline)
         (folder / STATE_NAME).write_text(json.dumps(state))
 
     def _read_state(self, folder: str | None) -> bool:
@@ -682,6 +683,7 @@ class SPOTrainer(StepTrainer):
         if folder is not None:
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
+            check_base(folder, state.get("base_weights"), sample_base_weights(self.pipeline))
             now = transition_settings(self.args, self._set_timesteps(self.args))
             latent_shape = self.pipeline.latent_shape(self.args.height, self.args.width)
             check_waiting_pairs(folder, state.get("transitions"), now, self.pair_loader.pool, latent_shape)

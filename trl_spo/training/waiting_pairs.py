@@ -13,14 +13,16 @@
 # limitations under the License.
 
 """
-Check the pairs in a checkpoint that still wait for their optimizer step. They were drawn with one schedule and guidance, and
-a run with other settings must not train on them as if they were its own.
+Check that a checkpoint belongs to a run. Pairs that still wait in it for their optimizer step were drawn with one schedule
+and guidance, and its weights are changes of one base model: a run with others must not go on as if they were its own.
 """
 
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
+from ..pipelines.base import SPOPipeline
 from ..spo_config import SPOConfig
 from ..step_pairs import StepPairs
 
@@ -32,6 +34,8 @@ TRANSITION_SETTINGS = (
     "num_inference_steps", "sampler", "eta", "guidance_scale", "guidance_rescale", "negative_prompt", "clip_skip", "height",
     "width", "seed",
 )  # fmt: skip
+SAMPLED_WEIGHTS = 16  # tensors of a network that are looked at, and numbers of each
+ROUNDING = 0.01  # relative; bfloat16 rounds by at most 0.004
 
 
 def transition_settings(args: SPOConfig, timesteps: list[int]) -> dict[str, Any]:
@@ -81,6 +85,51 @@ def check_waiting_pairs(
         "its own. Resume with the settings of the checkpoint; or start a new run from its weights, with "
         "`trainer.load_model(...)` and `trainer.train()`."
     )
+
+
+def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
+    """
+    A few numbers of the weights that are not trained, by which a base model is known again in any precision.
+
+    Returns:
+        `dict[str, list[float]]`: name of the denoiser and of each text encoder -> numbers. Networks that are trained as a
+        whole, or whose weights are quantised, have none.
+    """
+    numbers = {}
+    for name, network in {pipeline.denoiser_name: pipeline.denoiser, **pipeline.text_encoders()}.items():
+        frozen = [
+            weight
+            for weight in network.parameters()
+            if not weight.requires_grad and weight.ndim > 1 and weight.dtype.is_floating_point and weight.numel() > 0
+        ]
+        chosen = frozen[:: max(len(frozen) // SAMPLED_WEIGHTS, 1)][:SAMPLED_WEIGHTS]
+        if chosen:
+            parts = [weight.detach().flatten()[:SAMPLED_WEIGHTS].float() for weight in chosen]
+            numbers[name] = torch.cat(parts).tolist()
+    return numbers
+
+
+def check_base(folder: str, written: dict[str, list[float]] | None, now: dict[str, list[float]]) -> None:
+    """
+    Check that a checkpoint was trained on the base model of this run.
+
+    Args:
+        folder (`str`): the checkpoint.
+        written (`dict`, *optional*): its [`sample_base_weights`]; an old checkpoint has none.
+        now (`dict`): those of this run.
+
+    Raises:
+        ValueError: if they are of another model, whose weights differ by more than rounding.
+    """
+    for name, numbers in (written or {}).items():
+        before = torch.tensor(numbers)
+        here = torch.tensor(now.get(name, numbers))
+        if len(here) != len(before) or ((here - before).abs() > ROUNDING * before.abs() + 1e-6).any():
+            raise ValueError(
+                f"{folder!r} was trained on another base model: the weights of its {name} are not those of this run. Resume "
+                "with the base model of the checkpoint; or start a new run from its weights, with `trainer.load_model(...)` and "
+                "`trainer.train()`."
+            )
 
 
 def _other_transitions(pool: StepPairs, timesteps: list[int], latent_shape: tuple[int, ...]) -> str | None:
