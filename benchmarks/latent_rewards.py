@@ -92,12 +92,14 @@ SEEDS = (0, 1, 2)
 BUDGET = 24_000  # UNet evaluations of one run
 MARKS = [BUDGET * i // 6 for i in range(1, 7)]
 REWARDS = ("pixel", "latent", "latent_filtered")
-ARMS = {  # name: reward, fields of SPOConfig that differ, number of marks it runs to
-    "SPO, pixel reward": ("pixel", {}, 6),
-    "SPO, pixel reward, about the CPU time of LPO": ("pixel", {}, 4),
-    "LPO, steps 0 to 3": ("latent", {"branch_end_step": 4}, 6),
-    "LPO, steps 0 to 7": ("latent", {"branch_end_step": 8}, 6),
-    "LPO, steps 0 to 3, filtered pairs": ("latent_filtered", {"branch_end_step": 4}, 6),
+EQUAL_TIME = "SPO, pixel reward, about the CPU time of LPO"
+MARKS_OF_EQUAL_TIME = {"unet": 4, "flow": 3}  # after which that time has passed
+ARMS = {  # name: reward, fields of SPOConfig that differ
+    "SPO, pixel reward": ("pixel", {}),
+    EQUAL_TIME: ("pixel", {}),
+    "LPO, steps 0 to 3": ("latent", {"branch_end_step": 4}),
+    "LPO, steps 0 to 7": ("latent", {"branch_end_step": 8}),
+    "LPO, steps 0 to 3, filtered pairs": ("latent_filtered", {"branch_end_step": 4}),
 }
 NUM_CANDIDATE_PROMPTS = 256
 
@@ -292,7 +294,8 @@ def settings_of(model: str, reward: str, changes: dict) -> dict:
 
 def train(model: str, arm: str, seed: int, reward_model, tuned: dict) -> dict:
     """One run: validation scores at every mark, and the held-out scores of the best of them."""
-    kind, changes, num_marks = ARMS[arm]
+    kind, changes = ARMS[arm]
+    marks = MARKS[: MARKS_OF_EQUAL_TIME[model]] if arm == EQUAL_TIME else MARKS
     pipeline = load(model)
     reward = wrap_reward(reward_model)
     reward.check_pipeline(pipeline)
@@ -304,7 +307,7 @@ def train(model: str, arm: str, seed: int, reward_model, tuned: dict) -> dict:
 
     backbone = reward_model.backbone if kind != "pixel" else None
     meter = EquivalentMeter(pipeline.denoiser, backbone, weight)
-    recorder = Recorder(pipeline.denoiser, MARKS[:num_marks], validate, meter)
+    recorder = Recorder(pipeline.denoiser, marks, validate, meter)
     with tempfile.TemporaryDirectory() as folder:
         train_spo(pipeline, recorder, reward_model, seed, {**settings_of(model, kind, changes), **tuned}, Path(folder))
     recorder.meter.close()
@@ -328,7 +331,7 @@ def study(model: str, output: Path, tuned: dict) -> None:
     for seed in SEEDS:
         rewards = study_rewards(model, pipeline, seed, folder)
         piece(folder / f"candidates_{seed}.json", candidate_accuracy, pipeline, rewards, seed)
-        for arm, (kind, _, _) in ARMS.items():
+        for arm, (kind, _) in ARMS.items():
             settings = tuned.get(kind.split("_")[0], {})
             piece(folder / f"run_{file_name(arm)}_{seed}.json", train, model, arm, seed, rewards[kind], settings)
 
