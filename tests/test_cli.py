@@ -224,7 +224,7 @@ class TestErrors:
             run(failing(RuntimeError("out of memory on the device")), parser, [])
         first, second = capsys.readouterr().err.splitlines()
         assert first == "trl-spo evaluate: error: out of memory on the device"
-        (log,) = tmp_path.glob("trl-spo-*.log")
+        (log,) = tmp_path.glob("spo-error-*.log")
         assert second == f"The traceback is in {log}; --debug prints it."
         assert "Traceback" in log.read_text() and "in failing" not in first
         with pytest.raises(RuntimeError):

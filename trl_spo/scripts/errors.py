@@ -111,7 +111,7 @@ def said_here(error: Exception) -> bool:
 
 def keep_traceback(error: Exception) -> str:
     """The file to which the traceback was written."""
-    with tempfile.NamedTemporaryFile("w", prefix="trl-spo-", suffix=".log", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile("w", prefix="spo-error-", suffix=".log", delete=False, encoding="utf-8") as file:
         file.writelines(traceback.format_exception(error))
     return file.name
 
