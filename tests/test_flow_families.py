@@ -524,6 +524,26 @@ class TestNoiseLevels:
         with pytest.raises(ValueError, match="No step of the schedule"):
             RolloutSettings(branch_start_timestep=100, branch_end_timestep=900).resolve(pipeline.step_rule, timesteps)
 
+    @every_family
+    def test_even_weights_bring_every_step_to_one_constant(self, family, tmp_path):
+        """
+        A change of the prediction moves the log-ratio of a step by |d mean / d v| / std: from the first to the last that
+        branches by a factor of 40 and more. Weighted it is 0.68 in every step, the median of Stable Diffusion 1's, so `beta`
+        means the same in every family.
+        """
+        settings = {"num_inference_steps": 20, "branch_start_step": 0, "timestep_weighting": "even"}
+        config = tiny_spo_config(tmp_path / "out", height=SIZE, width=SIZE, **settings)
+        trainer = SPOTrainer(config, fresh(family, tmp_path), brightness_reward, train_dataset=PROMPTS)
+        rule, pipeline = trainer.pipeline.step_rule, trainer.pipeline
+        schedule = pipeline.set_timesteps(20, pipeline.latent_shape(SIZE, SIZE))
+        timesteps = torch.tensor([t for step, t in enumerate(schedule) if rule.is_stochastic(step, 1.0)])
+        velocities = torch.tensor([0.0, 1.0])[:, None, None, None, None].expand(2, len(timesteps), 1, 1, 1)
+        still, moved = (rule.distribution(v, timesteps, torch.zeros_like(v), 1.0) for v in velocities)
+        sensitivity = ((moved.prev_sample_mean - still.prev_sample_mean) / still.std_dev_t).abs().flatten()
+        assert sensitivity.max() > 35 * sensitivity.min()
+        weighted = trainer.timestep_weights(timesteps) * sensitivity
+        torch.testing.assert_close(weighted, torch.full_like(weighted, 0.68), rtol=1e-4, atol=0)
+
     def test_on_stable_diffusion_it_is_the_step_itself(self, tmp_path):
         scheduler = ddim_scheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False)
         pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path, scheduler=scheduler))
