@@ -162,7 +162,7 @@ class TestErrors:
             (["--config"], "--config needs a file. "),
             (["--kl_coef", "-1"], "`kl_coef` must be 0 or more; got -1.0."),
             (["--dataset_name", "nix.txt"], "There is no file 'nix.txt'. Name a file of prompts"),
-            (["--dataset_name", __file__], f"{__file__!r} is no file of prompts"),
+            (["--dataset_name", __file__], f"{__file__!r} is not a file of prompts"),
             (
                 ["--dataset_name", "nix.txt", "--report_to", "nix"],
                 "`report_to` names 'nix', which is no tracker; there are",
