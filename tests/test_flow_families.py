@@ -21,7 +21,6 @@ import dataclasses
 import inspect
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +62,6 @@ from trl_spo.pipelines.conditioning import PromptEmbeds
 from trl_spo.pipelines.encoding_cache import EncodingCache
 from trl_spo.pipelines.flow import pack, unpack
 from trl_spo.scheduling_ddim import stable_diffusion_snr
-from trl_spo.scripts import spo
 
 
 SIZE = 32
@@ -79,7 +77,6 @@ LENGTHS = {"qwen_image": 200}  # tokens that are read of a prompt; Qwen-Image's 
 PROTOCOL_NAMES = {
     "sd3": "sd3", "flux": "flux", "flux2": "flux2-klein", "z_image": "z-image", "qwen_image": "qwen-image"
 }  # fmt: skip
-PRESET_NAMES = {"flux2": "flux2_klein"}
 every_family = pytest.mark.parametrize("family", list(MAKERS))
 
 
@@ -428,32 +425,6 @@ class TestTraining:
         short = "transformer_blocks.0.attn"  # SD3's last block ends with the image: its text goes nowhere
         blocks |= {f"{short}.to_add_out": blocks[f"{short}.to_add_out"] - 1} if family == "sd3" else {}
         assert counts == blocks
-
-
-@every_family
-def test_a_preset_trains_by_one_command(family, tmp_path):
-    """All that the preset says, by path and command line, but for the sizes: of the model, the images and the batches."""
-    MAKERS[family][0](tmp_path).save_pretrained(tmp_path / "pipe")
-    StepAwareRewardModel.from_clip(tiny_clip(tmp_path)).save_pretrained(tmp_path / "reward")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    name = f"spo_{PRESET_NAMES.get(family, family)}.yaml"
-    options = {
-        "config": Path(__file__).parent.parent / "examples" / "configs" / name,
-        "model_name_or_path": tmp_path / "pipe",
-        "reward_model_name_or_path": tmp_path / "reward",
-        "dataset_name": tmp_path / "prompts.txt",
-        "output_dir": tmp_path / "out",
-        "height": SIZE, "width": SIZE, "num_inference_steps": 8, "max_steps": 1, "gradient_accumulation_steps": 1,
-        "per_device_train_batch_size": 1, "preference_threshold": 0, "lora_r": 2, "lora_alpha": 2,
-        "use_cpu": True, "report_to": "none",
-    }  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    spo.main(*spo.make_parser().parse_args_and_config(words))
-    plain = MAKERS[family][0](tmp_path)
-    plain.load_lora_weights(str(tmp_path / "out"))
-    adapted = [name for name, _ in plain.transformer.named_parameters() if ".lora_B." in name]
-    wanted = wrap_pipeline(plain).lora_target_modules
-    assert {target for name in adapted for target in wanted if f"{target}.lora_B" in name} == set(wanted)
 
 
 class TestStepReward:

@@ -27,8 +27,14 @@ import yaml
 from diffusers import BitsAndBytesConfig
 from trl import TrlParser
 
-from tests.flow_testing import tiny_flux_pipeline
-from tests.testing_utils import tiny_sd_pipeline
+from tests.flow_testing import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
+from tests.testing_utils import PROMPTS, tiny_clip, tiny_sd_pipeline
 from trl_spo import (
     SPOConfig,
     SPOFlux2KleinPipeline,
@@ -36,10 +42,12 @@ from trl_spo import (
     SPOQwenImagePipeline,
     SPOStableDiffusion3Pipeline,
     SPOZImagePipeline,
+    StepAwareRewardModel,
     StepRewardConfig,
     wrap_pipeline,
 )
 from trl_spo.pipelines.denoiser import default_lora_config
+from trl_spo.scripts import spo
 from trl_spo.scripts.arguments import DiffusionModelArguments, RewardModelArguments
 
 
@@ -299,3 +307,39 @@ def test_misspelt_keys_are_refused(tmp_path):
     parser = TrlParser((DiffusionModelArguments, RewardModelArguments, SPOConfig))
     with pytest.raises(ValueError, match="num_candidate"):
         parser.parse_args_and_config(["--config", str(tmp_path / "wrong.yaml"), "--use_cpu"])
+
+
+@pytest.mark.parametrize(
+    "name, maker",
+    {
+        "sd3": tiny_sd3_pipeline,
+        "flux": tiny_flux_pipeline,
+        "flux2_klein": tiny_flux2_klein_pipeline,
+        "z_image": tiny_z_image_pipeline,
+        "qwen_image": tiny_qwen_image_pipeline,
+    }.items(),
+)
+def test_a_preset_trains_by_one_command(name, maker, tmp_path):
+    """All that the preset says, by path and command line, but for the sizes: of the model, the images and the batches."""
+    maker(tmp_path).save_pretrained(tmp_path / "pipe")
+    StepAwareRewardModel.from_clip(tiny_clip(tmp_path)).save_pretrained(tmp_path / "reward")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = {
+        "config": EXAMPLES / "configs" / f"spo_{name}.yaml",
+        "model_name_or_path": tmp_path / "pipe",
+        "reward_model_name_or_path": tmp_path / "reward",
+        "dataset_name": tmp_path / "prompts.txt",
+        "output_dir": tmp_path / "out",
+        "height": 32, "width": 32, "num_inference_steps": 8, "max_steps": 1, "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 1, "preference_threshold": 0, "lora_r": 2, "lora_alpha": 2,
+        "use_cpu": True, "report_to": "none",
+    }  # fmt: skip
+    words = []
+    for option, value in options.items():
+        words += [f"--{option}", str(value)]
+    spo.main(*spo.make_parser().parse_args_and_config(words))
+    plain = maker(tmp_path)
+    plain.load_lora_weights(str(tmp_path / "out"))
+    adapted = [name for name, _ in plain.transformer.named_parameters() if ".lora_B." in name]
+    wanted = wrap_pipeline(plain).lora_target_modules
+    assert {target for name in adapted for target in wanted if f"{target}.lora_B" in name} == set(wanted)
