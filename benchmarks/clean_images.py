@@ -118,6 +118,7 @@ def train(arm: str, pipeline, pairs, seed: int, steps: int) -> StepAwareRewardMo
     with tempfile.TemporaryDirectory() as folder:
         config = reward_config({**REWARD_SETTINGS, "timesteps": TIMESTEPS}, steps, seed, Path(folder))
         config.cache_latents = False  # it would keep round trips under the keys of the images they came from
+        torch.manual_seed(seed)  # both arms begin with the same embedding of timesteps
         reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
         trainer = ARMS[arm](config, pipeline, reward_model, train_dataset=pairs)
         trainer.train()

@@ -140,6 +140,7 @@ def consistent(pairs):
 
 def train_reward(kind: str, model: str, pipeline, pairs, seed: int, folder: Path) -> dict:
     """Trains and saves one of `REWARDS`; returns what it cost."""
+    torch.manual_seed(seed)  # new layers are random, and every process has a seed of its own
     counts = {}
     if kind == "latent_filtered":
         pairs, counts = consistent(pairs)
@@ -150,7 +151,6 @@ def train_reward(kind: str, model: str, pipeline, pairs, seed: int, folder: Path
     else:
         settings = latent_reward_settings(model)
         steps = LATENT_REWARD_STEPS
-        torch.manual_seed(seed)
         reward_model = LatentRewardModel.from_pipeline(pipeline, guidance_scale=1.0)
     config = reward_config(settings, steps, seed, folder)
     trainer = StepRewardTrainer(config, pipeline, reward_model, train_dataset=pairs)

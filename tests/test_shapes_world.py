@@ -18,6 +18,7 @@ splits must never move, its annotator must err as often as stated, and the weigh
 plain diffusers and transformers and still be the model whose scores the README reports.
 """
 
+import argparse
 import hashlib
 import random
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
-from examples.shapes import preferences, world
+from examples.shapes import demo, preferences, world
 from examples.shapes.base_scores import evaluate, evaluation_set, load_flow_pipeline
 from examples.shapes.train_base import make_tokenizer
 
@@ -350,3 +351,14 @@ class TestWeights:
         # Regression: the tokenizers library's own training numbered the tokens differently in each run.
         assert make_tokenizer().get_vocab() == pipeline.tokenizer.get_vocab()
         assert max(len(pipeline.tokenizer(caption).input_ids) for caption in world.CAPTIONS) == 10
+
+
+def test_the_reward_model_of_the_demo_follows_from_its_seed():
+    """Regression: torch seeds every process anew, so the embedding of timesteps and with it the table differed by the run."""
+    embeddings = []
+    for state, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(state)
+        args = argparse.Namespace(reward="pixel", model="unet", seed=seed)
+        reward_model, _ = demo.fresh_reward_model(args, None)
+        embeddings.append(reward_model.model.t_embedder.mlp[0].weight)
+    assert torch.equal(embeddings[0], embeddings[1]) and not torch.equal(embeddings[0], embeddings[2])

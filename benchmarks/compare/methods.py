@@ -238,6 +238,7 @@ def train_reward_model(
     """
     recipe = REWARDS[kind]
     config = reward_config({**REWARD_SETTINGS, "timesteps": recipe["timesteps"]}, steps, seed, output_dir)
+    torch.manual_seed(seed)  # the embedding of timesteps is random, and every process has a seed of its own
     model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP, step_conditioning=recipe["step_conditioning"])
     meter = Meter(pipeline.unet)
     trainer = StepRewardTrainer(config, pipeline, model, train_dataset=preferences)

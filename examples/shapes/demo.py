@@ -161,8 +161,10 @@ def quiet(trainer, keys: list[str]):
 
 def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict]:
     """The reward model to be trained, and the settings of its training."""
+    torch.manual_seed(
+        args.seed
+    )  # heads and the embedding of timesteps are random, and every process has a seed of its own
     if args.reward == "latent":
-        torch.manual_seed(args.seed)  # its heads are random
         return LatentRewardModel.from_pipeline(pipe, guidance_scale=1.0), latent_reward_settings(args.model)
     settings = FLOW_REWARD_SETTINGS if args.model == "flow" else REWARD_SETTINGS
     return StepAwareRewardModel.from_clip(CLIP, processor=CLIP), settings

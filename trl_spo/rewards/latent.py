@@ -415,7 +415,8 @@ class LatentRewardModel(PushesWholeFolder, PreTrainedModel):
     ) -> "LatentRewardModel":
         r"""
         A fresh latent reward model with a copy of the part of a pipeline's denoiser that is read, and of a UNet's text
-        encoders, ready to be trained. Its heads are random.
+        encoders, ready to be trained. Its heads are drawn from torch's global generator, which has another seed in every
+        process: call `set_seed` first, so that a training can be repeated.
 
         Args:
             pipeline (SPO or diffusers pipeline, path or Hub id):

@@ -408,6 +408,9 @@ class StepAwareRewardModel(PushesWholeFolder, PreTrainedModel):
         r"""
         A fresh reward model that equals a CLIP (PickScore, for example) for every timestep, ready to be trained.
 
+        The embedding of the timestep is drawn from torch's global generator, which has another seed in every process: call
+        `set_seed` first, so that a training can be repeated.
+
         Args:
             path_or_id (`str`):
                 Folder or Hub id of a [`~transformers.CLIPModel`].
