@@ -49,7 +49,7 @@ from trl_spo import (
     wrap_reward,
 )
 from trl_spo.evaluation.evaluate import EvaluationProtocol, evaluate_pipeline
-from trl_spo.rewards import latent_text
+from trl_spo.rewards.latent_text import load_diffusers_pipeline
 from trl_spo.sampling import generate_images, score_images
 from trl_spo.scripts.arguments import RewardModelArguments
 
@@ -459,8 +459,10 @@ class TestTransformers:
             expected = model.score(latents, PROMPTS[:2], 500)
         model.save_pretrained(tmp_path / "saved")
         loads = []
-        load = latent_text.load_diffusers_pipeline
-        monkeypatch.setattr(latent_text, "load_diffusers_pipeline", lambda *a, **k: loads.append(1) or load(*a, **k))
+        load = load_diffusers_pipeline
+        monkeypatch.setattr(
+            "trl_spo.rewards.latent_text.load_diffusers_pipeline", lambda *a, **k: loads.append(1) or load(*a, **k)
+        )
         given = LatentRewardModel.from_pretrained(tmp_path / "saved")
         given.check_pipeline(pipeline)
         alone = LatentRewardModel.from_pretrained(tmp_path / "saved")
