@@ -31,7 +31,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from trl_spo import EMACallback, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
+from trl_spo import (
+    EMACallback,
+    LatentRewardModel,
+    SPOTrainer,
+    StepAwareRewardModel,
+    StepRewardTrainer,
+    wrap_pipeline,
+)
 from trl_spo.training.checkpointing import (
     STAGING_NAME,
     checkpoint_problems,
@@ -611,6 +618,23 @@ class TestBase:
         assert rounded != written
         check_base("checkpoint", written, rounded)
         check_base("checkpoint", rounded, written)
+
+    def test_adapters_are_no_part_of_it(self, finished, tmp_path):
+        """The policy's, and the frozen one of a latent reward on the same denoiser, which another run may not have."""
+        expected = json.loads((finished / "checkpoint-2" / "spo_state.json").read_text())["base_weights"]
+        pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        LatentRewardModel.from_pipeline(pipeline, shared=True)
+        pipeline.prepare_for_training()
+        assert sample_base_weights(pipeline) == expected
+
+    def test_weights_in_8_bits_have_no_numbers_to_compare(self, tmp_path):
+        pipeline = wrap_pipeline(tiny_sd_pipeline(tmp_path))
+        pipeline.prepare_for_training()
+        assert len(sample_base_weights(pipeline)["unet"]) == 256
+        for weight in pipeline.denoiser.parameters():
+            if not weight.requires_grad:
+                weight.data = weight.data.to(torch.float8_e4m3fn)
+        assert set(sample_base_weights(pipeline)) == {"text_encoder"}
 
     def test_networks_that_are_trained_are_not_the_base(self, tmp_path):
         trainer = spo_trainer(tmp_path, use_peft=False)

@@ -165,7 +165,7 @@ class TestErrors:
             (["--dataset_name", __file__], f"{__file__!r} is not a file of prompts"),
             (
                 ["--dataset_name", "nix.txt", "--report_to", "nix"],
-                "`report_to` names 'nix', which is no tracker; there are",
+                "`report_to` names 'nix', which is not a tracker; there are",
             ),
             (["--dataset_name", "nix.txt", "--output_dir", __file__], "Nothing can be written to `output_dir`"),
             (["--dataset_name", "nix.txt", "--model_init_kwargs", "{"], "--model_init_kwargs must be JSON, got '{'"),
@@ -182,10 +182,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         "content, message",
         [
-            ("learning_rte: 1\n", "has 'learning_rte', which is no argument; did you mean learning_rate?"),
-            ("learning_rate: [1\n", "is no YAML: while parsing a flow sequence"),
+            ("learning_rte: 1\n", "has 'learning_rte', which is not an argument; did you mean learning_rate?"),
+            ("learning_rate: [1\n", "is not YAML: while parsing a flow sequence"),
             ("- 1\n", "must hold one `name: value` per line, and holds a list."),
-            (b"# \xff\n", "is no YAML: 'utf-8' codec can't decode byte 0xff"),
+            (b"# \xff\n", "is not YAML: 'utf-8' codec can't decode byte 0xff"),
         ],
     )
     def test_configs(self, content, message, tmp_path, capsys):

@@ -110,6 +110,13 @@ def test_lengths_go_with_their_rows():
     assert embeds.with_negative_of(without).negative_prompt_lengths is None
 
 
+def test_without_the_negative_prompt():
+    embeds = embeds_of(1, 3, mask=True)
+    rest = embeds.without_negative()
+    assert rest.prompt_lengths == (1, 3) and torch.equal(rest.prompt_embeds, embeds.prompt_embeds)
+    assert rest.negative_prompt_embeds is rest.negative_prompt_lengths is rest.negative_pooled_prompt_embeds is None
+
+
 def test_a_dtype_is_for_floating_point_fields():
     """A mask or an index in bfloat16 is no mask and no index."""
     embeds = embeds_of(1, 3, mask=True)

@@ -65,6 +65,14 @@ EVERYTHING = {
 }
 
 
+def draw_adapter(pipeline) -> None:
+    """An adapter that shows: both matrices of every layer are random."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in pipeline.denoiser.named_parameters():
+        if ".lora_" in name:
+            value.data = 0.3 * torch.randn(value.shape, generator=generator)
+
+
 def sdxl_unet(**kwargs) -> UNet2DConditionModel:
     """SDXL's topology, tiny: three levels of two layers, attention in the inner two."""
     torch.manual_seed(0)
@@ -105,10 +113,7 @@ def random_lora(base, folder, **config):
     """A LoRA with effect, saved as the trainer saves it; returns its folder and the image it gives."""
     pipeline = wrap_pipeline(pipeline_of(base, folder))
     pipeline.add_lora(LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": ATTENTION, **config}))
-    generator = torch.Generator().manual_seed(1)
-    for name, value in pipeline.denoiser.named_parameters():
-        if ".lora_" in name:
-            value.data = 0.3 * torch.randn(value.shape, generator=generator)
+    draw_adapter(pipeline)
     pipeline.save_lora(folder / "lora")
     return folder / "lora", image(pipeline.sd_pipeline)
 
@@ -361,10 +366,7 @@ def test_a_lora_of_a_transformer_is_merged_too(family, tmp_path):
     """Every weight becomes W + 0.5 alpha / rank B A, alpha 6 and rank 2; nothing else changes, in the file or the object."""
     pipeline = wrap_pipeline(family(tmp_path))
     pipeline.add_lora(LoraConfig(r=2, lora_alpha=6, target_modules=list(pipeline.lora_target_modules)))
-    generator = torch.Generator().manual_seed(1)
-    for name, value in pipeline.denoiser.named_parameters():
-        if ".lora_" in name:
-            value.data = 0.3 * torch.randn(value.shape, generator=generator)
+    draw_adapter(pipeline)
     pipeline.save_lora(tmp_path / "lora")
     plain = family(tmp_path)
     before = state_of(plain.transformer)
@@ -501,9 +503,7 @@ def test_a_transformer_as_comfyui_reads_it(config, tmp_path):
     """W + alpha / rank * B A of every key it maps, added to the weights by hand, predicts what the adapter does."""
     pipeline = wrap_pipeline(tiny_sd3_pipeline(tmp_path))
     pipeline.add_lora(LoraConfig(r=2, target_modules=["attn.to_q", "attn.to_k", "attn.add_q_proj"], **config))
-    for name, value in pipeline.denoiser.named_parameters():
-        if ".lora_" in name:
-            value.data = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+    draw_adapter(pipeline)
     pipeline.save_lora(tmp_path / "lora")
     tensors = load_file(export_comfyui(tmp_path / "lora", tmp_path / "comfyui.safetensors"))
 
@@ -525,9 +525,7 @@ def test_every_family_has_such_an_export_of_its_own_layers(family, tmp_path):
     """`alpha` stands beside every layer of the family's adapter, under the names that diffusers gives its weights."""
     pipeline = wrap_pipeline(family(tmp_path))
     pipeline.add_lora(LoraConfig(r=2, lora_alpha=6, target_modules=list(pipeline.lora_target_modules)))
-    for name, value in pipeline.denoiser.named_parameters():
-        if ".lora_" in name:
-            value.data = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+    draw_adapter(pipeline)
     pipeline.save_lora(tmp_path / "lora")
     tensors = load_file(export_comfyui(tmp_path / "lora", tmp_path / "comfy.safetensors"))
     plain = wrap_pipeline(family(tmp_path))

@@ -37,9 +37,8 @@ ORDER = (  # a module may import from the modules before it
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
     "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()
-SCRIPTS = (
-    "errors parser arguments spo step_reward evaluate sample cli".split()
-)  # in `trl_spo/scripts`, above everything
+# In `trl_spo/scripts`, above everything.
+SCRIPTS = "errors parser arguments spo step_reward evaluate sample cli".split()
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "
     "SPOStableDiffusionPipeline SPOStableDiffusionXLPipeline wrap_pipeline stepwise_rollout StepPairs ddim_step_stats "

@@ -270,8 +270,9 @@ def test_a_reward_model_is_saved_with_a_card(tmp_path):
     assert card.data.library_name == "trl_spo" and card.data.base_model is None and str(tmp_path) not in text
     assert "# saved" in text and "How it was trained is not known" in text and "a model that has no name" in text
     assert "adaLN in every block of the vision tower; integers from 0 (the finished image) to 999" in text
-    scores = code_of(text, ("path/to/this/folder", str(tmp_path / "saved")), ("a red cat", PROMPTS[0]))["scores"]
-    assert scores.shape == (2,)
+    names = code_of(text, ("path/to/this/folder", str(tmp_path / "saved")), ("a red cat", PROMPTS[0]))
+    expected = model.score(names["images"], PROMPTS[:1] * 2, torch.tensor([0, 501]))
+    torch.testing.assert_close(names["scores"], expected)
 
     # A card that somebody wrote stays; one that is made again knows the base model by its name on the Hub alone.
     (tmp_path / "saved" / "README.md").write_text("mine")
@@ -325,7 +326,8 @@ def test_a_latent_reward_is_saved_with_a_card(tmp_path, kind):
     if kind in ("without text encoders", "shared"):
         replaced.append(("path/to/the/base/model", str(tmp_path / "base")))
     names = code_of(text, *replaced)
-    assert names["scores"].shape == (2,) and names["scores"].isfinite().all()
+    expected = model.score(names["latents"], PROMPTS[:1] * 2, torch.tensor([0, 501]))
+    torch.testing.assert_close(names["scores"], expected)
 
 
 def test_a_latent_reward_names_its_base(tmp_path):
@@ -550,6 +552,15 @@ def test_the_card_of_a_reward_names_no_model_that_it_does_not_judge(hub_cache, t
     pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), "style")
     trainer = StepRewardTrainer(StepRewardConfig(str(tmp_path), **settings), pipe, reward_model, rows)
     assert "someone/base-v2" not in trainer._model_card("name", tmp_path)
+
+
+def test_a_shared_latent_reward_names_the_pipeline_it_judges(hub_cache, tmp_path):
+    """Its own adapter on the denoiser is off when latents are made: the base is what its name says."""
+    pipe = DiffusionPipeline.from_pretrained(**hub_cache[0])
+    model = LatentRewardModel.from_pipeline(pipe, shared=True, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
+    config = tiny_step_reward_config(tmp_path, max_steps=1)
+    card = StepRewardTrainer(config, pipe, model, train_dataset=image_pairs())._model_card("name", tmp_path)
+    assert "It scores noisy latents of [someone/base-v2](" in card and "base_model: someone/base-v2" in card
 
 
 def test_adapters_of_a_text_encoder_are_refused(tmp_path):

@@ -341,5 +341,6 @@ def test_a_preset_trains_by_one_command(name, maker, tmp_path):
     plain = maker(tmp_path)
     plain.load_lora_weights(str(tmp_path / "out"))
     adapted = [name for name, _ in plain.transformer.named_parameters() if ".lora_B." in name]
+    assert any(plain.transformer.get_parameter(name).any() for name in adapted)  # zeros before they are trained
     wanted = wrap_pipeline(plain).lora_target_modules
     assert {target for name in adapted for target in wanted if f"{target}.lora_B" in name} == set(wanted)

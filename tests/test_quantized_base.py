@@ -130,6 +130,15 @@ def test_wrong_words_are_refused_before_weights_are_read(wrong, message, tmp_pat
         wrap_pipeline(tmp_path / "pipe", quantization_config=wrong)
 
 
+def test_a_pipeline_that_is_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "model_index.json").write_text("{")
+    with pytest.raises(
+        ValueError, match="Could not load a diffusers pipeline from .*empty': the folder is incomplete"
+    ):
+        wrap_pipeline(tmp_path / "empty", quantization_config={"transformer": {"load_in_4bit": True}})
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="it is installed")
 def test_a_missing_library_is_named(tmp_path):
     tiny_sd3_pipeline(tmp_path).save_pretrained(tmp_path / "pipe")

@@ -154,6 +154,8 @@ def _model_index(path: str | Path, kwargs: dict) -> dict:
 
 def _quantization(settings: dict, components: dict):
     """
+    The quantization of a pipeline's networks, from the words in which diffusers saves it.
+
     Args:
         settings (`dict`): component -> its quantization as diffusers writes it into a `config.json`, such as
             `{"transformer": {"quant_method": "bitsandbytes", "load_in_4bit": True}}`.
@@ -245,7 +247,11 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
 
     # Load, and see that every network is whole. diffusers' errors differ with the part that fails, so all become one.
     if isinstance(kwargs.get("quantization_config"), dict):
-        kwargs["quantization_config"] = _quantization(kwargs["quantization_config"], _model_index(path, kwargs))
+        try:
+            components = _model_index(path, kwargs)
+        except Exception as error:
+            raise _not_loaded(path, error) from error
+        kwargs["quantization_config"] = _quantization(kwargs["quantization_config"], components)
     try:
         if isinstance(kwargs.get("vae"), (str, Path)):
             vae_class = _vae_class(path, kwargs)
@@ -256,13 +262,18 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
     except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
         raise
     except Exception as error:  # diffusers reports whatever part of a broken folder fails first
-        found = "the folder is incomplete or broken"
-        if not local.exists():
-            found = "it is neither an existing folder nor a Hub id that can be reached"
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"Could not load a diffusers pipeline from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
-        ) from error
+        raise _not_loaded(path, error) from error
+
+
+def _not_loaded(path: str | Path, error: Exception) -> ValueError:
+    """What to say when diffusers cannot load a pipeline."""
+    found = "the folder is incomplete or broken"
+    if not Path(path).exists():
+        found = "it is neither an existing folder nor a Hub id that can be reached"
+    reason = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"Could not load a diffusers pipeline from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
+    )
 
 
 def load_pretrained(loader, path: str | Path, what: str):

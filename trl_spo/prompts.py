@@ -201,6 +201,8 @@ def _read_table(path: Path, delimiter: str) -> Dataset:
 
 def check_parquet(path: Path) -> None:
     """
+    Check that a parquet file can be read, by its footer alone.
+
     Raises:
         ValueError: if a file is not what its name says, or was cut off.
     """

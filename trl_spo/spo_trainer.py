@@ -417,6 +417,8 @@ class SPOTrainer(StepTrainer):
 
     def _check_scores(self, pairs: StepPairs) -> None:
         """
+        Count the scores of a rollout that are not finite.
+
         Raises:
             ValueError: if no score of a rollout is finite, or too many of all rollouts are not.
         """
@@ -438,13 +440,14 @@ class SPOTrainer(StepTrainer):
         # Each pair has a row in the batch; a rejected transition with an x_t of its own has another, behind them.
         pairs: StepPairs = inputs["pairs"]
         rows = _rows_of_pairs(pairs)
+        own_rows = rows[2]  # stays on the CPU, where lengths of prompts are indexed
         chosen_row, rejected_row, own_forward = (index.to(args.device, non_blocking=True) for index in rows)
         pairs = pairs.to(args.device, non_blocking=True)
         latents, timesteps, embeds = pairs.latents, pairs.timesteps, self._encode(pairs.prompts)
         if len(own_forward):
             latents = torch.cat([latents, pairs.rejected_latents[own_forward]])
             timesteps = torch.cat([timesteps, timesteps[own_forward]])
-            embeds = PromptEmbeds.cat([embeds, embeds[rows[2]]])  # by the index that the CPU can read
+            embeds = PromptEmbeds.cat([embeds, embeds[own_rows]])
 
         # Step distributions of reference and policy.
         guidance_scale = args.guidance_scale if args.train_cfg else self.pipeline.unguided_scale

@@ -36,6 +36,7 @@ from .noised_pairs import noised_pairs
 from .pipelines.auto import wrap_pipeline
 from .pipelines.components import changes_of_the_base, unwrapped
 from .pipelines.encoding_cache import EncodingCache
+from .pipelines.reward_adapter import REWARD_ADAPTER
 from .preference_collator import StepPreferenceCollator
 from .preference_dataset import check_images, load_preference_dataset, prepare_preference_dataset
 from .preference_labels import preference_labels, score_clean_images
@@ -586,7 +587,10 @@ class StepRewardTrainer(StepTrainer):
     def _base_is_changed(self) -> bool:
         """Whether the predictions or latents that were judged are those of another model than the pipeline's name says."""
         networks = (self.pipeline.denoiser, *self.pipeline.text_encoders().values())
-        adapted = any(getattr(network, "peft_config", {}) for network in networks)
+        adapters = set()
+        for network in networks:
+            adapters |= set(getattr(network, "peft_config", {}))
+        adapted = bool(adapters - {REWARD_ADAPTER})  # a reward's own adapter is off when latents are made
         return adapted or changes_of_the_base(self.pipeline.sd_pipeline) != ""
 
     # ---- evaluation ----

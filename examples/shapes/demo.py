@@ -161,9 +161,8 @@ def quiet(trainer, keys: list[str]):
 
 def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict]:
     """The reward model to be trained, and the settings of its training."""
-    torch.manual_seed(
-        args.seed
-    )  # heads and the embedding of timesteps are random, and every process has a seed of its own
+    # Heads and the embedding of timesteps are random, and torch gives every process a seed of its own.
+    torch.manual_seed(args.seed)
     if args.reward == "latent":
         return LatentRewardModel.from_pipeline(pipe, guidance_scale=1.0), latent_reward_settings(args.model)
     settings = FLOW_REWARD_SETTINGS if args.model == "flow" else REWARD_SETTINGS

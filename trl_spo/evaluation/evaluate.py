@@ -367,9 +367,11 @@ def evaluate_pipeline(
 
         metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
 
-    # Each process evaluates its share of the images, and gets the records of all.
+    # A reward model refuses latents of another space before any image is made.
     for metric in filter(is_reward_model, metrics.values()):
-        wrap_reward(metric).check_pipeline(pipeline)  # refuses latents of another space before any image
+        wrap_reward(metric).check_pipeline(pipeline)
+
+    # Each process evaluates its share of the images, and gets the records of all.
     task = _Task(pipeline, base, prompts, seeds, metrics, protocol, num_sheet_images)
     rank, num_ranks = _rank_and_world_size(pipeline.device)
     records = _evaluate_shares(task, batch_size, progress, rank, num_ranks)

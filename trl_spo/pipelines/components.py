@@ -127,7 +127,7 @@ def changes_of_the_base(pipeline: Any) -> str:
     fused = sorted(getattr(pipeline, "fused_loras", None) or ())
     if fused:
         changes.append(f"LoRAs are fused into it ({', '.join(fused)})")
-    if _free_u_is_on(unwrapped_part(pipeline, "unet")):
+    if _free_u_is_on(_unwrapped_part(pipeline, "unet")):
         changes.append("FreeU is on, which changes what its UNet predicts")
     parts = {name: origin for name, origin in parts_from_elsewhere(pipeline).items() if name != "vae"}
     if parts:
@@ -144,7 +144,7 @@ def _free_u_is_on(unet: torch.nn.Module | None) -> bool:
     return False
 
 
-def unwrapped_part(pipeline: Any, name: str) -> torch.nn.Module | None:
+def _unwrapped_part(pipeline: Any, name: str) -> torch.nn.Module | None:
     network = getattr(pipeline, name, None)
     return unwrapped(network) if isinstance(network, torch.nn.Module) else None
 
@@ -169,15 +169,20 @@ def parts_from_elsewhere(pipeline: Any) -> dict[str, str]:
         if not name.startswith(("unet", "transformer", "vae", "text_encoder", "tokenizer")):
             continue
         part = unwrapped(part) if isinstance(part, torch.nn.Module) else part
-        config = getattr(part, "config", None)
-        from_config = config.get("_name_or_path") if hasattr(config, "get") else None
-        root = _root(getattr(part, "name_or_path", None) or from_config, name)
+        root = _root(_origin(part), name)
         if root is not None:
             roots[name] = root
     foreign = {name: root for name, root in roots.items() if root != own}
     if foreign == roots and len(set(roots.values())) == 1 and Path(next(iter(roots.values()))).is_dir():
         return {}  # one copy on the disk, whose pipeline was given the name of its repository
     return foreign
+
+
+def _origin(part: Any) -> str | None:
+    """Where diffusers or transformers say that they loaded a part from."""
+    config = getattr(part, "config", None)
+    from_config = config.get("_name_or_path") if hasattr(config, "get") else None
+    return getattr(part, "name_or_path", None) or from_config
 
 
 def _root(origin: Any, part: str = "") -> str | None:
@@ -197,8 +202,7 @@ def _root(origin: Any, part: str = "") -> str | None:
 def commit_of_the_base(pipeline: Any) -> str | None:
     """The commit of the repository that a pipeline was loaded from, if it lies in the cache of the Hub."""
     for name in ("unet", "transformer"):
-        config = getattr(unwrapped_part(pipeline, name), "config", None)
-        parts = Path(str(config.get("_name_or_path") if hasattr(config, "get") else "")).parts
+        parts = Path(_origin(_unwrapped_part(pipeline, name)) or "").parts
         if "snapshots" in parts[:-1] and any(part.startswith("models--") for part in parts):
             return parts[parts.index("snapshots") + 1]
     return None

@@ -114,6 +114,10 @@ class PromptEmbeds:
             lambda value: value.repeat(repeats, *(1,) * (value.ndim - 1)), lambda lengths: lengths * repeats
         )
 
+    def without_negative(self) -> "PromptEmbeds":
+        """The same without everything that is of the negative prompt."""
+        return replace(self, **{field.name: None for field in fields(self) if field.name.startswith("negative_")})
+
     def repeat_interleave(self, repeats: int) -> "PromptEmbeds":
         return self._map(
             lambda value: value.repeat_interleave(repeats, dim=0),

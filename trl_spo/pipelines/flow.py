@@ -14,8 +14,8 @@
 
 """
 The base of the flow-matching families, [`SPOFlowPipeline`]: sigmas behind integer timesteps, latents in float32, and the
-way from a velocity to a step. A family says how its transformer is called ([`SPOFlowPipeline.velocity`]), how prompts are encoded, how large latents
-are, and how its schedule is shifted.
+way from a velocity to a step. A family says how its transformer is called ([`SPOFlowPipeline.velocity`]), how prompts are
+encoded, how large latents are, and how its schedule is shifted.
 
 Latents are `(B, C, h, w)` everywhere. A transformer that wants them packed into tokens gets them so inside `velocity`.
 """

@@ -18,7 +18,6 @@ pipeline whose latents they judge.
 """
 
 import copy
-import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -106,9 +105,7 @@ class PipelineReader:
             else:
                 text = reader.encode_prompt(list(unique), None)
         if not guided:
-            text = dataclasses.replace(
-                text, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None, negative_prompt_mask=None
-            )
+            text = text.without_negative()
         return text[torch.tensor([unique[prompt] for prompt in prompts], device=text.prompt_embeds.device)]
 
 

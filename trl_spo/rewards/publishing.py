@@ -99,9 +99,11 @@ def step_aware_description(config: Any, image_size: int | None = None) -> Reward
         config ([`StepAwareRewardModelConfig`]): of the model.
         image_size (`int`, *optional*): side in pixels of the images in the example. By default that of its CLIP.
     """
-    vision, last = config.clip_config.vision_config, config.num_train_timesteps - 1
+    vision = config.clip_config.vision_config
+    last = config.num_train_timesteps - 1
     size = vision.image_size if image_size is None else image_size
-    timesteps, conditioning = "at any timestep", "none: it is the CLIP it was made from at every timestep"
+    timesteps = "at any timestep"
+    conditioning = "none: it is the CLIP it was made from at every timestep"
     if config.step_conditioning:
         timesteps = f"and takes the timestep (0 to {last}) as an input"
         conditioning = f"adaLN in every block of the vision tower; integers from 0 (the finished image) to {last}"
@@ -137,6 +139,7 @@ def latent_description(
         has_tokenizers (`bool`, *optional*, defaults to `True`): whether a UNet's tokenizers are saved.
         has_reader (`bool`, *optional*, defaults to `True`): whether a transformer's text encoders are saved.
     """
+    # What it judges: the noise schedule decides what a timestep means.
     last = config.num_train_timesteps - 1
     flow = config.transformer_config is not None
     needs_pipeline = config.shared or (flow and not has_reader)
@@ -144,6 +147,8 @@ def latent_description(
     if flow:
         total = config.num_train_timesteps
         noise = f"rectified flow, x_t = (1 - t/{total}) x_0 + t/{total} noise: integer timesteps from 0 to {last}"
+
+    # Who reads the prompts, and so what a saved folder has to hold.
     if config.text_configs:
         readers = ", ".join(text["architecture"] for text in config.text_configs)
         prompts = f"read by text encoders of its own ({readers})"
@@ -296,7 +301,8 @@ def published(
     yield
     if not arguments.get("is_main_process", True):
         return
-    pushed, token = request.pop("push_to_hub", False), arguments.get("token")
+    pushed = request.pop("push_to_hub", False)
+    token = arguments.get("token")
     repo_id = request.pop("repo_id", folder.name)
     if pushed:
         created = HfApi(token=token).create_repo(repo_id, private=request.pop("private", None), exist_ok=True)

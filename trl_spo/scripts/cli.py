@@ -25,7 +25,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from .errors import did_you_mean, one_line_errors, run
+from .errors import asks_for_tracebacks, did_you_mean, one_line_errors, run
 
 
 COMMANDS = {  # name -> (module, runs on several devices, what it does)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     if distributed:
         launch, arguments = split_launch_arguments(parser, arguments)
         if launch:
-            with one_line_errors(f"trl-spo {command}"):
+            with one_line_errors(f"trl-spo {command}", debug=asks_for_tracebacks(arguments)):
                 return launch_with_accelerate(script.__name__, launch, arguments)
     run(script.main, parser, arguments)
     return 0

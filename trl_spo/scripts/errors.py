@@ -15,7 +15,7 @@
 """
 How a command ends that cannot go on: one line that says what is wrong, and exit status 2.
 
-A traceback helps who knows the code, and hides the sentence from everybody else. `--debug` prints it. An error that does
+A traceback helps those who know the code, and hides the sentence from everybody else. `--debug` prints it. An error that does
 not come from this package, such as one of torch in the middle of a run, may need it later: it is kept in a file.
 """
 

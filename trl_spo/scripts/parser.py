@@ -60,7 +60,7 @@ class ScriptParser(TrlParser):
         if "--config" in arguments:
             self._check_config(arguments)
         output = super().parse_args_and_config(arguments)
-        return output[: len(self.dataclass_types)]  # without `config` and `debug`, which are no fields
+        return output[: len(self.dataclass_types)]  # without `config` and `debug`, which are not fields
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage, which for these parsers has hundreds of lines."""
@@ -99,10 +99,10 @@ class ScriptParser(TrlParser):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}")
+            self.error(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}")
         if not isinstance(content, dict):
             self.error(f"{str(path)!r} must hold one `name: value` per line, and holds a {type(content).__name__}")
         known = {action.dest for action in self._actions} | {"env"}
         for name in content:
             if name not in known:
-                self.error(f"{str(path)!r} has {name!r}, which is no argument{did_you_mean(str(name), known)}")
+                self.error(f"{str(path)!r} has {name!r}, which is not an argument{did_you_mean(str(name), known)}")

@@ -36,8 +36,8 @@ from .ema import AveragedWeightsMixin
 
 class StepTrainer(AveragedWeightsMixin, CheckpointingMixin, Trainer):
     """
-    A `Trainer` whose checkpoints are complete or do not exist at all, which evaluates and saves averaged weights if it has them, and
-    whose model card is its own. A subclass keeps its metrics between two logs in `_metrics` ([`RunningMeans`]).
+    A `Trainer` whose checkpoints are complete or do not exist at all, which evaluates and saves averaged weights if it has
+    them, and whose model card is its own. A subclass keeps its metrics between two logs in `_metrics` ([`RunningMeans`]).
     """
 
     _nonfinite_metric: str  # name of the metric that counts pairs that are not finite
@@ -81,7 +81,7 @@ class StepTrainer(AveragedWeightsMixin, CheckpointingMixin, Trainer):
         for name in config.report_to:
             if name not in INTEGRATION_TO_CALLBACK:
                 known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-                raise ValueError(f"`report_to` names {name!r}, which is no tracker; there are {known}.")
+                raise ValueError(f"`report_to` names {name!r}, which is not a tracker; there are {known}.")
             if name not in installed:
                 raise ValueError(
                     f"`report_to` names {name!r}, which is not installed: install it, or set `report_to='none'`."

@@ -25,6 +25,8 @@ from ..spo_config import SPOConfig
 
 def check_sharding(config: SPOConfig) -> None:
     """
+    Check that every process will have the whole denoiser.
+
     Raises:
         ValueError: if the parameters of the denoiser would be spread over processes.
     """

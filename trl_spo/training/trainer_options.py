@@ -13,8 +13,9 @@
 # limitations under the License.
 
 """
-Say for each field of `transformers.TrainingArguments` whether our trainers support it: it works as transformers documents it,
-or values other than the default are refused with the reason. `tests/test_trainer_options.py` fails when transformers has a field that is in no table.
+Say for each field of `transformers.TrainingArguments` whether our trainers support it: it works as transformers documents
+it, or values other than the default are refused with the reason. `tests/test_trainer_options.py` fails when transformers
+has a field that is in no table.
 """
 
 import dataclasses

@@ -20,8 +20,10 @@ and guidance, and its weights are changes of one base model: a run with others m
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import logging
 
+from ..pipelines.adapters import adapter_parameters
 from ..pipelines.base import SPOPipeline
 from ..spo_config import SPOConfig
 from ..step_pairs import StepPairs
@@ -89,7 +91,7 @@ def check_waiting_pairs(
 
 def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
     """
-    A few numbers of the weights that are not trained, by which a base model is known again in any precision.
+    A few numbers of the weights of the base model, by which it is known again in any precision of 16 bits or more.
 
     Returns:
         `dict[str, list[float]]`: name of the denoiser and of each text encoder -> numbers. Networks that are trained as a
@@ -97,16 +99,24 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
     """
     numbers = {}
     for name, network in {pipeline.denoiser_name: pipeline.denoiser, **pipeline.text_encoders()}.items():
-        frozen = [
-            weight
-            for weight in network.parameters()
-            if not weight.requires_grad and weight.ndim > 1 and weight.dtype.is_floating_point and weight.numel() > 0
-        ]
-        chosen = frozen[:: max(len(frozen) // SAMPLED_WEIGHTS, 1)][:SAMPLED_WEIGHTS]
-        if chosen:
-            parts = [weight.detach().flatten()[:SAMPLED_WEIGHTS].float() for weight in chosen]
-            numbers[name] = torch.cat(parts).tolist()
+        # Adapters are no part of it: neither the policy's nor that of a reward on the same denoiser.
+        adapters = set(map(id, adapter_parameters(network)))
+        base = [weight for weight in network.parameters() if id(weight) not in adapters and _is_comparable(weight)]
+        # Spread over the network, since a fine-tuned model may keep its first layers.
+        chosen = base[:: max(len(base) // SAMPLED_WEIGHTS, 1)][:SAMPLED_WEIGHTS]
+        values = []
+        for weight in chosen:
+            values += weight.detach().flatten()[:SAMPLED_WEIGHTS].float().tolist()
+        if values:
+            numbers[name] = values
     return numbers
+
+
+def _is_comparable(weight: torch.nn.Parameter) -> bool:
+    """Whether a weight is frozen and has plain numbers. Rounded to 8 bits or less, those of two models may look alike."""
+    if weight.requires_grad or weight.ndim < 2 or weight.numel() == 0 or is_traceable_wrapper_subclass(weight):
+        return False
+    return weight.is_floating_point() and torch.finfo(weight.dtype).bits >= 16
 
 
 def check_base(folder: str, written: dict[str, list[float]] | None, now: dict[str, list[float]]) -> None:
