@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _import_structure = {
+    "training.decline": ["StopOnDecline"],
     "training.ema": ["EMACallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
     "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from .step_pairs import StepPairs
     from .step_reward_config import StepRewardConfig
     from .step_reward_trainer import StepRewardTrainer
+    from .training.decline import StopOnDecline
     from .training.ema import EMACallback
 
 _module_of = {name: module for module, names in _import_structure.items() for name in names}
