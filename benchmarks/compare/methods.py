@@ -27,7 +27,8 @@ of a pair,
 
 w is constant, as there, t is uniform over all training timesteps. As in its public code, `beta` here stands for
 2 beta T w D, D being the number of latent dimensions, and squares are averaged over them:
-`-log sigmoid(-beta / 2 * difference of mean squared errors)`. Pairs without a decision are left out.
+`-log sigmoid(-beta / 2 * difference of mean squared errors)`. Pairs without a decision are left out. On a flow-matching model the
+errors are those of the velocity, as in Flow-DPO (https://huggingface.co/papers/2501.13918) with a constant weight.
 
 **Supervised fine-tuning**: the denoising loss on the preferred images of the same pairs.
 
@@ -59,6 +60,8 @@ from trl_spo import (
     StepRewardConfig,
     StepRewardTrainer,
 )
+from trl_spo.pipelines.base import SPOPipeline
+from trl_spo.pipelines.flow import SPOFlowPipeline
 
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}  # `SPOConfig`'s
@@ -352,7 +355,7 @@ class _Offline:
     def __init__(self, pipeline, pairs: dict, seed: int, settings: dict):
         self.pairs = pairs
         self.settings = settings
-        self.pipeline = SPOShapesPipeline(pipeline)
+        self.pipeline = pipeline if isinstance(pipeline, SPOPipeline) else SPOShapesPipeline(pipeline)
         torch.manual_seed(seed)  # the adapter is drawn here
         self.pipeline.prepare_for_training(lora_config())
         unique = sorted(set(pairs["prompts"]))
@@ -360,7 +363,7 @@ class _Offline:
         self.text_of = torch.tensor([unique.index(prompt) for prompt in pairs["prompts"]])
         self.generator = torch.Generator().manual_seed(seed)
         self.order = batches(len(pairs["prompts"]), settings["batch_size"], self.generator)
-        self.parameters = [p for p in self.pipeline.unet.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.pipeline.denoiser.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings["learning_rate"], **ADAM)
 
     def latents(self, which: str, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -370,10 +373,20 @@ class _Offline:
         """Noise of the posterior, noise of the forward process `(count, 4, 8, 8)` and timesteps `(count,)`."""
         shape = (2, count, *self.pairs["chosen_mean"].shape[1:])
         steps = self.pipeline.num_train_timesteps
+        first = 1 if self.is_flow else 0  # a flow has no noise at 0, and all of it at the last
         return (
             *torch.randn(shape, generator=self.generator),
-            torch.randint(steps, (count,), generator=self.generator),
+            first + torch.randint(steps, (count,), generator=self.generator),
         )
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the network predicts velocities, noise less image, instead of noise."""
+        return isinstance(self.pipeline, SPOFlowPipeline)
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x_t, and what the network is to predict there."""
+        return self.pipeline.add_noise(clean, noise, timesteps), noise - clean if self.is_flow else noise
 
     def losses(self, rows: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses `(B,)` of some pairs, and per-pair metrics."""
@@ -381,7 +394,7 @@ class _Offline:
 
     def update(self) -> dict[str, float]:
         rows = next(self.order)
-        self.pipeline.unet.train()
+        self.pipeline.denoiser.train()
         self.optimizer.zero_grad()
         totals: dict[str, float] = {}
         for part in rows.split(self.micro_batch_size):
@@ -419,9 +432,8 @@ class DiffusionDPO(_Offline):
 
     def losses(self, rows):
         posterior_noise, noise, timesteps = self.draw(len(rows))
-        both = [self.latents(which, rows, posterior_noise) for which in ("chosen", "rejected")]
-        target = noise.repeat(2, 1, 1, 1)
-        noisy = self.pipeline.add_noise(torch.cat(both), target, timesteps.repeat(2))
+        both = torch.cat([self.latents(which, rows, posterior_noise) for which in ("chosen", "rejected")])
+        noisy, target = self.noised(both, noise.repeat(2, 1, 1, 1), timesteps.repeat(2))
         embeds = self.texts[self.text_of[rows].repeat(2)]
 
         def errors(denoiser):
@@ -430,7 +442,7 @@ class DiffusionDPO(_Offline):
 
         with torch.no_grad(), self.pipeline.reference() as reference:
             ref_chosen, ref_rejected = errors(reference)
-        chosen, rejected = errors(self.pipeline.unet)
+        chosen, rejected = errors(self.pipeline.denoiser)
         losses = diffusion_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, self.settings["beta"])
         margin = (ref_chosen - ref_rejected - chosen + rejected).detach() * 0.5 * self.settings["beta"]
         drift = (chosen - ref_chosen).detach()  # above 0: the preferred images have become less likely, too
@@ -442,9 +454,9 @@ class SupervisedFineTuning(_Offline):
 
     def losses(self, rows):
         posterior_noise, noise, timesteps = self.draw(len(rows))
-        noisy = self.pipeline.add_noise(self.latents("chosen", rows, posterior_noise), noise, timesteps)
+        noisy, target = self.noised(self.latents("chosen", rows, posterior_noise), noise, timesteps)
         prediction = self.pipeline.predict(noisy, timesteps, self.texts[self.text_of[rows]], 1.0)
-        return (prediction - noise).square().mean((1, 2, 3)), {}
+        return (prediction - target).square().mean((1, 2, 3)), {}
 
 
 # ------------------------------------------------------------------------------------------------------------- DDPO
