@@ -333,6 +333,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
+MADE |= {"demo_output/train.txt", "demo_output/heldout.txt"}  # by the demo
 
 
 @every_page

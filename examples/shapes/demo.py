@@ -314,7 +314,8 @@ def write_results(args, trainer, sides: report.Comparison, accuracy: list[dict[i
     metrics = {"statistics": statistics, "sampler": {**SAMPLER, "scheduler": sampler}, "seconds": Stage.seconds}
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     (args.output_dir / "metrics.md").write_text(table + "\n")
-    (args.output_dir / "heldout.txt").write_text("\n".join(world.captions("heldout")) + "\n")
+    for split in ("train", "heldout"):
+        (args.output_dir / f"{split}.txt").write_text("\n".join(world.captions(split)) + "\n")
 
     report.draw_pairs(sides, args.output_dir, f"{sampler}, 10 steps, guidance 1")
     report.draw_tree(trainer, sides.prompts[:16]).save(args.output_dir / "candidate_tree.png")
