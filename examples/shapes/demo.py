@@ -312,6 +312,7 @@ def write_results(args, trainer, sides: report.Comparison, accuracy: list[dict[i
     table = statistics_table(statistics)
     sampler = trainer.pipeline.step_rule.description(trainer.args.eta)
     metrics = {"statistics": statistics, "sampler": {**SAMPLER, "scheduler": sampler}, "seconds": Stage.seconds}
+    metrics["reward_accuracy"] = dict(zip(("before", "after"), accuracy, strict=True))
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     (args.output_dir / "metrics.md").write_text(table + "\n")
     for split in ("train", "heldout"):

@@ -90,8 +90,11 @@ def draw_pairs(sides: Comparison, folder: Path, sampler: str) -> None:
     total = len(changes)
     six = spread(changes, 6)
     rank = {index: place + 1 for place, index in enumerate(changes.argsort(descending=True, stable=True).tolist())}
-    prompts = [f"{readable(sides.prompts[i])}. Rank {rank[i]}: {changes[i]:+.2f}" for i in six]
-    title = f"Best to worst of {total} held-out images: even steps in rank by change of utility"
+    shown_changes = [f"{changes[i]:+.2f}".replace("-0.00", "+0.00") for i in six]
+    prompts = [
+        f"{readable(sides.prompts[i])}. Rank {rank[i]}: {change}" for i, change in zip(six, shown_changes, strict=True)
+    ]
+    title = f"Six of {total} held-out images, from best to worst at even steps in rank by change of utility"
     _sheet(sides, six, prompts, title, columns=3).save(folder / "before_after.png")
 
     distinct = len(set(sides.prompts))
@@ -117,15 +120,21 @@ def draw_tree(trainer, prompts: list[str]):
     """The candidates of one rollout, of the prompt with most pairs."""
     pairs = trainer.rollout(prompts, seed=12345, return_trajectory=True)
     row = int(torch.bincount(pairs.prompt_index, minlength=len(prompts)).argmax())
-    title = f"{readable(prompts[row])}: the finished image that each candidate predicts, and its reward"
+    title = f"{readable(prompts[row])}: predicted images and rewards"
     return candidate_tree(trainer.pipeline, pairs, row, title=title)
 
 
 def draw_curves(log_history: list[dict]):
     """Six panels: what the validation captions gain, and how the pairs are learnt."""
-    return plot_curves(
-        log_history, CURVES, title="SPO in the shapes world (eval: 53 validation captions, 4 seeds each)"
-    )
+    title = "SPO in the shapes world (eval: 53 validation captions, 4 seeds each)"
+    figure = plot_curves(log_history, CURVES, title=title)
+    # Both exact scores lie in [0, 1]: on one scale a small change looks small.
+    exact = figure.axes[:2]
+    limits = [limit for axes in exact for limit in axes.get_ylim()]
+    margin = 0.03 * (max(limits) - min(limits))
+    for axes in exact:
+        axes.set_ylim(min(limits) - margin, max(limits) + margin)
+    return figure
 
 
 def draw_accuracy(reward: str, fresh: dict[int, float], trained: dict[int, float]):
@@ -138,6 +147,7 @@ def draw_accuracy(reward: str, fresh: dict[int, float], trained: dict[int, float
         accuracy, title=f"Agreement with noisy labels, {FRESH_PAIRS} fresh pairs, 95% intervals"
     )
     axes = figure.axes[0]
+    lowest = axes.get_ylim()[0]
     for line, values in zip(axes.get_lines(), accuracy.values(), strict=False):  # the last line is chance
         timesteps = sorted(values)
         intervals = [wilson_interval(values[t], FRESH_PAIRS) for t in timesteps]
@@ -145,6 +155,8 @@ def draw_accuracy(reward: str, fresh: dict[int, float], trained: dict[int, float
         above = [high - values[t] for t, (_, high) in zip(timesteps, intervals, strict=True)]
         heights = [values[t] for t in timesteps]
         axes.errorbar(timesteps, heights, [below, above], fmt="none", ecolor=line.get_color(), capsize=3)
+        lowest = min(lowest, *(low - 0.02 for low, _ in intervals))
+    axes.set_ylim(bottom=max(0.0, lowest))
     return figure
 
 
