@@ -279,7 +279,8 @@ def index_page(modules: list[Module], resolve: Callable[[str], str]) -> str:
     for folder, members in folders.items():
         lines += ["", f"## {FOLDERS.get(folder, folder)}", "", "| module | what it is |", "|---|---|"]
         for module in members:
-            sentence = _inline(first_sentence(module.doc), resolve)
+            doc = module.doc or next(value.__doc__ for value in module.members.values())
+            sentence = _inline(first_sentence(doc), resolve)
             lines.append(f"| [{short_name(module)}]({module.name}.md) | {sentence} |")
     names = "\n".join(module.name for members in folders.values() for module in members)
     lines += ["", "```{toctree}", ":hidden:", "", names, "```", ""]

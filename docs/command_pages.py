@@ -54,7 +54,8 @@ def option_groups(parser: argparse.ArgumentParser) -> dict[str, tuple[str, list[
         own = [field.name for field in dataclasses.fields(dataclass_type) if field.name in actions]
         own = [name for name in own if name not in OF_TRANSFORMERS and name not in placed]
         sentence = inspect.cleandoc(dataclass_type.__doc__ or "").split("\n\n")[0]
-        groups[title_of(dataclass_type)] = (" ".join(sentence.split()), [actions[name] for name in own])
+        sentence = re.sub(r"\[(`[^`]+`)\]", r"\1", " ".join(sentence.split()))  # a reference, which leads nowhere here
+        groups[title_of(dataclass_type)] = (sentence, [actions[name] for name in own])
         placed |= set(own)
     rest = [action for name, action in actions.items() if name not in placed]
     trains = hasattr(parser, "dataclass_types") and "learning_rate" in actions
@@ -93,7 +94,8 @@ def default_of(action: argparse.Action) -> str:
 
 
 def row(action: argparse.Action) -> str:
-    name = next((option for option in reversed(action.option_strings) if option.startswith("--")), action.dest)
+    """The line of an option in the table of its group."""
+    name = next((option for option in action.option_strings if option.startswith("--")), action.dest)
     text = " ".join((action.help or "").replace("%%", "%").split()) if action.help != argparse.SUPPRESS else ""
     cells = [f"`{name}`", value_of(action), default_of(action), text]
     return "| " + " | ".join(re.sub(r"([|<*])", r"\\\1", cell) for cell in cells) + " |"
@@ -101,11 +103,10 @@ def row(action: argparse.Action) -> str:
 
 def page(command: str) -> str:
     """The page of one command."""
-    module, distributed, sentence = cli.COMMANDS[command]
+    module, distributed, _ = cli.COMMANDS[command]
     script = importlib.import_module(f"trl_spo.scripts.{module}")
     parser = script.make_parser(prog=f"trl-spo {command}")
-    lines = [f"# trl-spo {command}", "", f"{sentence[0].upper()}{sentence[1:]}.", ""]
-    lines += [inspect.cleandoc(script.__doc__), ""]
+    lines = [f"# trl-spo {command}", "", inspect.cleandoc(script.__doc__), ""]
     if distributed:
         lines += ["`--accelerate_config` and the other options of `accelerate launch` are taken, too.", ""]
     for title, (about, actions) in option_groups(parser).items():

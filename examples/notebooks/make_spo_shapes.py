@@ -44,6 +44,7 @@ Colab: from the checkout around this notebook, or else from the package index.""
         """import importlib.util
 from pathlib import Path
 
+
 if importlib.util.find_spec("trl_spo") is None or importlib.util.find_spec("trl_spo_shapes") is None:
     package = "../.." if Path("../../setup.cfg").is_file() else "trl-spo"
     %pip install --quiet "{package}[eval]\"""",
