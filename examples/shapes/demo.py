@@ -223,7 +223,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
     )
     trainer = StepRewardTrainer(config, pipe, reward_model, train_dataset=preferences, eval_dataset=evaluation)
     quiet(trainer, "reward model", ["loss", "accuracy", "margin"])
-    print("  accuracy: share of noisy labels it agrees with, .5 is chance; the labels allow about .75")
+    print("  accuracy: share of noisy labels it agrees with; .5 is chance, and 76% of the labels are right")
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
