@@ -211,6 +211,13 @@ def test_a_wrong_name_lists_the_presets(script, name, expected, unexpected, caps
     assert all(part in message for part in expected) and unexpected not in message
 
 
+def test_a_missing_file_is_not_taken_for_a_preset(capsys):
+    for name in ("spo_sd15.yaml", "configs/sd15"):
+        with pytest.raises(SystemExit):
+            spo.make_parser().parse_args_and_config(["--config", name])
+        assert f"there is no config '{name}'. " in capsys.readouterr().err
+
+
 # --- the demo --------------------------------------------------------------------------------------------------------
 
 

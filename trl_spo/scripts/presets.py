@@ -71,7 +71,8 @@ def find_preset(name: str, kinds: Sequence[str]) -> Path | None:
 def no_such_config(value: str, kinds: Sequence[str]) -> str:
     """The sentence for a `--config` that is neither a file nor a preset."""
     known = named_presets(kinds)
-    if not known:
+    is_path = Path(value).suffix in (".yaml", ".yml") or len(Path(value).parts) > 1
+    if is_path or not known:
         return f"there is no config {value!r}"
     short = [name.removeprefix(f"{kinds[0]}_") for name in known]
     return (
