@@ -75,6 +75,9 @@ METRICS = {
     "alignment": world.alignment_score,
 }
 EVALUATE_EVERY = 7  # steps of SPO
+SPO_COLUMNS = """  rewards/margins: how much more than the base model it prefers winners to losers; it should grow
+  pairs/fresh_accuracy: share of new pairs that it orders rightly before it trains on them; .5 is chance
+  eval_*: scores of the validation captions"""
 
 
 def make_parser(**kwargs) -> argparse.ArgumentParser:
@@ -223,7 +226,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
     )
     trainer = StepRewardTrainer(config, pipe, reward_model, train_dataset=preferences, eval_dataset=evaluation)
     quiet(trainer, "reward model", ["loss", "accuracy", "margin"])
-    print("  accuracy: share of noisy labels it agrees with; .5 is chance, and 76% of the labels are right")
+    print("  accuracy: share of noisy labels it agrees with; .5 is chance, and some three in four labels are right")
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -291,10 +294,7 @@ def main(args: argparse.Namespace):
         images_before = trainer.generate(prompts, seeds, progress="sampling")
         before = trainer.score(images_before, prompts)
     with Stage("SPO"):
-        print(
-            "  rewards/margins grows as the model learns the pairs; pairs/fresh_accuracy: share of new pairs that it"
-        )
-        print("  orders rightly before it trains on them, .5 is chance; eval_*: scores of the validation captions")
+        print(SPO_COLUMNS)
         trainer.train()
         print(f"  best on the validation captions: {Path(chooser.best[1]).name}")
         trainer.load_model(chooser.best[1])
