@@ -178,9 +178,7 @@ def interpret(statistics: dict[str, dict[str, float]]) -> str:
     text = "In words: " + "; ".join(parts)
     if groups["did not change clearly"]:
         text += " (0 lies within the 95% interval)"
-    return (
-        text + ". The reward was trained for; aesthetics and alignment are exact scores that the training never saw."
-    )
+    return f"{text}. SPO was trained on the reward; the exact scores only chose its checkpoint, on other captions."
 
 
 def _listed(names: list[str]) -> str:
