@@ -109,8 +109,10 @@ def words_of_the_code() -> set[str]:
     folders = ("trl_spo", "examples", "benchmarks", "reliability")
     files = [path for folder in folders for path in (ROOT / folder).glob("**/*.py")]
     files += [ROOT / "tests" / "testing_utils.py", ROOT / "tests" / "test_imports.py", ROOT / "docs" / "api_pages.py"]
-    files += (ROOT / "examples" / "configs").glob("*.yaml")
-    return {word for path in files for word in re.findall(r"[A-Za-z_]\w*", read(path))}
+    configs = [*(ROOT / "examples" / "configs").glob("*.yaml"), *(ROOT / "trl_spo").glob("**/*.yaml")]
+    files += configs
+    names = {part for path in configs for part in (path.stem, path.stem.partition("_")[2])}
+    return names | {word for path in files for word in re.findall(r"[A-Za-z_]\w*", read(path))}
 
 
 WORDS = words_of_the_code()
@@ -333,6 +335,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
+MADE |= {"demo_output/train.txt", "demo_output/heldout.txt"}  # by the demo
 
 
 @every_page

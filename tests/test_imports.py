@@ -38,7 +38,7 @@ ORDER = (  # a module may import from the modules before it
     "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()
 # In `trl_spo/scripts`, above everything.
-SCRIPTS = "errors parser arguments spo step_reward evaluate sample cli".split()
+SCRIPTS = "errors presets parser arguments spo step_reward evaluate sample demo cli".split()
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "
     "SPOStableDiffusionPipeline SPOStableDiffusionXLPipeline wrap_pipeline stepwise_rollout StepPairs ddim_step_stats "

@@ -37,6 +37,7 @@ COMMANDS = {  # name -> (module, runs on several devices, what it does)
         "score images of a model, alone or against its base, with stated seeds and sampler",
     ),
     "sample": ("sample", False, "make images from prompts"),
+    "demo": ("demo", False, "the whole method in a world of shapes, about five minutes on a CPU"),
 }
 
 

@@ -27,6 +27,7 @@ import yaml
 from trl import TrlParser
 
 from .errors import did_you_mean, split_values, without_debug
+from .presets import find_preset, no_such_config
 
 
 class ScriptParser(TrlParser):
@@ -35,13 +36,18 @@ class ScriptParser(TrlParser):
 
     Args:
         dataclass_types (`Iterable` of dataclasses): whose fields are the arguments.
+        presets (`Sequence[str]`, *optional*, defaults to `()`): kinds of presets of the package that `--config` takes by
+            name, such as `("spo", "lpo")`: see [`~scripts.presets.find_preset`].
         kwargs: of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, dataclass_types: Iterable[type], **kwargs):
+    def __init__(self, dataclass_types: Iterable[type], presets: Sequence[str] = (), **kwargs):
         super().__init__(dataclass_types, **kwargs)
+        self.presets = presets
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file with arguments. The command line goes before it."
+            "--config",
+            metavar="FILE",
+            help="YAML file with arguments, or the name of a preset. The command line goes before it.",
         )
         if "--debug" not in self._option_string_actions:  # a field of `TrainingArguments`, which takes a value
             self.add_argument("--debug", action="store_true", help="Print the traceback of an error.")
@@ -95,7 +101,11 @@ class ScriptParser(TrlParser):
             self.error("--config needs a file")
         path = Path(arguments[index])
         if not path.is_file():
-            self.error(f"there is no config {str(path)!r}")
+            preset = find_preset(arguments[index], self.presets)
+            if preset is None:
+                self.error(no_such_config(arguments[index], self.presets))
+            path = preset
+            arguments[index] = str(preset)  # for TRL's parser, which opens it
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

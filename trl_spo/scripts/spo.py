@@ -16,7 +16,7 @@
 Train a LoRA with SPO. All model families run through the same code.
 
 ```bash
-trl-spo spo --config examples/configs/spo_sd15.yaml --dataset_name my/prompts
+trl-spo spo --config sd15 --dataset_name my/prompts
 accelerate launch -m trl_spo.scripts.spo --config examples/configs/spo_sd15.yaml --dataset_name my/prompts
 ```
 """
@@ -34,7 +34,8 @@ from .parser import ScriptParser
 
 def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
-    return ScriptParser((DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig), prog=prog)
+    types = (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig)
+    return ScriptParser(types, prog=prog, presets=("spo", "lpo"))
 
 
 def main(

@@ -16,7 +16,7 @@
 Train the reward model of SPO, or the latent one of LPO, on preference images.
 
 ```bash
-trl-spo step-reward --config examples/configs/step_reward_sd15.yaml
+trl-spo step-reward --config sd15
 accelerate launch -m trl_spo.scripts.step_reward --config examples/configs/step_reward_sd15.yaml
 ```
 """
@@ -30,7 +30,7 @@ from .parser import ScriptParser
 def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
     types = (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, StepRewardConfig)
-    return ScriptParser(types, prog=prog)
+    return ScriptParser(types, prog=prog, presets=("step_reward", "latent_reward"))
 
 
 def main(
