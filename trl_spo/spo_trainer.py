@@ -755,6 +755,7 @@ class SPOTrainer(StepTrainer):
             global_step=self.state.global_step,
             num_pairs=self.pair_loader.num_pairs_seen,
             log_history=self.state.log_history,
+            parts=self.run_record.parts if self.run_record is not None else (),
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )

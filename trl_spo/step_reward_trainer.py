@@ -581,6 +581,7 @@ class StepRewardTrainer(StepTrainer):
             pipeline=None if self._base_is_changed() else getattr(diffusion, "name_or_path", None),
             global_step=self.state.global_step,
             log_history=self.state.log_history,
+            parts=self.run_record.parts if self.run_record is not None else (),
             tags=self._tag_names,
         )
 

@@ -24,24 +24,6 @@ import os
 from dataclasses import dataclass, field
 
 
-def resume_from(config):
-    """`config.resume_from_checkpoint` for `Trainer.train`: on the command line `true` and `last` are words."""
-    value = config.resume_from_checkpoint
-    word = str(value).lower()
-    if word in ("true", "last"):
-        return True
-    return None if word == "false" else value
-
-
-def train_and_save(trainer, config):
-    """Trains from where `config` says, saves to `config.output_dir`, and pushes to the Hub if `config` asks for it."""
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
-    leave_process_group()
-
-
 def leave_process_group():
     """
     Called last by programs that may run in several processes: threads of an open group can abort a process that ends, and
@@ -84,7 +66,13 @@ class PipelineArguments:
         metadata={"help": "Folder or Hub id of the diffusers pipeline."},
     )
     vae_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of another VAE for it."})
-    dtype: str = field(default="float32", metadata={"help": "Precision in which the pipeline is loaded."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "choices": ["float32", "bfloat16", "float16"],
+            "help": "Precision in which the pipeline is loaded.",
+        },
+    )
     variant: str | None = field(default=None, metadata={"help": "Kind of files to load, such as fp16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the pipeline."})
 

@@ -21,6 +21,7 @@ not come from this package, such as one of torch in the middle of a run, may nee
 
 import contextlib
 import difflib
+import signal
 import sys
 import tempfile
 import traceback
@@ -65,7 +66,7 @@ def run(main: Callable, parser, arguments: Sequence[str] | None = None) -> None:
 @contextlib.contextmanager
 def one_line_errors(prog: str, debug: bool = False, is_running: bool = False) -> Iterator[None]:
     """
-    Errors inside end the program with one line and status 2.
+    Errors inside end the program with one line and status 2, Ctrl-C with one line and status 130.
 
     Args:
         prog (`str`): name of the command, which begins the line.
@@ -86,6 +87,9 @@ def one_line_errors(prog: str, debug: bool = False, is_running: bool = False) ->
             raise
         print(f"{prog}: error: {stop.code}", file=sys.stderr)
         raise CommandError(stop.code) from None
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; what had been written before is whole.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = in_words(error)
         print(f"{prog}: error: {message}", file=sys.stderr)

@@ -91,7 +91,7 @@ class ImageLoggingCallback(TrainerCallback):
             self._log(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._last != state.global_step:
+        if self._last != state.global_step and self.trainer.stopped_by is None:
             self._log(args, state)
 
     def _log(self, args, state):

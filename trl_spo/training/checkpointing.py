@@ -36,6 +36,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer import safe_globals
 from transformers.utils import logging
 
+from .run_record import FOLDER_RECORD_NAME, RECORD_NAME, RunRecord, describe_changes, read_record, settings_of
+from .stopping import StopOnSignalCallback, stop_signal
+
 
 logger = logging.get_logger(__name__)
 
@@ -336,16 +339,56 @@ def _damaged_files(folder: Path) -> list[str]:
 
 def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointFiles()) -> str | None:
     """
-    The complete checkpoint of `output_dir` with the highest step, or `None`. Incomplete ones are skipped, with a warning
-    that says what they lack. `files` are the `checkpoint_files` of the trainer.
+    The complete checkpoint with the highest step of the run that trained last in `output_dir`, or `None`. Incomplete ones
+    and those of earlier runs are skipped, with a warning that says why. `files` are the `checkpoint_files` of the trainer.
     """
     repair(output_dir)
-    for folder in sorted(_checkpoints(Path(output_dir)), key=_step_of, reverse=True):
+    folders, of_other_runs = checkpoints_of_last_run(output_dir)
+    if of_other_runs:
+        names = _names(of_other_runs)
+        logger.warning(f"{str(output_dir)!r} also holds checkpoints of an earlier run, which are passed over: {names}.")
+    for folder in sorted(folders, key=_step_of, reverse=True):
         problems = checkpoint_problems(folder, files)
         if not problems:
             return str(folder)
         logger.warning(f"{folder} is passed over: {'; '.join(problems)}.")
     return None
+
+
+def checkpoints_of_last_run(output_dir: str | Path) -> tuple[list[Path], list[Path]]:
+    """
+    The checkpoints of the run that trained last in a folder, and those of other runs. Where the folder itself does not say
+    which that is, it is the run that wrote the newest checkpoint.
+    """
+    folders = _checkpoints(Path(output_dir))
+    records = {folder: read_record(folder / RECORD_NAME) for folder in folders}
+    runs = {folder: record and record.run_id for folder, record in records.items()}
+    current = read_record(Path(output_dir) / FOLDER_RECORD_NAME)
+    if current is not None:
+        last = current.run_id
+    else:
+        last = runs[max(folders, key=_time_of)] if folders else None
+    return [f for f in folders if runs[f] == last], [f for f in folders if runs[f] != last]
+
+
+def check_for_earlier_run(output_dir: str | Path, advice: str) -> None:
+    """
+    Args:
+        output_dir (`str` or `Path`): the folder of a run that begins.
+        advice (`str`): what to do instead, in a whole sentence.
+
+    Raises:
+        ValueError: if it holds checkpoints, which are of another run then.
+    """
+    folders = _checkpoints(Path(output_dir))
+    if folders:
+        raise ValueError(f"{str(output_dir)!r} holds checkpoints of an earlier run: {_names(folders)}. {advice}")
+
+
+def _names(folders: list[Path]) -> str:
+    """`checkpoint-2, checkpoint-4`, or the first and the last of many."""
+    names = [folder.name for folder in sorted(folders, key=_step_of)]
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
 
 
 def checkpoint_to_resume(
@@ -373,8 +416,11 @@ def checkpoint_to_resume(
     if resume_from_checkpoint is True:
         folder = last_checkpoint(output_dir, files)
         if folder is None:
-            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f, files))}" for f in _checkpoints(Path(output_dir))]
+            own, of_other_runs = checkpoints_of_last_run(output_dir)
+            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f, files))}" for f in own]
             found = f" What is there is incomplete ({' | '.join(broken)})." if broken else ""
+            if of_other_runs:
+                found += f" {_names(of_other_runs)} belong to an earlier run; name one of them to go on with that."
             raise ValueError(
                 f"There is no checkpoint in {str(output_dir)!r} to resume from.{found} Train from the start, without "
                 "`resume_from_checkpoint`."
@@ -420,8 +466,19 @@ class CheckpointingMixin:
     """
 
     checkpoint_files = CheckpointFiles()
+    run_record: RunRecord | None = None  # of the training that has begun
     _staging = False  # a checkpoint is being written
     _resumed_at_end = False  # the run that is resumed has taken its last step already
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that has ended the last training, with a [`StopOnSignalCallback`]; `None` if it came to its end."""
+        return stop_signal(self.callback_handler.callbacks)
+
+    @property
+    def nothing_to_train(self) -> bool:
+        """Whether the last training went on from a checkpoint that had taken all steps already."""
+        return self._resumed_at_end
 
     @property
     def checkpoint_writers(self) -> list[Callable[[Path], None]]:
@@ -445,6 +502,8 @@ class CheckpointingMixin:
             super()._save_checkpoint(model, trial)
             self._write_state(staged)
             if self.args.should_save:
+                if self.run_record is not None:
+                    write_text(staged / RECORD_NAME, self.run_record.to_json())
                 for write in self.checkpoint_writers:
                     write(staged)
                 self._name_best_checkpoint(staged, final)
@@ -523,7 +582,13 @@ class CheckpointingMixin:
             resume_from_checkpoint, self.args.output_dir, self.args.world_size, self.checkpoint_files
         )
         exhausted = self._read_state(folder)
+        self._begin_or_go_on(folder)
         self._resumed_at_end = folder is not None and (exhausted or 0 < self.args.max_steps <= global_step_of(folder))
+        if self._resumed_at_end:
+            self._notice(
+                f"{folder!r} has taken all of its steps ({global_step_of(folder)}, and `max_steps={self.args.max_steps}`): "
+                "there is nothing to train. Raise `max_steps` or `num_train_epochs` to go on."
+            )
         eval_on_start = self.args.eval_on_start
         self.args.eval_on_start = eval_on_start and folder is None  # the run has had it
         if self._resumed_at_end:  # there is no epoch any more, at whose beginning the Trainer would load them
@@ -532,6 +597,42 @@ class CheckpointingMixin:
             return super().train(folder, *args, **kwargs)
         finally:
             self.args.eval_on_start = eval_on_start
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSignalCallback):
+                    callback.release()
+
+    def _begin_or_go_on(self, folder: str | None) -> None:
+        """The record of the run that begins, or goes on from `folder`, with what there is to say about it."""
+        settings = settings_of(self.args)
+        if folder is None:
+            self.run_record = RunRecord.new(settings)
+            if not self.args.overwrite_output_dir:
+                self._warn_of_earlier_run()
+        else:
+            step = global_step_of(folder)
+            self.run_record = read_record(Path(folder) / RECORD_NAME) or RunRecord.without_history()
+            changes = describe_changes(self.run_record.go_on(step, settings))
+            if changes:
+                self._notice(f"The run goes on from step {step}. {changes}")
+        self.accelerator.wait_for_everyone()  # every process has found its checkpoint
+        if self.args.should_save:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            write_text(Path(self.args.output_dir) / FOLDER_RECORD_NAME, self.run_record.to_json())
+
+    def _warn_of_earlier_run(self) -> None:
+        advice = (
+            "They stay beside those of this run, which replaces the model in the folder. Go on with the earlier run by "
+            "`resume_from_checkpoint=True`, or choose another `output_dir`."
+        )
+        try:
+            check_for_earlier_run(self.args.output_dir, advice)
+        except ValueError as error:
+            self._notice(str(error))
+
+    def _notice(self, text: str) -> None:
+        """A warning that one process gives for all."""
+        if self.is_world_process_zero():
+            logger.warning(text)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optim = getattr(self.args.optim, "value", self.args.optim)
