@@ -132,6 +132,7 @@ class SPOTrainer(StepTrainer):
         weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"),
         state=(STATE_NAME, PAIRS_NAME),
         foreign=("step_reward_state.json",),
+        record=STATE_NAME,
     )
 
     def __init__(

@@ -151,7 +151,7 @@ class StepRewardTrainer(StepTrainer):
 
     _tag_names = ["trl", "spo", "step-aware-reward-model"]
     _name = "SPO step-aware reward model"
-    checkpoint_files = CheckpointFiles(foreign=("spo_state.json",))
+    checkpoint_files = CheckpointFiles(foreign=("spo_state.json",), record=STATE_NAME)
     _nonfinite_metric = "nonfinite_pairs"
 
     def __init__(

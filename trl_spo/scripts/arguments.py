@@ -82,7 +82,9 @@ class PipelineArguments:
 
         if self.vae_name_or_path is not None:
             kwargs.setdefault("vae", self.vae_name_or_path)
-        for name, value in (("torch_dtype", self.dtype), ("variant", self.variant), ("revision", self.revision)):
+        if "torch_dtype" not in kwargs:  # its old name
+            kwargs.setdefault("dtype", self.dtype)
+        for name, value in (("variant", self.variant), ("revision", self.revision)):
             if value is not None:
                 kwargs.setdefault(name, value)
         return wrap_pipeline(self.model_name_or_path, **kwargs)
@@ -136,6 +138,27 @@ class DiffusionModelArguments(PipelineArguments):
         default=None, metadata={"help": "Layers that get it; by default the family's."}
     )
     lora_init: str = field(default="gaussian", metadata={"help": "`init_lora_weights` of the adapter."})
+
+    def check_lora(self) -> None:
+        """
+        Try the settings of the adapter on one small layer, before a model is loaded.
+
+        Raises:
+            ValueError: if peft refuses them.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+        from torch import nn
+
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"`lora_alpha` must be at least 1, got {self.lora_alpha}: the adapter would have no effect.")
+        rank = 2 if self.lora_r is None else self.lora_r
+        try:
+            config = LoraConfig(r=rank, init_lora_weights=self.lora_init, target_modules=["0"])
+            inject_adapter_in_model(config, nn.Sequential(nn.Linear(2, 2)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"peft refuses an adapter with `lora_r={rank}` and `lora_init={self.lora_init!r}`: {error}"
+            ) from error
 
     def peft_config(self, pipeline):
         """The `peft.LoraConfig` for `SPOTrainer(pipeline=pipeline, peft_config=...)`."""

@@ -28,6 +28,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from ..notices import leave_out_notices
+
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -57,6 +59,7 @@ def run(main: Callable, parser, arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = asks_for_tracebacks(arguments)
+    leave_out_notices()
     with one_line_errors(parser.prog, debug):
         parsed = parser.parse_args_and_config(arguments)
     with one_line_errors(parser.prog, debug, is_running=True):

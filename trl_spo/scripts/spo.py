@@ -33,6 +33,7 @@ from .training import (
     pipeline_options,
     size_of,
     train_and_save,
+    work_done,
 )
 
 
@@ -57,6 +58,8 @@ def main(
         raise SystemExit("SPO needs prompts: name a dataset or a .txt file of prompts with --dataset_name.")
     check_run(config, SPOTrainer)
     check_evaluation_data(config, data_args.eval_dataset_name)
+    if config.use_peft:
+        model_args.check_lora()
     prompts = read_prompts(load_prompts(config.dataset_name, "train"), config.dataset_prompt_column)
     evaluation = None
     if data_args.eval_dataset_name is not None:
@@ -83,8 +86,8 @@ def ending(trainer, duration: str, model_args: DiffusionModelArguments, data_arg
     is_lora = trainer.pipeline.use_lora
     what = "LoRA" if is_lora else trainer.pipeline.denoiser_name
     size = size_of(folder if is_lora else f"{folder}/{what}", "*.safetensors")
-    steps = f"{trainer.state.global_step} steps on {trainer.pair_loader.num_pairs_seen} pairs in {duration}"
-    saved = f"Saved the {what} to {folder} ({size}; {steps}).\n{measured(trainer)}"
+    pairs = f" on {trainer.pair_loader.num_pairs_seen} pairs"
+    saved = f"Saved the {what} to {folder} ({size}; {work_done(trainer, duration, pairs)}).\n{measured(trainer)}"
     if not is_lora:
         return f"{saved}Next: {folder}/README.md says how to load it."
     prompts = data_args.eval_dataset_name or "HELD_OUT_PROMPTS.txt"

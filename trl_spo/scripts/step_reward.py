@@ -33,6 +33,7 @@ from .training import (
     pipeline_options,
     size_of,
     train_and_save,
+    work_done,
 )
 
 
@@ -81,7 +82,7 @@ def ending(trainer, duration: str, model_args: PipelineArguments) -> str:
     """Where the result is, what came of it, and the command that uses it."""
     folder = trainer.args.output_dir
     size = size_of(folder, "*.safetensors")
-    saved = f"Saved the reward model to {folder} ({size}; {trainer.state.global_step} steps in {duration}).\n"
+    saved = f"Saved the reward model to {folder} ({size}; {work_done(trainer, duration)}).\n"
     options = pipeline_options(model_args)
     for name, default in (("guidance_scale", 5.0), ("guidance_rescale", 0.0), ("clip_skip", 0)):
         value = getattr(trainer.args, name)  # it judges predictions that were made with these

@@ -120,6 +120,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def work_done(trainer, duration: str, on: str = "") -> str:
+    """How much was trained, such as `22 steps on 440 pairs in 1 min 3 s`."""
+    steps = f"{trainer.state.global_step} steps{on}"
+    return f"{steps} before, nothing was left to train" if trainer.nothing_to_train else f"{steps} in {duration}"
+
+
 def size_of(folder: str | Path, pattern: str) -> str:
     """Size of the files of a folder that match a pattern, such as `118 KiB`."""
     size = sum(path.stat().st_size for path in Path(folder).glob(pattern))

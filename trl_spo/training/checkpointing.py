@@ -36,7 +36,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer import safe_globals
 from transformers.utils import logging
 
-from .run_record import FOLDER_RECORD_NAME, RECORD_NAME, RunRecord, describe_changes, read_record, settings_of
+from .run_record import (
+    FOLDER_RECORD_NAME,
+    RECORD_KEY,
+    RunRecord,
+    describe_changes,
+    read_record,
+    settings_of,
+)
 from .stopping import StopOnSignalCallback, stop_signal
 
 
@@ -62,11 +69,13 @@ class CheckpointFiles:
         weights (`tuple[str]`): glob patterns of files that its `_write_model` writes; one of them must match.
         state (`tuple[str]`): names of files that its `_write_state` writes and its `_read_state` cannot do without.
         foreign (`tuple[str]`): names of files that tell the checkpoint of another trainer.
+        record (`str`): name of the JSON file that its `_write_state` writes; it also gets the [`RunRecord`].
     """
 
     weights: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json", "pytorch_model*")
     state: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    record: str = ""
 
 
 def check_output_dir(output_dir: str | Path, create: bool = True):
@@ -343,7 +352,7 @@ def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointF
     and those of earlier runs are skipped, with a warning that says why. `files` are the `checkpoint_files` of the trainer.
     """
     repair(output_dir)
-    folders, of_other_runs = checkpoints_of_last_run(output_dir)
+    folders, of_other_runs = checkpoints_of_last_run(output_dir, files)
     if of_other_runs:
         names = _names(of_other_runs)
         logger.warning(f"{str(output_dir)!r} also holds checkpoints of an earlier run, which are passed over: {names}.")
@@ -355,20 +364,27 @@ def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointF
     return None
 
 
-def checkpoints_of_last_run(output_dir: str | Path) -> tuple[list[Path], list[Path]]:
+def checkpoints_of_last_run(output_dir: str | Path, files: CheckpointFiles) -> tuple[list[Path], list[Path]]:
     """
     The checkpoints of the run that trained last in a folder, and those of other runs. Where the folder itself does not say
     which that is, it is the run that wrote the newest checkpoint.
     """
     folders = _checkpoints(Path(output_dir))
-    records = {folder: read_record(folder / RECORD_NAME) for folder in folders}
-    runs = {folder: record and record.run_id for folder, record in records.items()}
-    current = read_record(Path(output_dir) / FOLDER_RECORD_NAME)
-    if current is not None:
-        last = current.run_id
+    run_of = {folder: run_of_checkpoint(folder, files) for folder in folders}
+    note = read_record(Path(output_dir) / FOLDER_RECORD_NAME)
+    known = [folder for folder in folders if run_of[folder] is not None]
+    if note is not None:
+        last = note.run_id
     else:
-        last = runs[max(folders, key=_time_of)] if folders else None
-    return [f for f in folders if runs[f] == last], [f for f in folders if runs[f] != last]
+        last = run_of[max(known, key=_time_of)] if known else None
+    of_others = [folder for folder in known if run_of[folder] != last]
+    return [folder for folder in folders if folder not in of_others], of_others
+
+
+def run_of_checkpoint(folder: Path, files: CheckpointFiles) -> str | None:
+    """What tells the run of a checkpoint from others; `None` if its state cannot be read."""
+    record = read_record(folder / files.record) if files.record else None
+    return None if record is None else record.run_id
 
 
 def check_for_earlier_run(output_dir: str | Path, advice: str) -> None:
@@ -416,7 +432,7 @@ def checkpoint_to_resume(
     if resume_from_checkpoint is True:
         folder = last_checkpoint(output_dir, files)
         if folder is None:
-            own, of_other_runs = checkpoints_of_last_run(output_dir)
+            own, of_other_runs = checkpoints_of_last_run(output_dir, files)
             broken = [f"{f.name}: {'; '.join(checkpoint_problems(f, files))}" for f in own]
             found = f" What is there is incomplete ({' | '.join(broken)})." if broken else ""
             if of_other_runs:
@@ -502,8 +518,7 @@ class CheckpointingMixin:
             super()._save_checkpoint(model, trial)
             self._write_state(staged)
             if self.args.should_save:
-                if self.run_record is not None:
-                    write_text(staged / RECORD_NAME, self.run_record.to_json())
+                self._write_record(staged / self.checkpoint_files.record)
                 for write in self.checkpoint_writers:
                     write(staged)
                 self._name_best_checkpoint(staged, final)
@@ -524,6 +539,7 @@ class CheckpointingMixin:
         if self.args.should_save:
             publish(staged, final)
             rotate(run_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+            self._say_which_run_is_last()
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             self._name_best_checkpoint(staged, final)
@@ -610,14 +626,31 @@ class CheckpointingMixin:
                 self._warn_of_earlier_run()
         else:
             step = global_step_of(folder)
-            self.run_record = read_record(Path(folder) / RECORD_NAME) or RunRecord.without_history()
+            written = read_record(Path(folder) / self.checkpoint_files.record)
+            self.run_record = written or RunRecord.without_history()
             changes = describe_changes(self.run_record.go_on(step, settings))
             if changes:
                 self._notice(f"The run goes on from step {step}. {changes}")
         self.accelerator.wait_for_everyone()  # every process has found its checkpoint
         if self.args.should_save:
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            write_text(Path(self.args.output_dir) / FOLDER_RECORD_NAME, self.run_record.to_json())
+            self._say_which_run_is_last()
+
+    def _say_which_run_is_last(self) -> None:
+        """Write it into the output folder, while that holds checkpoints of several runs."""
+        if self.run_record is None:
+            return
+        note = Path(self.args.output_dir) / FOLDER_RECORD_NAME
+        runs = {run_of_checkpoint(f, self.checkpoint_files) for f in _checkpoints(Path(self.args.output_dir))}
+        if runs - {self.run_record.run_id, None}:
+            write_text(note, json.dumps({RECORD_KEY: self.run_record.to_dict()}))
+        else:
+            note.unlink(missing_ok=True)
+
+    def _write_record(self, path: Path) -> None:
+        """Put the record of the run into the state file of a checkpoint."""
+        if self.run_record is not None and path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**state, RECORD_KEY: self.run_record.to_dict()}), encoding="utf-8")
 
     def _warn_of_earlier_run(self) -> None:
         advice = (

@@ -32,6 +32,7 @@ from ..model_cards import FOLDER, cell, hub_id, join, link, versions
 from ..rewards.base import Reward
 from ..rewards.publishing import RewardDescription, sections, usage
 from ..step_distribution import StepRule
+from .run_record import SETTINGS_OF_OPTIMIZER
 
 
 PAPER = "2406.04314"
@@ -244,7 +245,7 @@ def _describe_scoring_vae(vae: Any, name: str | None) -> str | None:
 
 def history(parts: Sequence[dict], global_step: int) -> dict[str, str]:
     """
-    The settings that changed when a run was resumed, with the steps of each value.
+    The settings that changed when a run was resumed, with the steps of each value, and those that its optimizer kept.
 
     Args:
         parts (list of `dict`): of the [`RunRecord`]; settings that an old checkpoint does not tell are missing.
@@ -256,6 +257,8 @@ def history(parts: Sequence[dict], global_step: int) -> dict[str, str]:
     parts = [part for part in parts if part["first_step"] <= global_step]
     names = dict.fromkeys(name for part in parts for name in part["settings"])
     told = {}
+    for name in SETTINGS_OF_OPTIMIZER:  # whatever the config says by now
+        told |= {name: part["settings"][name] for part in parts if name in part["settings"]}
     for name in names:
         values = [[part["settings"].get(name, "not recorded"), part["first_step"]] for part in parts]
         runs = [values[0]] + [new for old, new in pairwise(values) if new[0] != old[0]]

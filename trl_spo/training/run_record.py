@@ -15,8 +15,9 @@
 """
 Which run a checkpoint belongs to, and with which settings each part of it was trained.
 
-A run begins with `train()` and goes on when it is resumed. Its record stands in every checkpoint and in the output folder, so
-that `last` never means a checkpoint of another run, changed settings are noticed, and the model card tells what happened.
+A run begins with `train()` and goes on when it is resumed. Its record stands in every checkpoint, in the JSON file of the
+trainer's own state, so that `last` never means a checkpoint of another run, changed settings are noticed, and the model card
+tells what happened. A folder with checkpoints of several runs says in a file of its own which of them trained last.
 """
 
 import dataclasses
@@ -30,8 +31,9 @@ from typing import Any
 from .arguments import StepTrainingArguments, without_secrets
 
 
-RECORD_NAME = "training_run.json"  # in a checkpoint
-FOLDER_RECORD_NAME = "_training_run.json"  # in the output folder; the underscore keeps it from the Hub
+RECORD_KEY = "run"  # in the state file of a checkpoint
+UNKNOWN_RUN = "unknown"  # of checkpoints of old versions
+FOLDER_RECORD_NAME = "_last_run.json"  # the underscore keeps it from the Hub
 # Of `TrainingArguments`: what changes what is learnt. All fields that a config adds count, but for those below.
 SETTINGS_OF_TRAINING = (
     "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
@@ -74,9 +76,7 @@ class RunRecord:
     @classmethod
     def without_history(cls) -> "RunRecord":
         """The record of a run whose checkpoints are of an old version and tell nothing."""
-        record = cls.new({})
-        record.started = "unknown"
-        return record
+        return cls(UNKNOWN_RUN, "unknown", [{"first_step": 1, "settings": {}}])
 
     def go_on(self, step: int, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """
@@ -96,14 +96,15 @@ class RunRecord:
             self.parts.append({"first_step": step + 1, "settings": now})
         return changed
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 def read_record(path: str | Path) -> RunRecord | None:
-    """The record in a file, or `None` if there is none, as beside checkpoints of old versions."""
+    """The record in a JSON file, one without history if it is of an old version, or `None` if the file cannot be read."""
     try:
-        return RunRecord(**json.loads(Path(path).read_text(encoding="utf-8")))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return RunRecord(**content[RECORD_KEY]) if RECORD_KEY in content else RunRecord.without_history()
     except (OSError, ValueError, TypeError):
         return None
 
