@@ -294,9 +294,7 @@ def _not_loaded(path: str | Path, error: Exception, what: str = "a diffusers pip
     if not Path(path).exists():
         found = "it is neither an existing folder nor a Hub id that can be reached"
     reason = (str(error).splitlines() or [""])[0]
-    return ValueError(
-        f"Could not load {what} from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
-    )
+    return ValueError(f"Could not load {what} from {str(path)!r}: {found} ({type(error).__name__}: {reason}).")
 
 
 def load_pretrained(loader, path: str | Path, what: str):

@@ -150,7 +150,9 @@ class DiffusionModelArguments(PipelineArguments):
         from torch import nn
 
         if self.lora_alpha is not None and self.lora_alpha < 1:
-            raise ValueError(f"`lora_alpha` must be at least 1, got {self.lora_alpha}: the adapter would have no effect.")
+            raise ValueError(
+                f"`lora_alpha` must be at least 1, got {self.lora_alpha}: the adapter would have no effect."
+            )
         rank = 2 if self.lora_r is None else self.lora_r
         try:
             config = LoraConfig(r=rank, init_lora_weights=self.lora_init, target_modules=["0"])

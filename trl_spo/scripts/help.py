@@ -117,7 +117,9 @@ class ShortFormatter(argparse.HelpFormatter):
         return f"{text.removesuffix('.')} (default: {'true' if action.default is True else '%(default)s'})"
 
 
-def format_help(parser: argparse.ArgumentParser, everything: bool = False, accelerate_configs: Iterable[str] = ()) -> str:
+def format_help(
+    parser: argparse.ArgumentParser, everything: bool = False, accelerate_configs: Iterable[str] = ()
+) -> str:
     """
     The text of `--help`.
 
@@ -170,7 +172,9 @@ def _options_of_every_command(accelerate_configs: Iterable[str]) -> list[argpars
     """What is no field of a dataclass; made for their texts only."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--help", nargs="?", metavar="all", help="Show this text, or with `all` every option.")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with `option: value` lines. The command line goes first.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with `option: value` lines. The command line goes first."
+    )
     if accelerate_configs:
         names = ", ".join(accelerate_configs)
         parser.add_argument(

@@ -61,7 +61,9 @@ def check_evaluation_data(config, eval_dataset_name: str | None) -> None:
     """
     strategy = getattr(config.eval_strategy, "value", config.eval_strategy)
     if strategy != "no" and eval_dataset_name is None:
-        raise SystemExit(f"--eval_strategy {strategy} needs data that is not trained on: name it with --eval_dataset_name.")
+        raise SystemExit(
+            f"--eval_strategy {strategy} needs data that is not trained on: name it with --eval_dataset_name."
+        )
 
 
 def train_and_save(trainer, config, columns, title: str, ending: Callable[[str], str]) -> None:

@@ -104,7 +104,9 @@ class StepTrainingArguments(TrainingArguments):
 
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own."},
+        metadata={
+            "help": "Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own."
+        },
     )
     activation_checkpointing: bool | None = field(
         default=None,

@@ -355,7 +355,9 @@ def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointF
     folders, of_other_runs = checkpoints_of_last_run(output_dir, files)
     if of_other_runs:
         names = _names(of_other_runs)
-        logger.warning(f"{str(output_dir)!r} also holds checkpoints of an earlier run, which are passed over: {names}.")
+        logger.warning(
+            f"{str(output_dir)!r} also holds checkpoints of an earlier run, which are passed over: {names}."
+        )
     for folder in sorted(folders, key=_step_of, reverse=True):
         problems = checkpoint_problems(folder, files)
         if not problems:

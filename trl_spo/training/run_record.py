@@ -120,7 +120,9 @@ def settings_of(config: StepTrainingArguments) -> dict[str, Any]:
 
 def describe_changes(changed: dict[str, tuple[Any, Any]]) -> str:
     """One or two sentences about settings that differ from those of the checkpoint."""
-    taken = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items() if name not in SETTINGS_OF_OPTIMIZER]
+    taken = [
+        f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items() if name not in SETTINGS_OF_OPTIMIZER
+    ]
     kept = [f"{name} {old!r}" for name, (old, _) in changed.items() if name in SETTINGS_OF_OPTIMIZER]
     text = ""
     if taken:

@@ -29,9 +29,7 @@ from transformers import TrainerCallback
 
 # A launcher passes on the signal that the terminal has sent to every process already: that is one press of the keys.
 SAME_PRESS = 1.0  # seconds
-NOTICE = (
-    "\nStopping after this step, with a checkpoint. A second Ctrl-C ends at once, without one.\n"
-)
+NOTICE = "\nStopping after this step, with a checkpoint. A second Ctrl-C ends at once, without one.\n"
 
 
 class StopOnSignalCallback(TrainerCallback):
