@@ -30,9 +30,10 @@ from pathlib import Path
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a shared machine
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what is imported below has notices about nothing
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 
@@ -65,6 +66,7 @@ from trl_spo import (
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
 from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
 from trl_spo.evaluation.statistics import paired_statistics, statistics_table
+from trl_spo.training.log_lines import SPO_COLUMNS, STEP_REWARD_COLUMNS, log_in_lines
 
 
 METRICS = {
@@ -133,32 +135,6 @@ class BestCheckpoint(TrainerCallback):
             self.best = max(self.best, (utility, str(self.output_dir / f"checkpoint-{state.global_step}")))
 
 
-class OneLineLog(TrainerCallback):
-    """Prints the few numbers one watches during training; all of them are in the log history."""
-
-    def __init__(self, keys: list[str]):
-        self.keys = keys
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [f"{key} {logs[key]:.3f}" for key in self.keys if key in logs]
-        if shown:
-            print(f"  step {state.global_step:4d}  " + "  ".join(shown), flush=True)
-
-
-def quiet(trainer, keys: list[str]):
-    """A progress bar and one line per log."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-
-    class Bar(ProgressCallback):
-        def on_log(self, *args, **kwargs):
-            pass
-
-    trainer.add_callback(Bar)
-    trainer.add_callback(OneLineLog(keys))
-    return trainer
-
-
 def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict]:
     """The reward model to be trained, and the settings of its training."""
     # Heads and the embedding of timesteps are random, and torch gives every process a seed of its own.
@@ -187,7 +163,7 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
         seed=args.seed,
     )
     trainer = StepRewardTrainer(config, pipe, reward_model, train_dataset=preferences, eval_dataset=evaluation)
-    quiet(trainer, ["loss", "accuracy", "margin"])
+    log_in_lines(trainer, STEP_REWARD_COLUMNS, "reward model")
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -233,8 +209,8 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
     )
     chooser = BestCheckpoint(args.output_dir)
     trainer.add_callback(chooser)
-    shown = ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"]
-    return quiet(trainer, shown), chooser
+    log_in_lines(trainer, SPO_COLUMNS, "SPO")
+    return trainer, chooser
 
 
 def main():

@@ -258,7 +258,9 @@ def history(parts: Sequence[dict], global_step: int) -> dict[str, str]:
     names = dict.fromkeys(name for part in parts for name in part["settings"])
     told = {}
     for name in SETTINGS_OF_OPTIMIZER:  # whatever the config says by now
-        told |= {name: part["settings"][name] for part in parts if name in part["settings"]}
+        kept = [part["settings"][name] for part in parts if name in part["settings"]]
+        if kept:
+            told[name] = kept[-1]
     for name in names:
         values = [[part["settings"].get(name, "not recorded"), part["first_step"]] for part in parts]
         runs = [values[0]] + [new for old, new in pairwise(values) if new[0] != old[0]]
