@@ -38,7 +38,8 @@ from safetensors.torch import load_file
 from trl_spo import LatentRewardModel, StepAwareRewardModel
 from trl_spo.prompts import load_prompts
 from trl_spo.scripts import cli
-from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group, resume_from
+from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group
+from trl_spo.scripts.training import resume_from
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 

@@ -23,6 +23,8 @@ __version__ = "0.1.0"
 _import_structure = {
     "training.decline": ["StopOnDecline"],
     "training.ema": ["EMACallback"],
+    "training.log_lines": ["LogLineCallback"],
+    "training.stopping": ["StopOnSignalCallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
     "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
     "export": ["merge_lora"],
@@ -88,6 +90,8 @@ if TYPE_CHECKING:
     from .step_reward_trainer import StepRewardTrainer
     from .training.decline import StopOnDecline
     from .training.ema import EMACallback
+    from .training.log_lines import LogLineCallback
+    from .training.stopping import StopOnSignalCallback
 
 _module_of = {name: module for module, names in _import_structure.items() for name in names}
 __all__ = [*_module_of, "__version__"]

@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
 from .hub_files import load_diffusers_pipeline, locate_checkpoint, require_existing
+from .notices import without_lora_notices
 from .pipelines.adapters import LORA_NAME
 from .pipelines.base import SPOPipeline
 from .pipelines.components import plain_pipeline
@@ -67,7 +68,7 @@ def merge_lora(
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Strength of the LoRA; 0 is the base model.
         from_pretrained_kwargs:
-            Passed to `from_pretrained` for a path or Hub id, such as `torch_dtype` (also by name).
+            Passed to `from_pretrained` for a path or Hub id, such as `dtype` (also by name).
 
     Returns:
         `Path`: the folder.
@@ -163,7 +164,8 @@ def load_lora_whole(pipeline, source: Path, with_text_encoders: bool = False, **
         ValueError: if the file does not fit, or is read in part.
     """
     layers = check_lora(pipeline, source, with_text_encoders)
-    pipeline.load_lora_weights(str(source.parent), weight_name=source.name, **kwargs)
+    with without_lora_notices():
+        pipeline.load_lora_weights(str(source.parent), weight_name=source.name, **kwargs)
     denoiser = getattr(pipeline, denoiser_of(pipeline))
     loaded = {layer for layer, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
     lost = sorted(layers - loaded)

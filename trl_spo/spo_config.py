@@ -161,7 +161,7 @@ class SPOConfig(StepTrainingArguments):
             copy of it.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
-            `{"torch_dtype": "float16", "vae": "madebyollin/sdxl-vae-fp16-fix"}`. A `quantization_config` may be a
+            `{"dtype": "float16", "vae": "madebyollin/sdxl-vae-fp16-fix"}`. A `quantization_config` may be a
             dictionary of components, see docs/flow_models.md.
 
         > Parameters that control the data

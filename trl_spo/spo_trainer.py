@@ -132,6 +132,7 @@ class SPOTrainer(StepTrainer):
         weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"),
         state=(STATE_NAME, PAIRS_NAME),
         foreign=("step_reward_state.json",),
+        record=STATE_NAME,
     )
 
     def __init__(
@@ -755,6 +756,7 @@ class SPOTrainer(StepTrainer):
             global_step=self.state.global_step,
             num_pairs=self.pair_loader.num_pairs_seen,
             log_history=self.state.log_history,
+            parts=self.run_record.parts if self.run_record is not None else (),
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )

@@ -103,7 +103,7 @@ class StepRewardConfig(StepTrainingArguments):
 
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
-            `{"torch_dtype": "float16", "variant": "fp16"}`.
+            `{"dtype": "float16", "variant": "fp16"}`.
 
         > Parameters that control the training
 

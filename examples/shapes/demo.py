@@ -31,10 +31,10 @@ from pathlib import Path
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a shared machine
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no word about torchvision, which nothing here needs
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what is imported below has notices about nothing
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 
@@ -51,6 +51,7 @@ from trl_spo import (
     StepRewardTrainer,
 )
 from trl_spo.evaluation.statistics import statistics_table
+from trl_spo.training.log_lines import SPO_COLUMNS, STEP_REWARD_COLUMNS, log_in_lines
 
 from . import report, world
 from .base_scores import evaluation_set, load_flow_pipeline, load_pipeline
@@ -75,9 +76,11 @@ METRICS = {
     "alignment": world.alignment_score,
 }
 EVALUATE_EVERY = 7  # steps of SPO
-SPO_COLUMNS = """  rewards/margins: how much more than the base model it prefers winners to losers; it should grow
-  pairs/fresh_accuracy: share of new pairs that it orders rightly before it trains on them; .5 is chance
-  eval_*: scores of the validation captions"""
+HOW_TO_READ = {
+    "reward model": "  accuracy: share of noisy labels it agrees with; .5 is chance, and some three in four labels are right",
+    "SPO": """  accuracy: share of new pairs that it orders rightly before it trains on them; .5 is chance
+  kl: how far it is from the base model; evaluation: scores of the validation captions""",
+}
 
 
 def make_parser(**kwargs) -> argparse.ArgumentParser:
@@ -154,47 +157,6 @@ class BestCheckpoint(TrainerCallback):
             self.best = max(self.best, (utility, str(self.output_dir / f"checkpoint-{state.global_step}")))
 
 
-class OneLineLog(TrainerCallback):
-    """Prints the few numbers one watches during training; all of them are in the log history."""
-
-    def __init__(self, keys: list[str]):
-        self.keys = keys
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [f"{key} {logs[key]:.3f}" for key in self.keys if key in logs]
-        if shown:
-            print(f"  step {state.global_step:4d}  " + "  ".join(shown), flush=True)
-
-
-class LabelledBar(ProgressCallback):
-    """The progress bars of a trainer, with what they count; the numbers are [`OneLineLog`]'s."""
-
-    def __init__(self, label: str):
-        super().__init__()
-        self.label = label
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(f"{self.label}, steps")
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-        if self.prediction_bar is not None:
-            self.prediction_bar.set_description(f"{self.label}, evaluation batches")
-
-    def on_log(self, *args, **kwargs):
-        pass
-
-
-def quiet(trainer, label: str, keys: list[str]):
-    """Labelled progress bars and one line per log."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(LabelledBar(label))
-    trainer.add_callback(OneLineLog(keys))
-    return trainer
-
-
 def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict]:
     """The reward model to be trained, and the settings of its training."""
     # Heads and the embedding of timesteps are random, and torch gives every process a seed of its own.
@@ -225,8 +187,8 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
         seed=args.seed,
     )
     trainer = StepRewardTrainer(config, pipe, reward_model, train_dataset=preferences, eval_dataset=evaluation)
-    quiet(trainer, "reward model", ["loss", "accuracy", "margin"])
-    print("  accuracy: share of noisy labels it agrees with; .5 is chance, and some three in four labels are right")
+    log_in_lines(trainer, STEP_REWARD_COLUMNS, "reward model")
+    print(HOW_TO_READ["reward model"])
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -272,9 +234,8 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
     )
     chooser = BestCheckpoint(args.output_dir)
     trainer.add_callback(chooser)
-    shown = ["rewards/margins", "pairs/fresh_accuracy", "step_reward/mean"]
-    shown += [f"eval_{name}_mean" for name in (*METRICS, "reward")]
-    return quiet(trainer, "SPO", shown), chooser
+    log_in_lines(trainer, SPO_COLUMNS, "SPO")
+    return trainer, chooser
 
 
 def main(args: argparse.Namespace):
@@ -294,7 +255,7 @@ def main(args: argparse.Namespace):
         images_before = trainer.generate(prompts, seeds, progress="sampling")
         before = trainer.score(images_before, prompts)
     with Stage("SPO"):
-        print(SPO_COLUMNS)
+        print(HOW_TO_READ["SPO"])
         trainer.train()
         print(f"  best on the validation captions: {Path(chooser.best[1]).name}")
         trainer.load_model(chooser.best[1])

@@ -24,24 +24,6 @@ import os
 from dataclasses import dataclass, field
 
 
-def resume_from(config):
-    """`config.resume_from_checkpoint` for `Trainer.train`: on the command line `true` and `last` are words."""
-    value = config.resume_from_checkpoint
-    word = str(value).lower()
-    if word in ("true", "last"):
-        return True
-    return None if word == "false" else value
-
-
-def train_and_save(trainer, config):
-    """Trains from where `config` says, saves to `config.output_dir`, and pushes to the Hub if `config` asks for it."""
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
-    leave_process_group()
-
-
 def leave_process_group():
     """
     Called last by programs that may run in several processes: threads of an open group can abort a process that ends, and
@@ -84,7 +66,13 @@ class PipelineArguments:
         metadata={"help": "Folder or Hub id of the diffusers pipeline."},
     )
     vae_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of another VAE for it."})
-    dtype: str = field(default="float32", metadata={"help": "Precision in which the pipeline is loaded."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "choices": ["float32", "bfloat16", "float16"],
+            "help": "Precision in which the pipeline is loaded.",
+        },
+    )
     variant: str | None = field(default=None, metadata={"help": "Kind of files to load, such as fp16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the pipeline."})
 
@@ -94,7 +82,9 @@ class PipelineArguments:
 
         if self.vae_name_or_path is not None:
             kwargs.setdefault("vae", self.vae_name_or_path)
-        for name, value in (("torch_dtype", self.dtype), ("variant", self.variant), ("revision", self.revision)):
+        if "torch_dtype" not in kwargs:  # its old name
+            kwargs.setdefault("dtype", self.dtype)
+        for name, value in (("variant", self.variant), ("revision", self.revision)):
             if value is not None:
                 kwargs.setdefault(name, value)
         return wrap_pipeline(self.model_name_or_path, **kwargs)
@@ -148,6 +138,29 @@ class DiffusionModelArguments(PipelineArguments):
         default=None, metadata={"help": "Layers that get it; by default the family's."}
     )
     lora_init: str = field(default="gaussian", metadata={"help": "`init_lora_weights` of the adapter."})
+
+    def check_lora(self) -> None:
+        """
+        Try the settings of the adapter on one small layer, before a model is loaded.
+
+        Raises:
+            ValueError: if peft refuses them.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+        from torch import nn
+
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(
+                f"`lora_alpha` must be at least 1, got {self.lora_alpha}: the adapter would have no effect."
+            )
+        rank = 2 if self.lora_r is None else self.lora_r
+        try:
+            config = LoraConfig(r=rank, init_lora_weights=self.lora_init, target_modules=["0"])
+            inject_adapter_in_model(config, nn.Sequential(nn.Linear(2, 2)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"peft refuses an adapter with `lora_r={rank}` and `lora_init={self.lora_init!r}`: {error}"
+            ) from error
 
     def peft_config(self, pipeline):
         """The `peft.LoraConfig` for `SPOTrainer(pipeline=pipeline, peft_config=...)`."""

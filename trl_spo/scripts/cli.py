@@ -19,9 +19,13 @@ The training commands run in this process, or, with `--accelerate_config` or ano
 processes that accelerate starts. What is heavy is imported once a command is known, so `trl-spo --help` answers at once.
 """
 
+import contextlib
 import importlib
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -110,6 +114,8 @@ def split_launch_arguments(parser, arguments: list[str]) -> tuple[list[str], lis
 def launch_with_accelerate(module: str, launch: list[str], arguments: list[str]) -> int:
     """`accelerate launch LAUNCH -m MODULE ARGUMENTS`; returns its exit status."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     launch = [part for argument in launch for part in argument.split("=", 1)]
     if "--accelerate_config" in launch:
@@ -117,11 +123,39 @@ def launch_with_accelerate(module: str, launch: list[str], arguments: list[str])
         if index + 1 == len(launch):
             raise SystemExit("--accelerate_config needs a value, a file or a name.")
         launch[index : index + 2] = ["--config_file", str(resolve_accelerate_config(launch[index + 1]))]
+    # torch kills processes that take longer than this to stop, and a rollout may have to be finished first.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    parsed = launch_command_parser().parse_args([*launch, "--module", module, *arguments])
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "--module", module, *arguments]))
+        with signals_for_children():
+            launch_command(parsed)
     except subprocess.CalledProcessError as error:  # the script has said why
-        return error.returncode
-    return 0
+        status = error.returncode
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    except SignalException as stop:
+        status = 128 + stop.sigval
+    else:
+        status = 0
+    return 128 - status if status < 0 else status  # a process that a signal has ended
+
+
+@contextlib.contextmanager
+def signals_for_children() -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside are passed on to the processes that were started, which end in order; this one waits."""
+    import psutil
+
+    def pass_on(number, frame):
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     script = importlib.import_module(f".{name}", __package__)
     parser = script.make_parser(prog=f"trl-spo {command}")
     if distributed:
+        parser.accelerate_configs = named_accelerate_configs()
         launch, arguments = split_launch_arguments(parser, arguments)
         if launch:
             with one_line_errors(f"trl-spo {command}", debug=asks_for_tracebacks(arguments)):

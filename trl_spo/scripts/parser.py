@@ -19,7 +19,7 @@ name that was probably meant.
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ import yaml
 from trl import TrlParser
 
 from .errors import did_you_mean, split_values, without_debug
+from .help import format_help
 from .presets import find_preset, no_such_config
 
 
@@ -39,7 +40,12 @@ class ScriptParser(TrlParser):
         presets (`Sequence[str]`, *optional*, defaults to `()`): kinds of presets of the package that `--config` takes by
             name, such as `("spo", "lpo")`: see [`~scripts.presets.find_preset`].
         kwargs: of `argparse.ArgumentParser`.
+
+    Attributes:
+        accelerate_configs (`Collection[str]`): names that `--accelerate_config` takes, if the command has that option.
     """
+
+    accelerate_configs: Collection[str] = ()
 
     def __init__(self, dataclass_types: Iterable[type], presets: Sequence[str] = (), **kwargs):
         super().__init__(dataclass_types, **kwargs)
@@ -61,12 +67,19 @@ class ScriptParser(TrlParser):
                 type, or a config that cannot be read.
         """
         arguments = without_debug(split_values(sys.argv[1:] if args is None else args))
+        if "--help" in arguments or "-h" in arguments:
+            print(self.format_help(everything="all" in arguments), end="")
+            self.exit()
         self._check_options(arguments)
         self._check_json(arguments)
         if "--config" in arguments:
             self._check_config(arguments)
         output = super().parse_args_and_config(arguments)
         return output[: len(self.dataclass_types)]  # without `config` and `debug`, which are not fields
+
+    def format_help(self, everything: bool = False) -> str:
+        """The options in groups, see [`format_help`]; `everything` includes those that few runs need."""
+        return format_help(self, everything, self.accelerate_configs)
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage, which for these parsers has hundreds of lines."""

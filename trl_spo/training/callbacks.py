@@ -86,12 +86,13 @@ class ImageLoggingCallback(TrainerCallback):
             self._log(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The last step counts here, as trackers close their files when training ends.
-        if state.global_step % self.every == 0 or control.should_training_stop:
+        # The last step counts here, as trackers close their files when training ends; not one at which a signal ends it.
+        is_last = control.should_training_stop and self.trainer.stopped_by is None
+        if state.global_step % self.every == 0 or is_last:
             self._log(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._last != state.global_step:
+        if self._last != state.global_step and self.trainer.stopped_by is None:
             self._log(args, state)
 
     def _log(self, args, state):
