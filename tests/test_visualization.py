@@ -188,7 +188,7 @@ def test_all_curves_share_panels_by_prefix():
         {"step": 2, "epoch": 0.2, "loss": 0.6, "rewards/chosen": 0.2, "eval_reward_mean": float("nan")},
         {"step": 2, "train_runtime": 3.0, "train_loss": 0.5, "total_flos": 0.0},
     ]
-    figure = plot_curves(history, title="all")
+    figure = plot_curves(history, "all", title="all")
     assert [axes.get_title() for axes in figure.axes] == ["loss", "rewards", "eval_reward_mean"]
     assert [line.get_label() for line in figure.axes[1].lines] == ["chosen", "rejected"]
     assert Image.open(io.BytesIO(figure._repr_png_())).width == 1200  # what a notebook shows

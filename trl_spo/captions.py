@@ -160,6 +160,17 @@ def cell_picture(picture: Image.Image, width: int = CELL_WIDTH) -> Image.Image:
     return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
 
 
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """Images of one height in one picture, from left to right with `gap` pixels between them."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    joined = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
+    left = 0
+    for picture in pictures:
+        joined.paste(picture, (left, 0))
+        left += picture.width + gap
+    return joined
+
+
 def captioned_grid(
     pictures: Sequence[Image.Image],
     captions: Sequence[str],
@@ -176,7 +187,7 @@ def captioned_grid(
         captions (sequence of `str`): N texts. A line break begins a new line; long lines are wrapped, and cut with an
             ellipsis.
         columns (`int`, *optional*, defaults to `4`): images per row.
-        title (`str`, *optional*): heading.
+        title (`str`, *optional*): heading; what follows a line break is written small.
         width (`int`, *optional*, defaults to `192`): see [`cell_picture`].
         lines (`int`, *optional*, defaults to `3`): of each caption.
 
@@ -197,12 +208,11 @@ def captioned_grid(
     cell_height = image_height + 4 + LINE * max(len(texts) for texts in wrapped) + 10
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
-    top = 40 if title else MARGIN
+    top = heading_height(title)
     size = (columns * (cell_width + MARGIN) + MARGIN, top + rows * cell_height)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        write_title(draw, title, top=10, size=16, width=sheet.width)
+    write_heading(draw, title, sheet.width)
 
     # Draw the cells.
     for index, (cell, texts) in enumerate(zip(cells, wrapped, strict=True)):
@@ -211,6 +221,21 @@ def captioned_grid(
         sheet.paste(cell, (left, upper))
         write_lines(draw, texts, (left, upper + image_height + 4))
     return sheet
+
+
+def heading_height(title: str | None) -> int:
+    """Pixels above the images of a grid: one line of the title, and what a line break separates from it in small letters."""
+    return 40 + LINE * (len(title.splitlines()) - 1) if title else MARGIN
+
+
+def write_heading(draw: ImageDraw.ImageDraw, title: str | None, width: int) -> None:
+    """The title of a grid that is `width` pixels wide."""
+    if not title:
+        return
+    first, *others = title.splitlines()
+    write_title(draw, first, top=10, size=16, width=width)
+    for line, text in enumerate(others):
+        write_lines(draw, caption_lines(text, width - 2 * MARGIN, 1, size=11), (MARGIN, 34 + LINE * line), 11, MUTED)
 
 
 def caption_lines(caption: str, width: int, max_lines: int, size: int = 12) -> list[str]:

@@ -189,6 +189,11 @@ def locate_lora(lora: str | Path) -> Path:
         names = sorted(file.name for file in path.glob("*.safetensors"))
     else:
         require_existing(lora, "LoRA", "Pass the folder that `SPOTrainer.save_model()` wrote, a file, or a Hub id.")
+        if "/" not in str(lora):  # a misspelt folder, most likely; there is no need to ask the Hub for it
+            raise FileNotFoundError(
+                f"There is no LoRA at {str(lora)!r}: no file or folder here has this name, and a repository on the Hub is named "
+                "owner/name."
+            )
         with contextlib.suppress(FileNotFoundError):
             return Path(locate_checkpoint(str(lora), LORA_NAME))
         names = _weights_on_the_hub(str(lora))

@@ -168,7 +168,10 @@ class EvaluationResult:
             pictures = [to_pil(image) for image in self.images]
             return captioned_grid(pictures, captions, title=title, lines=2 + len(scores))
         base_scores = {name: values[rows] for name, values in self.base_scores.items()}
-        return before_after_sheet(self.base_images, self.images, prompts, base_scores, scores, title=title)
+        sides = ("base model", "model")
+        return before_after_sheet(
+            self.base_images, self.images, prompts, base_scores, scores, title=title, sides=sides
+        )
 
 
 def _scores_of_image(scores: dict[str, torch.Tensor], i: int) -> dict[str, float]:

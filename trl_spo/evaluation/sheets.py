@@ -36,7 +36,9 @@ from ..captions import (
     cell_picture,
     fit_lines,
     font,
+    heading_height,
     printable,
+    write_heading,
     write_lines,
     write_title,
 )
@@ -105,6 +107,7 @@ def before_after_sheet(
     columns: int = 4,
     size: int = 128,
     title: str | None = None,
+    sides: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
     """
     Pairs of images from the same prompt and seed, left before and right after training, with their scores.
@@ -119,6 +122,7 @@ def before_after_sheet(
         columns (`int`, *optional*, defaults to `4`): pairs per row.
         size (`int`, *optional*, defaults to `128`): pixels of one image's side.
         title (`str`, *optional*): heading; state the sampler in it.
+        sides (`tuple[str, str]`, *optional*, defaults to `("before", "after")`): what is written above the images.
 
     Texts of any length and script are wrapped and cut to their place; a font of the system is used for characters
     DejaVu Sans does not have.
@@ -158,8 +162,8 @@ def before_after_sheet(
         y = top + (i // columns) * cell_height
         scores_before = {name: values[i].item() for name, values in before_scores.items()}
         scores_after = {name: values[i].item() for name, values in after_scores.items()}
-        sides = (("before", before[i], scores_before), ("after", after[i], scores_after))
-        for side, (name, image, scores) in enumerate(sides):
+        cells = ((sides[0], before[i], scores_before), (sides[1], after[i], scores_after))
+        for side, (name, image, scores) in enumerate(cells):
             left = x + side * (size + 4)
             draw.text((left, y), name, font=small, fill=MUTED)
             sheet.paste(to_pil(image, size), (left, y + 16))
@@ -226,7 +230,7 @@ def labelled_grid(
         rows (sequence of sequences of `PIL.Image.Image`): R rows of C images.
         row_labels (sequence of `str`): R texts, such as prompts or `"checkpoint 100"`.
         column_labels (sequence of `str`): C texts.
-        title (`str`, *optional*): heading.
+        title (`str`, *optional*): heading; what follows a line break is written small.
         width (`int`, *optional*, defaults to `192`): see [`cell_picture`].
 
     Returns:
@@ -248,13 +252,12 @@ def labelled_grid(
     longest = max(font(12, label).getlength(printable(label)) for label in row_labels)
     label_width = round(min(longest, cell_width)) + MARGIN
     heads = [caption_lines(label, cell_width, 2) for label in column_labels]
-    top = (40 if title else MARGIN) + LINE * max(len(head) for head in heads) + 4
+    top = heading_height(title) + LINE * max(len(head) for head in heads) + 4
     left = MARGIN + label_width
     size = (left + len(column_labels) * (cell_width + 4) + MARGIN, top + len(rows) * (cell_height + 4) + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        write_title(draw, title, top=10, size=16, width=sheet.width)
+    write_heading(draw, title, sheet.width)
 
     # Draw the labels, and then the images row by row.
     for column, head in enumerate(heads):

@@ -118,7 +118,7 @@ def find_metric(name: str, arguments: EvaluateArguments, reward_args: RewardMode
     for option in options:
         if option not in known:
             raise SystemExit(
-                f"`metric_options` of {name} has {option!r}; it takes {', '.join(known)}{did_you_mean(option, known)}"
+                f"`metric_options` of {name} has {option!r}; it takes {', '.join(known)}{did_you_mean(option, known) or '.'}"
             )
     return lambda device: load_metric(name, device=device, **options)
 

@@ -42,7 +42,8 @@ from .sampler import LoraSlot, describe_model, draw_random_seed, make_protocol
 
 
 MOST_SHOWN = 64  # images on a sheet without axes
-MOST_ROWS = 16  # prompts on a sheet with one axis
+MOST_PAIRS = 24  # prompts on a sheet of base model and LoRA
+MOST_ROWS = 10  # prompts on a sheet with one axis
 
 
 @dataclass
@@ -62,7 +63,7 @@ class SampleArguments:
             `num_inference_steps` and `checkpoint`, and up to ten values. A checkpoint is the number of a folder
             `checkpoint-*` in `lora`, which is then the folder of a run, and `last` what that run saved at its end.
         grid (`bool`, *optional*, defaults to `True`):
-            Write `grid.png`.
+            Write `grid.png`, unless there is one image only.
     """
 
     prompt: list[str] | None = field(default=None, metadata={"help": "Prompts, instead of --prompts."})
@@ -122,7 +123,7 @@ def main(
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    grids = [folder.add_grid(drawn) for drawn in sheet.draw()]
+    grids = [folder.add_grid(drawn) for drawn in sheet.draw()] if plan.num_images() > 1 else []
     folder.save()
     _print_ending(folder, grids, protocol, sampler_args)
     return [folder.path / image["file"] for image in folder.images]
@@ -175,8 +176,8 @@ def sample_variants(pipeline, plan: Plan, protocol, batch_size: int, folder: Sam
 
 class GridSheet:
     """
-    Collects small copies of images and draws them: a caption under each without axes, a row per prompt with one axis, and a
-    picture per prompt and seed with two.
+    Collects small copies of images and draws them: a caption under each without axes, and under each pair with the base model;
+    a row per prompt with one axis, and a picture per prompt and seed with two.
 
     Args:
         plan ([`Plan`]): what is made.
@@ -188,8 +189,9 @@ class GridSheet:
 
         self.plan = plan
         self.title = title
-        most = MOST_SHOWN if plan.x is None else MOST_ROWS
-        self.shown = evenly_spaced(len(plan.jobs), most)
+        self.is_comparison = plan.x is not None and plan.x.name == "model"
+        most = MOST_PAIRS if self.is_comparison else MOST_ROWS
+        self.shown = evenly_spaced(len(plan.jobs), MOST_SHOWN if plan.x is None else most)
         self.cells: dict[tuple[int, int, int], Any] = {}  # (position in the jobs, row, column) -> image
 
     def add(self, variant: Variant, index: int, picture) -> None:
@@ -201,7 +203,7 @@ class GridSheet:
 
     def draw(self) -> Iterator:
         """The sheets, as `PIL.Image.Image`; none if no image was added."""
-        from ..captions import captioned_grid
+        from ..captions import captioned_grid, side_by_side
         from ..evaluation.sheets import labelled_grid
 
         if not self.cells:
@@ -211,15 +213,19 @@ class GridSheet:
             yield captioned_grid(pictures, [self._caption(index) for index in self.shown], title=self.title)
             return
         columns = self.plan.x.labels()
-        if self.plan.y is None:
+        if self.is_comparison:
+            pictures = [side_by_side(self._row(index, 0, 2)) for index in self.shown]
+            title = f"{self.title}\nleft: {columns[0]}, right: {columns[1]}"
+            captions = [self._caption(index) for index in self.shown]
+            yield captioned_grid(pictures, captions, columns=3, title=title, width=pictures[0].width)
+        elif self.plan.y is None:
             rows = [self._row(index, 0, len(columns)) for index in self.shown]
             yield labelled_grid(rows, [self._caption(index) for index in self.shown], columns, title=self.title)
-            return
-        row_labels = self.plan.y.labels()
-        for index in self.shown:
-            rows = [self._row(index, row, len(columns)) for row in range(len(row_labels))]
-            title = f"{self._caption(index)} — {self.title}"
-            yield labelled_grid(rows, row_labels, columns, title=title)
+        else:
+            row_labels = self.plan.y.labels()
+            for index in self.shown:
+                rows = [self._row(index, row, len(columns)) for row in range(len(row_labels))]
+                yield labelled_grid(rows, row_labels, columns, title=f"{self._caption(index)}\n{self.title}")
 
     def _row(self, index: int, row: int, length: int) -> list:
         return [self.cells[index, row, column] for column in range(length)]

@@ -130,7 +130,7 @@ def read_axis(option: str, text: str | None) -> Axis | None:
     if name not in AXES or not equals:
         raise SystemExit(
             f"--{option} must be NAME=VALUE,VALUE,... with one of the names {', '.join(AXES)}, such as "
-            f"lora_scale=0,0.5,1; got {text!r}{did_you_mean(name, AXES)}"
+            f"lora_scale=0,0.5,1; got {text!r}{did_you_mean(name, AXES) or '.'}"
         )
     words = [word.strip() for word in listed.split(",") if word.strip()]
     try:
