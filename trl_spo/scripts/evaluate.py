@@ -108,11 +108,13 @@ def find_metric(name: str, arguments: EvaluateArguments, reward_args: RewardMode
     if name == STEP_REWARD:
         return functools.partial(_load_step_reward, reward_args)
     if name not in METRICS:
-        known = ", ".join([*METRICS, STEP_REWARD])
+        meant = did_you_mean(name, [*METRICS, STEP_REWARD])
         raise SystemExit(
-            f"There is no metric {name!r}; there are {known}{did_you_mean(name, [*METRICS, STEP_REWARD])}"
+            f"There is no metric {name!r}; there are {', '.join(METRICS)} and {STEP_REWARD}{meant or '.'}"
         )
     options = (arguments.metric_options or {}).get(name, {})
+    if not isinstance(options, dict):
+        raise SystemExit(f"`metric_options` of {name} must be arguments by name, got {options!r}.")
     own = inspect.signature(METRICS[name][0].from_pretrained).parameters
     known = [option for option in own if option != "kwargs"] + ["dtype", "batch_size"]
     for option in options:

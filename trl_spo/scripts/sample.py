@@ -88,6 +88,7 @@ def main(
 ) -> list[Path]:
     """Samples, writes images, grid and `samples.json`, and returns the paths of the images."""
     from ..evaluation.protocols import protocol_of_pipeline
+    from ..export import check_lora
     from ..prompts import read_prompts
     from ..training.checkpointing import check_output_dir
 
@@ -105,8 +106,11 @@ def main(
 
     # Load the model, and see that every LoRA fits it and every setting exists before the first image is made.
     pipeline = model_args.load_pipeline()
+    for source in plan.loras():
+        check_lora(pipeline.sd_pipeline, source, with_text_encoders=True)
     protocol = protocol_of_pipeline(protocol, pipeline)
-    check_variants(pipeline, plan, protocol)
+    for variant in plan.variants:
+        protocol_of_pipeline(dataclasses.replace(protocol, **variant.changes), pipeline)
     pipeline = pipeline.to(sampler_args.target_device())
 
     # Sample. Images are written batch by batch; small copies of some are kept for the grid.
@@ -127,20 +131,6 @@ def main(
     folder.save()
     _print_ending(folder, grids, protocol, sampler_args)
     return [folder.path / image["file"] for image in folder.images]
-
-
-def check_variants(pipeline, plan: Plan, protocol) -> None:
-    """
-    Raises:
-        ValueError: if a LoRA does not fit the pipeline, or a setting on an axis does not exist.
-    """
-    from ..evaluation.protocols import protocol_of_pipeline
-    from ..export import check_lora
-
-    for source in plan.loras():
-        check_lora(pipeline.sd_pipeline, source, with_text_encoders=True)
-    for variant in plan.variants:
-        protocol_of_pipeline(dataclasses.replace(protocol, **variant.changes), pipeline)
 
 
 def sample_variants(pipeline, plan: Plan, protocol, batch_size: int, folder: SampleFolder) -> Iterator[tuple]:
