@@ -35,7 +35,7 @@ ORDER = (  # a module may import from the modules before it
     "preference_dataset preference_collator preference_labels preference_filters "
     "training.checkpointing training.ema training.base training.model_card training.memory training.chunk_sizes training.pair_metrics training.waiting_pairs training.spo_checks training.compilation training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
-    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.protocols evaluation.provenance evaluation.sheets evaluation.curves evaluation.evaluate"
+    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.protocols evaluation.provenance evaluation.sheets evaluation.curves evaluation.result evaluation.evaluate"
 ).split()
 # In `trl_spo/scripts`, above everything.
 SCRIPTS = "errors parser arguments spo step_reward sampler evaluate sample_plan sample_folder sample cli".split()

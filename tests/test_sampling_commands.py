@@ -31,6 +31,8 @@ from PIL import Image
 from trl_spo import SPOTrainer, wrap_pipeline
 from trl_spo.captions import captioned_grid, cell_picture
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
+from trl_spo.evaluation.evaluate import evaluate_pipeline
+from trl_spo.evaluation.metrics import METRICS
 from trl_spo.evaluation.protocols import DEFAULT_PROTOCOL, PROTOCOLS, trained_protocol
 from trl_spo.evaluation.sheets import (
     BETTER,
@@ -367,7 +369,23 @@ class TestEvaluate:
             ):
                 assert part in text
 
-    def test_one_prompt_has_no_interval(self, unet, tmp_path):
+    def test_the_base_is_the_model_without_its_lora(self, unet, tmp_path):
+        """Switched off between two batches, and on again."""
+        both = unet.evaluate(tmp_path / "both", "--lora", unet.run, "--base", "--batch_size", 2)
+        base = unet.evaluate(tmp_path / "base", "--protocol", "trained", "--lora", unet.run, "--lora_scale", 0)
+        lora = unet.evaluate(tmp_path / "lora", "--lora", unet.run)
+        assert equal(pixels(both.base_images), pixels(base.images)) and equal(pixels(both.images), pixels(lora.images))
+        assert not equal(pixels(base.images), pixels(lora.images))
+        with pytest.raises(ValueError, match="without its LoRA, and it has none"):
+            evaluate_pipeline(str(unet.base), PROMPTS[:1], {"m": lambda images, _: images[:, 0, 0, 0]}, base="no_lora")
+
+    def test_help_names_what_there_is(self):
+        """Names that a user has to look up elsewhere; the help of a new one is easily forgotten."""
+        text = " ".join(evaluate.make_parser().format_help().split())
+        for name in (*METRICS, *PROTOCOLS, "trained", "step_reward"):
+            assert name in text, name
+
+    def test_one_prompt_has_no_interval(self):
         """Regression: `16.07 ± nan`, `(+nan to +nan)` and "100.0% (20.7% to 100.0%)"."""
         scores = torch.tensor([2.0]), torch.tensor([1.0])
         table = statistics_table({"score": paired_statistics(scores[0], ["a cat"], scores[1])}).splitlines()[2]

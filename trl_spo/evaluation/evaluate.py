@@ -21,7 +21,6 @@ same prompts and seeds, and writes numbers, a table and pictures. The unit of ev
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -33,161 +32,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..captions import captioned_grid
-from ..images import eight_bits, to_pil
+from ..images import eight_bits
 from ..pipelines.auto import wrap_pipeline
 from ..pipelines.base import SPOPipeline
 from ..rewards.base import is_reward_model, wrap_reward
 from ..sampling import generate_images, score_images
 from ..training.checkpointing import check_output_dir
 from .protocols import PROTOCOLS as PROTOCOLS  # also found here
-from .protocols import EvaluationProtocol, find_protocol, is_named, protocol_of_pipeline
+from .protocols import EvaluationProtocol, find_protocol, protocol_of_pipeline
 from .provenance import describe_pipeline, describe_prompts, describe_versions, weights_of
-from .sheets import before_after_sheet, evenly_spaced
-from .statistics import paired_statistics, statistics_table
+from .result import EvaluationResult, scores_of_image
+from .sheets import evenly_spaced
+from .statistics import paired_statistics
 
 
-# --- the whole evaluation --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class EvaluationResult:
-    """
-    What [`evaluate_pipeline`] found.
-
-    Attributes:
-        protocol ([`EvaluationProtocol`]): how the images were sampled.
-        prompts (`list[str]`), seeds (`list[int]`): what each of the N images was made from.
-        scores (`dict[str, torch.Tensor]`): per metric, `(N,)` scores.
-        base_scores (`dict[str, torch.Tensor]`, *optional*): the same for the base model's images.
-        statistics (`dict[str, dict[str, float]]`): per metric, what [`paired_statistics`] returns.
-        metric_descriptions (`dict[str, str]`): per metric, what it is.
-        versions (`dict[str, str]`): versions of the packages that made the numbers.
-        images, base_images (`torch.Tensor` of shape `(K, 3, H, W)`, *optional*): K images, for pictures.
-        sheet_rows (`list[int]`): which of the N images these are: K positions spread evenly over the prompts.
-        subject (`dict[str, Any]`): what was evaluated: `model`, `prompts`, and `base` if there was one.
-        metric_weights (`dict[str, dict]`): per metric that says so, where its weights are from.
-    """
-
-    protocol: EvaluationProtocol
-    prompts: list[str]
-    seeds: list[int]
-    scores: dict[str, torch.Tensor]
-    base_scores: dict[str, torch.Tensor] | None
-    statistics: dict[str, dict[str, float]]
-    metric_descriptions: dict[str, str]
-    versions: dict[str, str]
-    images: torch.Tensor
-    base_images: torch.Tensor | None = None
-    sheet_rows: list[int] = dataclasses.field(default_factory=list)
-    subject: dict[str, Any] = dataclasses.field(default_factory=dict)
-    metric_weights: dict[str, dict] = dataclasses.field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON; an undefined number (a standard error of one prompt) is `None`."""
-        rows = []
-        for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
-            row = {"prompt": prompt, "seed": seed, "scores": _scores_of_image(self.scores, i)}
-            if self.base_scores is not None:
-                row["base_scores"] = _scores_of_image(self.base_scores, i)
-            rows.append(row)
-        return {
-            **self.subject,
-            "protocol": dataclasses.asdict(self.protocol),
-            "metrics": self.metric_descriptions,
-            "metric_weights": self.metric_weights,
-            "statistics": {name: _without_nan(values) for name, values in self.statistics.items()},
-            "versions": self.versions,
-            "images": rows,
-        }
-
-    def table(self) -> str:
-        """The statistics as a Markdown table."""
-        return statistics_table(self.statistics)
-
-    def subject_in_words(self) -> str:
-        """What was evaluated, a line per thing, as a Markdown list."""
-        names = sorted(self.subject, key=lambda name: ("model", "lora", "base", "prompts", name).index(name))
-        lines = [f"- {name}: {_in_words(self.subject[name])}" for name in names]
-        for name, what in self.metric_descriptions.items():
-            weights = self.metric_weights.get(name)
-            lines.append(f"- metric `{name}`: {what}" + (f" ({_in_words(weights)})" if weights else ""))
-        return "\n".join(lines)
-
-    def report(self) -> str:
-        """What was evaluated, protocol, table and what its columns mean, in Markdown."""
-        first = next(iter(self.statistics.values()))
-        text = [
-            "# Evaluation",
-            self.subject_in_words(),
-            self.protocol.in_words(),
-            f"{first['num_images']} images of {first['num_prompts']} prompts. Higher is better.",
-            self.table(),
-            "± is the standard error over prompts.",
-        ]
-        if self.base_scores is not None:
-            text[-1] += (
-                " The base model had the same prompts and seeds; the difference is paired, with Student's t interval "
-                "over prompts. Win rate: share of images above the base model's, ties one half, Wilson's interval."
-            )
-        if not is_named(self.protocol):
-            text.append(
-                "The sampler is that of the training or the default one. For numbers that are compared with those of others, "
-                "name a protocol."
-            )
-        text.append("Made with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".")
-        return "\n\n".join(text) + "\n"
-
-    def save(self, output_dir: str | Path) -> None:
-        """
-        Write `metrics.json`, `metrics.md` and `contact_sheet.png`.
-
-        The sheet shows images spread evenly over the prompts, with prompts and scores, and with a base model its images
-        beside the model's.
-
-        Args:
-            output_dir (`str` or `Path`): made if it does not exist.
-        """
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        (folder / "metrics.md").write_text(self.report())
-        if len(self.images):
-            self.contact_sheet().save(folder / "contact_sheet.png")
-
-    def contact_sheet(self):
-        """The images that were kept for it, as a `PIL.Image.Image`."""
-        rows = self.sheet_rows
-        prompts = [self.prompts[row] for row in rows]
-        scores = {name: values[rows] for name, values in self.scores.items()}
-        title = self.protocol.in_short()  # a heading has no room for `in_words`
-        if self.base_images is None:
-            captions = []
-            for i, prompt in enumerate(prompts):
-                captions.append("\n".join([*(f"{values[i]:.2f} {name}" for name, values in scores.items()), prompt]))
-            pictures = [to_pil(image) for image in self.images]
-            return captioned_grid(pictures, captions, title=title, lines=2 + len(scores))
-        base_scores = {name: values[rows] for name, values in self.base_scores.items()}
-        sides = ("base model", "model")
-        return before_after_sheet(
-            self.base_images, self.images, prompts, base_scores, scores, title=title, sides=sides
-        )
-
-
-def _scores_of_image(scores: dict[str, torch.Tensor], i: int) -> dict[str, float]:
-    return {name: values[i].item() for name, values in scores.items()}
-
-
-def _in_words(value: Any) -> str:
-    """A value for people: of a dictionary, first what it is about, and then the other entries by name."""
-    if not isinstance(value, dict):
-        return f"`{value}`"
-    subject, *others = value.items()
-    return ", ".join([f"`{subject[1]}`", *(f"{name} `{entry}`" for name, entry in others)])
-
-
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in values.items()}
+NO_LORA = "no_lora"
 
 
 def _apply_metric(
@@ -248,7 +107,7 @@ def evaluate_pipeline(
         protocol ([`EvaluationProtocol`] or `str`, *optional*, defaults to `"spo-paper"`): or the name of one in
             `PROTOCOLS`.
         base (*optional*): what to compare with on the same prompts and seeds: another pipeline, or its images, a
-            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
+            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1]; or `"no_lora"`, the pipeline itself with its LoRA off.
         output_dir (`str` or `Path`, *optional*): where to write `metrics.json`, `metrics.md` and `contact_sheet.png`.
         batch_size (`int`, *optional*, defaults to `8`): images sampled together.
         seeds (iterable of `int`, *optional*): N seeds; `protocol.seed + i` by default.
@@ -285,9 +144,7 @@ def evaluate_pipeline(
         check_output_dir(output_dir)
     pipeline = wrap_pipeline(pipeline)
     protocol = protocol_of_pipeline(protocol, pipeline)
-    if base is not None and not torch.is_tensor(base):
-        base = wrap_pipeline(base)
-        protocol_of_pipeline(protocol, base)
+    base = _prepared_base(base, pipeline, protocol)
     if not isinstance(metrics, dict):
         from .metrics import load_metric
 
@@ -336,10 +193,25 @@ def _check_the_rest(metrics, base, batch_size: int, num_prompts: int) -> None:
         )
 
 
+def _prepared_base(base, pipeline: SPOPipeline, protocol: EvaluationProtocol):
+    """What is compared with: images, a pipeline that can sample under the protocol, or `NO_LORA`."""
+    if base is None or torch.is_tensor(base):
+        return base
+    if isinstance(base, str) and base == NO_LORA:
+        if not getattr(pipeline.denoiser, "peft_config", None):
+            raise ValueError(f"`base={NO_LORA!r}` compares with the pipeline without its LoRA, and it has none.")
+        return base
+    base = wrap_pipeline(base)
+    protocol_of_pipeline(protocol, base)
+    return base
+
+
 def _subject(pipeline: SPOPipeline, base, prompts: list[str], given: dict[str, Any] | None) -> dict[str, Any]:
     """What is evaluated: what the caller says, and of the rest what is known."""
     known = {"model": describe_pipeline(pipeline)}
-    if base is not None:
+    if isinstance(base, str):
+        known["base"] = "the same model without the LoRA"
+    elif base is not None:
         known["base"] = "images that were given" if torch.is_tensor(base) else describe_pipeline(base)
     return known | {"prompts": describe_prompts(prompts)} | (given or {})
 
@@ -358,7 +230,7 @@ class _Task:
     """What is evaluated: the checked arguments of [`evaluate_pipeline`]."""
 
     pipeline: SPOPipeline
-    base: SPOPipeline | torch.Tensor | None
+    base: SPOPipeline | torch.Tensor | str | None
     prompts: list[str]
     seeds: list[int]
     metrics: dict[str, Callable]
@@ -407,6 +279,12 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
     sides = {"model": sample(task.pipeline)}
     if torch.is_tensor(task.base):
         sides["base model"] = task.base[rows].float().cpu()
+    elif isinstance(task.base, str):
+        task.pipeline.sd_pipeline.disable_lora()
+        try:
+            sides["base model"] = sample(task.pipeline)
+        finally:
+            task.pipeline.sd_pipeline.enable_lora()
     elif task.base is not None:
         sides["base model"] = sample(task.base)
 
@@ -417,7 +295,7 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
         for name, metric in task.metrics.items():
             scores[name] = _apply_metric(name, metric, images, prompts, side, task.pipeline)
         for i, record in enumerate(records):
-            record["scores"][side] = _scores_of_image(scores, i)
+            record["scores"][side] = scores_of_image(scores, i)
             if record["row"] in task.sheet_rows:
                 record["images"][side] = eight_bits(images[i])
     return records

@@ -172,10 +172,7 @@ def before_after_sheet(
                     text = fit_lines(f"{scores[metric]:.2f} {metric}", small, size, 1)[0]
                     color = _color_of_change(scores_before.get(metric), scores[metric], noticeable[metric])
                     draw.text((left, y + 18 + height + 34 + 15 * line), text, font=small, fill=color)
-        prompt = printable(prompt)
-        face = font(12, prompt)
-        for line, text in enumerate(fit_lines(prompt, face, 2 * size, 2)):
-            draw.text((x, y + 19 + height + 15 * line), text, font=face, fill=INK)
+        write_lines(draw, caption_lines(prompt, 2 * size, 2), (x, y + 19 + height))
     return sheet
 
 

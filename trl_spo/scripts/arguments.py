@@ -320,7 +320,10 @@ class SamplerArguments:
     lora_scale: float = field(default=1.0, metadata={"help": "Weight of the LoRA; 0 is the base model."})
     protocol: str = field(
         default="trained",
-        metadata={"help": "Name of a sampler; trained is the one the LoRA was trained for, or the default one."},
+        metadata={
+            "help": "Name of a sampler: trained (that of the LoRA, or the default one), spo-paper, spo-rollout, sd3, flux, "
+            "flux2-klein, z-image, qwen-image."
+        },
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})

@@ -69,7 +69,10 @@ class EvaluateArguments:
 
     metrics: list[str] = field(
         default_factory=lambda: ["pickscore", "hps_v2.1", "image_reward", "aesthetic"],
-        metadata={"help": "Metrics to compute; step_reward is the reward model."},
+        metadata={
+            "help": "Metrics to compute: pickscore, hps_v2.1, hps_v2.0, image_reward, aesthetic, clip_score, and step_reward, "
+            "the reward model."
+        },
     )
     metric_options: dict | str | None = field(
         default=None, metadata={"help": "Per metric, arguments of its from_pretrained, as JSON."}
@@ -162,9 +165,7 @@ def describe_subject(
     if sampler_args.lora is not None:
         file = sampler_args.locate_lora()
         subject["lora"] = describe_lora(sampler_args.lora, file, sampler_args.lora_scale)
-    if evaluate_args.base:
-        subject["base"] = "the same model without the LoRA"
-    elif evaluate_args.base_model_name_or_path is not None:
+    if evaluate_args.base_model_name_or_path is not None:
         subject["base"] = {"model": evaluate_args.base_model_name_or_path, "dtype": model_args.dtype}
     subject["prompts"] = describe_prompts(prompts, sampler_args.source_of_prompts())
     return subject
@@ -177,9 +178,9 @@ def main(
     evaluate_args: EvaluateArguments,
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
-    from ..evaluation.evaluate import evaluate_pipeline
-    from ..evaluation.protocols import protocol_of_pipeline
-    from ..sampling import generate_images
+    from ..evaluation.evaluate import NO_LORA, evaluate_pipeline
+    from ..evaluation.protocols import is_named, protocol_of_pipeline
+    from ..evaluation.result import NOT_FOR_OTHERS
     from ..training.checkpointing import check_output_dir
 
     # Check everything that can be checked before a model is loaded, the cheapest first.
@@ -198,14 +199,8 @@ def main(
     subject = describe_subject(model_args, sampler_args, evaluate_args, pipeline, prompts)
 
     # Find out what to compare with: nothing, the same model without its LoRA, or another pipeline.
-    base = None
-    if evaluate_args.base:  # the model with its LoRA off, so that one model in memory is enough
-        seeds = [protocol.seed + i for i in range(len(prompts))]
-        settings = {"seeds": seeds, "batch_size": sampler_args.batch_size, **protocol.sampler()}
-        pipeline.sd_pipeline.disable_lora()
-        base = generate_images(pipeline, prompts, progress="base model", **settings)
-        pipeline.sd_pipeline.enable_lora()
-    elif evaluate_args.base_model_name_or_path is not None:
+    base = NO_LORA if evaluate_args.base else None  # one model in memory is enough
+    if evaluate_args.base_model_name_or_path is not None:
         # Its own repository: the revision and the VAE of the other do not concern it.
         other = dataclasses.replace(
             model_args, model_name_or_path=evaluate_args.base_model_name_or_path, revision=None, vae_name_or_path=None
@@ -227,7 +222,8 @@ def main(
     )
     print(result.subject_in_words())
     print(f"\n{result.table()}\n")
-    print(f"{protocol.in_words()} Written to {sampler_args.output_dir}.")
+    print(protocol.in_words() + ("" if is_named(protocol) else f" {NOT_FOR_OTHERS}"))
+    print(f"Written to {sampler_args.output_dir}: metrics.md, metrics.json, contact_sheet.png.")
     leave_process_group()
     return result
 
