@@ -207,7 +207,7 @@ class TestEvaluate:
         arguments = ["--model_name_or_path", toy / "sd", "--lora", lora, "--base", "--prompts", toy / "prompts.txt"]
         arguments += ["--metrics", "clip_score", "step_reward", "--metric_options", json.dumps(options)]
         arguments += ["--reward_model_name_or_path", reward_model, "--num_inference_steps", 3, "--num_prompts", 5]
-        output = run(SCRIPTS / "evaluate.py", *arguments, "--output_dir", tmp_path)
+        output = run(SCRIPTS / "evaluate.py", *arguments, "--protocol", "spo-paper", "--output_dir", tmp_path)
         table = [line for line in output.splitlines() if line.startswith("|")]
         assert [row.split("|")[1].strip() for row in table[2:]] == ["clip_score", "step_reward"]
         assert "spo-paper with num_inference_steps=3" in output

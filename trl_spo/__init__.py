@@ -26,7 +26,8 @@ _import_structure = {
     "training.log_lines": ["LogLineCallback"],
     "training.stopping": ["StopOnSignalCallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
-    "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
+    "evaluation.evaluate": ["evaluate_pipeline"],
+    "evaluation.protocols": ["PROTOCOLS", "EvaluationProtocol"],
     "export": ["merge_lora"],
     "kohya": ["export_comfyui", "export_kohya"],
     "evaluation.metrics": ["load_metric"],
@@ -59,8 +60,9 @@ _import_structure = {
 
 if TYPE_CHECKING:
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
-    from .evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
+    from .evaluation.evaluate import evaluate_pipeline
     from .evaluation.metrics import load_metric
+    from .evaluation.protocols import PROTOCOLS, EvaluationProtocol
     from .export import merge_lora
     from .kohya import export_comfyui, export_kohya
     from .losses import spo_loss, step_preference_loss

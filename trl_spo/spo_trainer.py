@@ -49,13 +49,14 @@ from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import stepwise_rollout
 from .rollout_settings import RolloutSettings
+from .sampler_file import SAMPLER_NAME, sampler_settings
 from .sampling import generate_images, given_size, score_images
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback, PairEpochCallback
-from .training.checkpointing import CheckpointFiles, global_step_of
+from .training.checkpointing import CheckpointFiles, global_step_of, write_text
 from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.model_card import describe_reward, read_samples, spo_model_card
@@ -658,7 +659,7 @@ class SPOTrainer(StepTrainer):
     # --- saving and loading ------------------------------------------------------------------------------------------
 
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
-        """The adapter in diffusers' format, or the whole denoiser in its folder, and a model card."""
+        """The adapter in diffusers' format, or the whole denoiser in its folder, its sampler, and a model card."""
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -668,6 +669,7 @@ class SPOTrainer(StepTrainer):
             self.pipeline.save_lora(folder, state_dict, fold_alpha=not self._staging)
         else:
             self.pipeline.denoiser.save_pretrained(folder / self.pipeline.denoiser_name)
+        write_text(folder / SAMPLER_NAME, json.dumps(sampler_settings(self.args, self.pipeline), indent=2) + "\n")
         self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:

@@ -30,6 +30,7 @@ scorer prepares them (`metric_images`).
 """
 
 import copy
+import inspect
 import os
 
 import torch
@@ -110,6 +111,8 @@ class ImageMetric:
 
     description: str = ""
     """What the score is and which weights it uses, for reports."""
+    weights: dict[str, str] = {}
+    """Folders, files and Hub ids of the weights, by the names of the arguments; [`load_metric`] notes them."""
 
     def __init__(self, device=None, dtype: torch.dtype = torch.float32, batch_size: int = 32):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -487,4 +490,17 @@ def load_metric(name: str, **kwargs) -> ImageMetric:
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; the metrics are {', '.join(METRICS)}.")
     metric, defaults = METRICS[name]
-    return metric.from_pretrained(**{**defaults, **kwargs})
+    settings = {**defaults, **kwargs}
+    loaded = metric.from_pretrained(**settings)
+    loaded.weights = _sources(metric, settings)
+    return loaded
+
+
+def _sources(metric: type[ImageMetric], settings: dict) -> dict[str, str]:
+    """The folders, files and Hub ids that `from_pretrained` reads with these settings, by the name of the argument."""
+    found = {}
+    for name, parameter in inspect.signature(metric.from_pretrained).parameters.items():
+        value = settings.get(name, parameter.default)
+        if isinstance(value, (str, os.PathLike)):
+            found[name] = os.fspath(value)
+    return found

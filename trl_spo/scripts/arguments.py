@@ -22,6 +22,7 @@ a parser takes each name once. All other names are the same as in TRL.
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 def leave_process_group():
@@ -297,20 +298,25 @@ class SamplerArguments:
             Folder, file or Hub id of a LoRA that `load_lora_weights` of diffusers reads.
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Weight of the LoRA; 0 is the base model.
+        protocol (`str`, *optional*, defaults to `"trained"`):
+            The sampler, by name. `"trained"` is the one that the LoRA was trained for (`sampler.json` beside it), and the
+            default one where there is no LoRA or it does not say: 20 steps, guidance 5, eta 1 with the scheduler of the
+            model. The others are those of `trl_spo.evaluation.protocols.PROTOCOLS`. Options of the sampler go before it.
         num_inference_steps (`int`, *optional*):
-            Denoising steps. `None`: those of the protocol, or 20 where there is none.
+            Denoising steps. `None`: those of the protocol.
         guidance_scale (`float`, *optional*):
-            Classifier-free guidance. `None`: that of the protocol, or 5.0.
+            Classifier-free guidance. `None`: that of the protocol.
         eta (`float`, *optional*):
-            Noise of the steps. `None`: that of the protocol, or 1.0.
+            Noise of the steps. `None`: that of the protocol.
         guidance_rescale (`float`, *optional*), clip_skip (`int`, *optional*):
             As in diffusers, for Stable Diffusion. `None`: those of the protocol, or off.
         negative_prompt (`str`, *optional*):
-            Prompt of the unconditional half of the guidance. `None`: that of the protocol, or empty.
+            Prompt of the unconditional half of the guidance. `None`: that of the protocol.
         height (`int`, *optional*), width (`int`, *optional*):
-            Image size in pixels. Default to the model's own.
-        seed (`int`, *optional*):
-            Seed of the first image; image i has `seed + i`. `None`: that of the protocol, or 0.
+            Image size in pixels. Default to the protocol's, or the model's own.
+        seed (`list[int]`, *optional*):
+            Seed of the first image; image i has `seed + i`. `None`: that of the protocol, which is 0. `sample` also takes
+            -1, a random seed that it writes down, and several seeds, from each of which it makes an image of every prompt.
         batch_size (`int`, *optional*, defaults to `8`):
             Images sampled together. It does not change them, beyond rounding.
         device (`str`, *optional*):
@@ -325,6 +331,13 @@ class SamplerArguments:
     num_prompts: int | None = field(default=None, metadata={"help": "Use the first of them only."})
     lora: str | None = field(default=None, metadata={"help": "Folder, file or Hub id of a LoRA."})
     lora_scale: float = field(default=1.0, metadata={"help": "Weight of the LoRA; 0 is the base model."})
+    protocol: str = field(
+        default="trained",
+        metadata={
+            "help": "Name of a sampler: trained (that of the LoRA, or the default one), spo-paper, spo-rollout, sd3, flux, "
+            "flux2-klein, z-image, qwen-image."
+        },
+    )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
     eta: float | None = field(default=None, metadata={"help": "Noise of the steps."})
@@ -333,7 +346,12 @@ class SamplerArguments:
     negative_prompt: str | None = field(default=None, metadata={"help": "Prompt of the unconditional half."})
     height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Image width in pixels."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the first image; image i has seed + i."})
+    seed: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the first image; image i has seed + i. sample takes several, and -1 for a random one."
+        },
+    )
     batch_size: int = field(default=8, metadata={"help": "Images sampled together."})
     device: str | None = field(default=None, metadata={"help": "Where to run; a GPU if there is one."})
     output_dir: str = field(default="outputs", metadata={"help": "Where results go."})
@@ -343,6 +361,10 @@ class SamplerArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if isinstance(self.seed, int):  # from a YAML file or Python
+            self.seed = [self.seed]
+        if self.seed is not None and (not self.seed or min(self.seed) < -1 or max(self.seed) >= 2**63):
+            raise ValueError(f"`seed` must be 0 or more, or -1 for a random one, got {self.seed}.")
 
     def overrides(self) -> dict:
         """The settings of the sampler that were given, by name."""
@@ -359,6 +381,12 @@ class SamplerArguments:
         prompts = read_prompts(load_prompts(self.prompts, self.prompts_split), self.prompts_column, "prompts")
         return prompts[: self.num_prompts]
 
+    def source_of_prompts(self) -> dict:
+        """Where they come from, for records: a split is that of a dataset, and a file has none."""
+        is_file = self.prompts is None or Path(self.prompts).is_file()
+        split = None if is_file else self.prompts_split
+        return {"source": self.prompts, "split": split, "column": self.prompts_column}
+
     def target_device(self) -> str:
         """The device that was named, or a GPU if there is one: that of this process, if there are several."""
         import torch
@@ -366,15 +394,23 @@ class SamplerArguments:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         return self.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
+    def locate_lora(self) -> Path | None:
+        """
+        The local file of the LoRA, `None` if none was named. Asked for before anything else is loaded.
+
+        Raises:
+            FileNotFoundError: if there is no such LoRA.
+        """
+        from ..export import locate_lora
+
+        return None if self.lora is None else locate_lora(self.lora)
+
     def place(self, pipeline):
         """Moves an [`SPOPipeline`] to the device, with the LoRA in it."""
-        from ..export import load_lora_whole, locate_lora
+        from ..export import load_lora_whole
 
-        if self.lora is not None:
-            try:
-                source = locate_lora(self.lora)
-            except FileNotFoundError as error:
-                raise SystemExit(str(error)) if os.path.isdir(self.lora) else error from None
+        source = self.locate_lora()
+        if source is not None:
             load_lora_whole(pipeline.sd_pipeline, source, with_text_encoders=True, adapter_name="spo")
             pipeline.sd_pipeline.set_adapters("spo", self.lora_scale)
         return pipeline.to(self.target_device())

@@ -163,7 +163,8 @@ def spo_model_card(
         f"```python\n{_spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_class, use_lora)}\n```",
         "## Sampler",
         f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare "
-        "with the base model under the same sampler: guidance alone moves scores.",
+        "with the base model under the same sampler: guidance alone moves scores. `sampler.json` holds these settings, from "
+        "which `trl-spo sample` and `trl-spo evaluate` start.",
         "## Recipe",
         _settings(
             args,
