@@ -30,6 +30,7 @@ _import_structure = {
     "rewards.latent": ["LatentRewardModel"],
     "rewards.latent_config": ["LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
+    "rewards.weighted": ["WeightedReward"],
     "rewards.step_aware_clip": ["StepAwareRewardModel"],
     "rewards.step_aware_config": ["StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .rewards.latent_config import LatentRewardModelConfig
     from .rewards.step_aware_clip import StepAwareRewardModel
     from .rewards.step_aware_config import StepAwareRewardModelConfig
+    from .rewards.weighted import WeightedReward
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings
     from .scheduling_ddim import ddim_step_stats
