@@ -31,11 +31,11 @@ ORDER = (  # a module may import from the modules before it
     "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.adapters pipelines.autoencoder pipelines.denoiser pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
-    "rewards.inputs rewards.publishing rewards.step_aware_config rewards.step_conditioning rewards.step_aware_clip rewards.latent_features rewards.latent_config rewards.latent_heads rewards.latent_text rewards.latent_building rewards.lpo rewards.dina rewards.latent rewards.base rewards.weighted rewards.scoring step_pairs branch_plan rollout noised_pairs sampling "
+    "rewards.inputs rewards.publishing rewards.step_aware_config rewards.step_conditioning rewards.step_aware_clip rewards.latent_features rewards.latent_config rewards.latent_heads rewards.latent_text rewards.latent_building rewards.lpo rewards.dina rewards.latent rewards.base rewards.user_code rewards.weighted rewards.scoring step_pairs branch_plan rollout noised_pairs sampling "
     "preference_dataset preference_collator preference_labels preference_filters "
     "training.checkpointing training.ema training.base training.model_card training.memory training.chunk_sizes training.pair_metrics training.waiting_pairs training.spo_checks training.compilation training.callbacks pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
-    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.sheets evaluation.curves evaluation.evaluate"
+    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.named evaluation.sheets evaluation.curves evaluation.evaluate"
 ).split()
 # In `trl_spo/scripts`, above everything.
 SCRIPTS = "errors parser arguments spo step_reward evaluate sample cli".split()

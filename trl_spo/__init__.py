@@ -27,6 +27,7 @@ _import_structure = {
     "export": ["merge_lora"],
     "kohya": ["export_comfyui", "export_kohya"],
     "evaluation.metrics": ["load_metric"],
+    "evaluation.named": ["load_metrics", "load_reward"],
     "rewards.latent": ["LatentRewardModel"],
     "rewards.latent_config": ["LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
     from .evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
     from .evaluation.metrics import load_metric
+    from .evaluation.named import load_metrics, load_reward
     from .export import merge_lora
     from .kohya import export_comfyui, export_kohya
     from .losses import spo_loss, step_preference_loss

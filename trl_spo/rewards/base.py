@@ -25,7 +25,6 @@ reward declares what it wants to see:
 | `"noisy_latents"` | the candidates x_{t-1} themselves | latent reward models: nothing is predicted or decoded for scoring |
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -242,17 +241,22 @@ def checked_scores(scores: Any, num_samples: int, device: torch.device) -> torch
     return scores.float()
 
 
-def takes_timesteps(function: Callable) -> bool:
-    """Whether a callable is a reward, `(images, prompts, timesteps)`, as opposed to a metric, `(images, prompts)`."""
+def accepts(function: Any, *args, **kwargs) -> bool:
+    """Whether a callable can be called with these arguments; yes where it does not say what it takes."""
     try:
         signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
     except (TypeError, ValueError):  # of callables that are written in C
         return True
-    for arguments, answer in (((0, 0, 0), True), ((0, 0), False)):
-        with contextlib.suppress(TypeError):
-            signature.bind(*arguments)
-            return answer
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
     return True
+
+
+def takes_timesteps(function: Callable) -> bool:
+    """Whether a callable is a reward, `(images, prompts, timesteps)`, as opposed to a metric, `(images, prompts)`."""
+    return accepts(function, 0, 0, 0) or not accepts(function, 0, 0)
 
 
 def wrap_reward(reward: Any) -> Reward:

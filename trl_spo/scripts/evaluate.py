@@ -28,6 +28,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from .arguments import (
+    STEP_REWARD,
     LoadedPipelineArguments,
     RewardModelArguments,
     SamplerArguments,
@@ -36,9 +37,6 @@ from .arguments import (
 )
 from .errors import run
 from .parser import ScriptParser
-
-
-STEP_REWARD = "step_reward"
 
 
 @dataclass
@@ -51,8 +49,9 @@ class EvaluateArguments:
             Name of a protocol in `trl_spo.evaluation.evaluate.PROTOCOLS`. Options of the sampler that are given change it, and
             the report says so.
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hps_v2.1", "image_reward", "aesthetic"]`):
-            Names of `trl_spo.evaluation.metrics.METRICS`, and `step_reward` for the reward model of the other arguments, which
-            judges finished images at timestep 0.
+            Names of `trl_spo.evaluation.metrics.METRICS`; one of your own as `module:attribute`; the folder or Hub id of a saved
+            reward model; and `step_reward` for the reward model of the other arguments. Reward models judge finished images
+            at timestep 0.
         metric_options (`dict`, *optional*):
             Per metric, arguments of its `from_pretrained`, such as folders instead of Hub ids. JSON on the command line.
         base (`bool`, *optional*, defaults to `False`):
@@ -108,18 +107,10 @@ def make_protocol(name: str, sampler_args: SamplerArguments):
 
 def load_metrics(arguments: EvaluateArguments, reward_args: RewardModelArguments, device) -> dict:
     """The metrics by name, in the order given."""
-    from ..evaluation.metrics import METRICS, load_metric
+    from ..evaluation.named import load_metrics as load_named
 
-    unknown = [name for name in arguments.metrics if name not in (*METRICS, STEP_REWARD)]
-    if unknown:
-        raise SystemExit(f"There is no metric {unknown[0]!r}; there are {', '.join(METRICS)} and {STEP_REWARD}.")
-    metrics = {}
-    for name in arguments.metrics:
-        if name == STEP_REWARD:
-            metrics[name] = reward_args.load().eval().to(device)
-        else:
-            metrics[name] = load_metric(name, device=device, **(arguments.metric_options or {}).get(name, {}))
-    return metrics
+    own = {STEP_REWARD: reward_args.load}
+    return load_named(arguments.metrics, arguments.metric_options, device, own)
 
 
 def main(
@@ -130,6 +121,7 @@ def main(
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
     from ..evaluation.evaluate import evaluate_pipeline
+    from ..evaluation.named import check_metrics
     from ..sampling import generate_images
     from ..training.checkpointing import check_output_dir
 
@@ -141,6 +133,7 @@ def main(
         )
     if evaluate_args.base and evaluate_args.base_model_name_or_path is not None:
         raise SystemExit("--base and --base_model_name_or_path name two things to compare with; give one of them.")
+    check_metrics(evaluate_args.metrics, evaluate_args.metric_options, own=[STEP_REWARD])
     protocol = make_protocol(evaluate_args.protocol, sampler_args)
     prompts = sampler_args.read_prompts()
     check_output_dir(sampler_args.output_dir)

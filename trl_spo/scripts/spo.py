@@ -25,7 +25,7 @@ from ..spo_config import SPOConfig
 from .arguments import (
     DiffusionModelArguments,
     EvaluationDataArguments,
-    RewardModelArguments,
+    RewardArguments,
     train_and_save,
 )
 from .errors import run
@@ -34,12 +34,12 @@ from .parser import ScriptParser
 
 def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
-    return ScriptParser((DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig), prog=prog)
+    return ScriptParser((DiffusionModelArguments, RewardArguments, EvaluationDataArguments, SPOConfig), prog=prog)
 
 
 def main(
     model_args: DiffusionModelArguments,
-    reward_args: RewardModelArguments,
+    reward_args: RewardArguments,
     data_args: EvaluationDataArguments,
     config: SPOConfig,
 ):
@@ -51,6 +51,7 @@ def main(
     if config.dataset_name is None:
         raise SystemExit("SPO needs prompts: name a dataset or a .txt file of prompts with --dataset_name.")
     SPOTrainer.check_output(config)
+    reward_args.check()
     prompts = load_prompts(config.dataset_name, "train")
     evaluation = None
     if data_args.eval_dataset_name is not None:
