@@ -32,6 +32,9 @@ from huggingface_hub import cached_assets_path, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 
+GITHUB = "https://raw.githubusercontent.com"
+
+
 class PromptSuite(NamedTuple):
     """
     Where a suite is and how its files are read.
@@ -150,6 +153,6 @@ def _from_github(suite: PromptSuite, file: str) -> Path:
     if not path.is_file():
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             raise urllib.error.URLError("HF_HUB_OFFLINE is set")
-        url = f"https://raw.githubusercontent.com/{suite.repository}/{suite.revision}/{file}"
+        url = f"{GITHUB}/{suite.repository}/{suite.revision}/{file}"
         download_url_to_file(url, str(path), hash_prefix=suite.sha256, progress=False)
     return path
