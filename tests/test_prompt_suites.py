@@ -113,6 +113,7 @@ def test_the_cache_of_the_hub(name, tmp_path):
 
 
 def test_a_file_of_github_is_downloaded_once_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     suite = SUITES["geneval"]
     write_suite("geneval", tmp_path / "github" / suite.repository / suite.revision)
     with pytest.raises(FileNotFoundError, match="'geneval' are neither cached .* on GitHub .*invalid hash value"):
@@ -126,12 +127,11 @@ def test_a_file_of_github_is_downloaded_once_and_compared(tmp_path, monkeypatch)
     check("geneval", load_prompts("geneval"))  # of the cache
 
 
-def test_without_a_network_it_says_what_to_do(monkeypatch):
+def test_without_a_network_it_says_what_to_do():
     with pytest.raises(
         FileNotFoundError, match=r"'benchmark/anime.json' of 'zhwang/HPDv2' on the Hub .* folder 'hpdv2'"
     ):
         load_prompts("hpdv2")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set"):
         load_prompts("geneval")
 

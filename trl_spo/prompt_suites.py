@@ -23,12 +23,11 @@ The prompt suites of the literature by name, from their public homes at a fixed 
 | `geneval` | 553 | https://github.com/djghosh13/geneval | MIT |
 """
 
-import os
 import urllib.error
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import cached_assets_path, hf_hub_download
+from huggingface_hub import cached_assets_path, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 
@@ -148,10 +147,11 @@ def _from_github(suite: PromptSuite, file: str) -> Path:
     """The file in the Hub's cache of other downloads, whose content is compared with what is expected."""
     from torch.hub import download_url_to_file
 
-    folder = cached_assets_path("trl_spo", suite.repository.replace("/", "--"), suite.revision)
+    names = ("trl_spo", suite.repository.replace("/", "--"), suite.revision)
+    folder = cached_assets_path(*names, assets_dir=constants.HF_ASSETS_CACHE)
     path = folder / Path(file).name
     if not path.is_file():
-        if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        if constants.HF_HUB_OFFLINE:
             raise urllib.error.URLError("HF_HUB_OFFLINE is set")
         url = f"{GITHUB}/{suite.repository}/{suite.revision}/{file}"
         download_url_to_file(url, str(path), hash_prefix=suite.sha256, progress=False)
