@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The prompt suites of the literature by name, from their public homes at a fixed revision: [`SUITES`], [`locate_suite`].
+The prompt suites of the literature by name, from their public homes at a fixed revision: `SUITES`, [`locate_suite`].
 
 | name | prompts | source | licence |
 |---|---|---|---|
