@@ -135,7 +135,7 @@ class TestNames:
             ("hps_v2.1", 1.0, "hps_v2.1"),
         ]
         same = parse_rewards(["one:score", "two:score=2", "out/score"])
-        assert [reward.label for reward in same] == ["one:score", "two:score", "out.score"]
+        assert [reward.label for reward in same] == ["one:score", "two:score", "out/score"]
 
     @pytest.mark.parametrize(
         "names, message",
@@ -331,6 +331,10 @@ class TestTheOption:
         both = parsed(*other, "--reward", "step_reward=0.5", "user_rewards:redness=0.5").load()
         assert both.weights == {"step_reward": 0.5, "redness": 0.5}
         assert isinstance(both.parts["step_reward"].model, StepAwareRewardModel)
+
+    def test_without_it_a_folder_that_is_missing_is_said_first(self):
+        with pytest.raises(FileNotFoundError, match="There is no reward model at './step-rewrd'"):
+            parsed("--reward_model_name_or_path", "./step-rewrd").check()
 
     def test_only_spo_has_it(self):
         assert not any("--reward" in p.make_parser()._option_string_actions for p in (evaluate, step_reward))

@@ -89,10 +89,10 @@ def parse_rewards(texts: Iterable[str]) -> list[WeightedName]:
         raise ValueError(f"The reward {twice[0]!r} is named twice; give it once, with one weight.")
     checked_weights(dict.fromkeys(names), {reward.name: reward.weight for reward in parsed})
     labels = [reward.label for reward in parsed]
-    return [
-        reward if labels.count(reward.label) == 1 else reward._replace(label=reward.name.replace("/", "."))
-        for reward in parsed
-    ]
+    unique = []
+    for reward in parsed:
+        unique.append(reward if labels.count(reward.label) == 1 else reward._replace(label=reward.name))
+    return unique
 
 
 # --- check -----------------------------------------------------------------------------------------------------------

@@ -318,7 +318,8 @@ class RewardArguments(RewardModelArguments):
         What can be said before anything is loaded.
 
         Raises:
-            ValueError, TypeError: for a reward that does not exist, with the one that was probably meant.
+            ValueError, TypeError: for a name that is no reward, with the one that was probably meant.
+            FileNotFoundError: for a saved reward model that is not there.
         """
         if self.reward is not None:
             from ..evaluation.named import check_rewards
@@ -326,6 +327,10 @@ class RewardArguments(RewardModelArguments):
             check_rewards(self.reward, self.reward_options, own=[STEP_REWARD])
         elif self.reward_options:
             raise ValueError("`reward_options` are for the rewards of `reward`, and there are none.")
+        elif self.reward_model_name_or_path is not None:
+            from ..hub_files import require_existing
+
+            require_existing(self.reward_model_name_or_path, "reward model")
 
     def load(self, pipeline=None):
         """The reward that the arguments name; see [`RewardModelArguments`]."""
