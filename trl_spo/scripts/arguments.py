@@ -348,9 +348,9 @@ class SamplerArguments:
 
     Args:
         prompts (`str`, *optional*):
-            File, dataset folder or Hub id of prompts, as [`load_prompts`] takes it.
+            File, dataset folder, Hub id or suite of prompts, as [`load_prompts`] takes it.
         prompts_split (`str`, *optional*, defaults to `"train"`):
-            Split of a prompt dataset.
+            Split of a prompt dataset, or category of a suite.
         prompts_column (`str`, *optional*):
             Its column. Defaults to `"prompt"` or `"caption"`, whichever exists.
         num_prompts (`int`, *optional*):
@@ -381,7 +381,9 @@ class SamplerArguments:
             Where results go.
     """
 
-    prompts: str | None = field(default=None, metadata={"help": "File, dataset folder or Hub id of prompts."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "File, dataset, Hub id or suite of prompts, such as parti."}
+    )
     prompts_split: str = field(default="train", metadata={"help": "Split of a prompt dataset."})
     prompts_column: str | None = field(default=None, metadata={"help": "Its column with the prompts."})
     num_prompts: int | None = field(default=None, metadata={"help": "Use the first of them only."})
