@@ -104,7 +104,9 @@ def find_suite(name: str) -> tuple[PromptSuite | None, Path | None]:
         return None, None
     if path.is_dir() and all((path / file).is_file() for file in suite.files):
         return suite, path
-    return (None, None) if path.exists() or path.name != str(name) else (suite, None)
+    if path.exists() or path.name != name:
+        return None, None
+    return suite, None
 
 
 def locate_suite(name: str, suite: PromptSuite, folder: Path | None = None) -> dict[Path, str | None]:
