@@ -363,7 +363,7 @@ class TestEvaluate:
     def test_unknown_metrics(self, model, tmp_path):
         (tmp_path / "prompts.txt").write_text("a cat\n")
         arguments = ["--model_name_or_path", str(model / "pipe"), "--prompts", str(tmp_path / "prompts.txt")]
-        with pytest.raises(SystemExit, match="no metric 'beauty'; there are pickscore, .* and step_reward"):
+        with pytest.raises(SystemExit, match="no metric 'beauty'. There are pickscore, .*, step_reward; one"):
             cli.main(["evaluate", *arguments, "--metrics", "beauty"])
         with pytest.raises(ValueError, match=r"`metric_options` names \['aesthetic'\]"):
             self.parse("--metrics", "pickscore", "--metric_options", '{"aesthetic": {}}')

@@ -31,9 +31,11 @@ _import_structure = {
     "export": ["merge_lora"],
     "kohya": ["export_comfyui", "export_kohya"],
     "evaluation.metrics": ["load_metric"],
+    "evaluation.named": ["load_metrics", "load_reward"],
     "rewards.latent": ["LatentRewardModel"],
     "rewards.latent_config": ["LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
+    "rewards.weighted": ["WeightedReward"],
     "rewards.step_aware_clip": ["StepAwareRewardModel"],
     "rewards.step_aware_config": ["StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
     from .evaluation.evaluate import evaluate_pipeline
     from .evaluation.metrics import load_metric
+    from .evaluation.named import load_metrics, load_reward
     from .evaluation.protocols import PROTOCOLS, EvaluationProtocol
     from .export import merge_lora
     from .kohya import export_comfyui, export_kohya
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from .rewards.latent_config import LatentRewardModelConfig
     from .rewards.step_aware_clip import StepAwareRewardModel
     from .rewards.step_aware_config import StepAwareRewardModelConfig
+    from .rewards.weighted import WeightedReward
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings
     from .scheduling_ddim import ddim_step_stats

@@ -216,13 +216,17 @@ class SPOTrainer(StepTrainer):
         check_reward_timesteps(config, self.reward, self._set_timesteps(config))
         vae = config.scoring_vae if scoring_vae is None else scoring_vae
         self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)  # `None` also ends that of an earlier run
-        self.reward_model = reward_model if self.reward.module is None else self.reward.module
+        self.reward_model = reward_model if self.reward.module is None else self._network_of_the_reward()
+
+    def _network_of_the_reward(self) -> torch.nn.Module | Reward:
+        """Of several rewards, none of the networks is the reward model."""
+        return self.reward if self.reward.parts else self.reward.module
 
     def _prepare(self, config: SPOConfig, peft_config) -> torch.nn.Module:
         """Freeze what is not trained, make the denoiser trainable, move everything. Returns what is trained."""
         if config.reward_dtype is not None and self._reward_is_the_users:
             self.reward = copy.deepcopy(self.reward)  # it is cast
-            self.reward_model = self.reward.module
+            self.reward_model = self._network_of_the_reward()
         self.reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
         self.pipeline.offload_text_encoders = config.offload_text_encoders
         set_seed(config.seed)  # the adapter is drawn here
@@ -591,12 +595,21 @@ class SPOTrainer(StepTrainer):
             )
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Scores `(N,)` of clean images under the reward model (`reward`) and the trainer's metrics."""
+        """
+        Scores `(N,)` of clean images under the reward (`reward`, and of several rewards `reward/{name}` of each) and the
+        trainer's metrics.
+        """
+        rewards = {f"reward/{name}": part for name, part in self.reward.parts.items()} or {"reward": self.reward}
         if not prompts:  # a process without a share of the prompts
-            return {name: torch.empty(0) for name in ("reward", *self.metrics)}
+            return {name: torch.empty(0) for name in ("reward", *rewards, *self.metrics)}
         size, device = self.args.per_device_eval_batch_size, self.args.device
-        own = score_images(images, prompts, self.reward, batch_size=size, device=device, pipeline=self.pipeline)
-        scores = {"reward": own}
+        scores = {"reward": torch.empty(0)}
+        for name, reward in rewards.items():
+            scores[name] = score_images(
+                images, prompts, reward, batch_size=size, device=device, pipeline=self.pipeline
+            )
+        if self.reward.parts:
+            scores["reward"] = self.reward.total({name: scores[f"reward/{name}"] for name in self.reward.parts})
         for name, metric in self.metrics.items():
             scores[name] = torch.as_tensor(metric(images, prompts)).float().cpu()
         return scores

@@ -103,7 +103,7 @@ def evaluate_pipeline(
         metrics (`dict[str, Callable]` or `list[str]`): by name, callables `(images (n, 3, H, W) in [0, 1], prompts) ->
             (n,)` such as those of `trl_spo.evaluation.metrics`, or reward models, which judge at timestep 0; a latent one
             judges what the pipeline's VAE makes of the images.
-            A list of names loads them with `metrics.load_metric`.
+            A list of names loads them with `named.load_metrics`.
         protocol ([`EvaluationProtocol`] or `str`, *optional*, defaults to `"spo-paper"`): or the name of one in
             `PROTOCOLS`.
         base (*optional*): what to compare with on the same prompts and seeds: another pipeline, or its images, a
@@ -146,9 +146,9 @@ def evaluate_pipeline(
     protocol = protocol_of_pipeline(protocol, pipeline)
     base = _prepared_base(base, pipeline, protocol)
     if not isinstance(metrics, dict):
-        from .metrics import load_metric
+        from .named import load_metrics
 
-        metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
+        metrics = load_metrics(metrics, device=pipeline.device)
 
     # A reward model refuses latents of another space before any image is made.
     for metric in filter(is_reward_model, metrics.values()):

@@ -124,6 +124,14 @@ class ImageMetric:
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(self.device, self.dtype).eval().requires_grad_(False)
 
+    def to(self, device: torch.device | str) -> "ImageMetric":
+        """Moves its networks; trainers do it with a metric that is their reward."""
+        self.device = torch.device(device)
+        for name, value in vars(self).items():
+            if isinstance(value, (nn.Module, torch.Tensor)):
+                setattr(self, name, value.to(self.device))
+        return self
+
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError
 

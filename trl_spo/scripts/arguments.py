@@ -19,10 +19,14 @@ TRL's own `ModelConfig` and `ScriptArguments` cannot be used: `use_peft` and `da
 a parser takes each name once. All other names are the same as in TRL.
 """
 
+import argparse
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+
+
+STEP_REWARD = "step_reward"  # among names: the model of [`RewardModelArguments`]
 
 
 def leave_process_group():
@@ -280,6 +284,77 @@ class RewardModelArguments:
         return StepAwareRewardModel.from_clip(self.clip_name_or_path, processor=self.processor_name_or_path)
 
 
+class Repeatable(argparse.Action):
+    """Collects the values of an option that is given several times; those of a config are replaced, not extended."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        collected = getattr(namespace, self.dest)
+        collected = [] if collected is self.default else collected
+        setattr(namespace, self.dest, [*collected, *values])
+
+
+@dataclass
+class RewardArguments(RewardModelArguments):
+    r"""
+    What SPO is to prefer: rewards by name, or the reward model of the arguments of [`RewardModelArguments`].
+
+    Args:
+        reward (`list[str]`, *optional*):
+            One or several rewards, each by name, with `=weight` or without: a published metric such as `pickscore`, one of
+            your own as `module:attribute`, or the folder or Hub id of a saved reward model. `step_reward` is the reward model
+            of the other arguments, which are used for nothing else then. In YAML a list, or weights by name.
+        reward_options (`dict`, *optional*):
+            Per reward, arguments of its `from_pretrained`, class or factory. JSON on the command line.
+    """
+
+    reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward by name, such as pickscore=0.7 or my_module:function=0.3; may be repeated.",
+            "action": Repeatable,
+        },
+    )
+    reward_options: dict | str | None = field(
+        default=None, metadata={"help": "Per reward, arguments of its from_pretrained, class or factory, as JSON."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.reward, dict):
+            self.reward = [f"{name}={weight}" for name, weight in self.reward.items()]
+        elif isinstance(self.reward, str):
+            self.reward = [self.reward]
+        if isinstance(self.reward_options, str):
+            self.reward_options = json_option("reward_options", self.reward_options)
+
+    def check(self) -> None:
+        """
+        What can be said before anything is loaded.
+
+        Raises:
+            ValueError, TypeError: for a name that is no reward, with the one that was probably meant.
+            FileNotFoundError: for a saved reward model that is not there.
+        """
+        if self.reward is not None:
+            from ..evaluation.named import check_rewards
+
+            check_rewards(self.reward, self.reward_options, own=[STEP_REWARD])
+        elif self.reward_options:
+            raise ValueError("`reward_options` are for the rewards of `reward`, and there are none.")
+        elif self.reward_model_name_or_path is not None:
+            from ..hub_files import require_existing
+
+            require_existing(self.reward_model_name_or_path, "reward model")
+
+    def load(self, pipeline=None):
+        """The reward that the arguments name; see [`RewardModelArguments`]."""
+        if self.reward is None:
+            return super().load(pipeline)
+        from ..evaluation.named import load_reward
+
+        return load_reward(self.reward, self.reward_options, own={STEP_REWARD: super().load})
+
+
 @dataclass
 class SamplerArguments:
     r"""
@@ -287,9 +362,9 @@ class SamplerArguments:
 
     Args:
         prompts (`str`, *optional*):
-            File, dataset folder or Hub id of prompts, as [`load_prompts`] takes it.
+            File, dataset folder, Hub id or suite of prompts, as [`load_prompts`] takes it.
         prompts_split (`str`, *optional*, defaults to `"train"`):
-            Split of a prompt dataset.
+            Split of a prompt dataset, or category of a suite.
         prompts_column (`str`, *optional*):
             Its column. Defaults to `"prompt"` or `"caption"`, whichever exists.
         num_prompts (`int`, *optional*):
@@ -325,7 +400,9 @@ class SamplerArguments:
             Where results go.
     """
 
-    prompts: str | None = field(default=None, metadata={"help": "File, dataset folder or Hub id of prompts."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "File, dataset, Hub id or suite of prompts, such as parti."}
+    )
     prompts_split: str = field(default="train", metadata={"help": "Split of a prompt dataset."})
     prompts_column: str | None = field(default=None, metadata={"help": "Its column with the prompts."})
     num_prompts: int | None = field(default=None, metadata={"help": "Use the first of them only."})

@@ -27,25 +27,20 @@ those of others need a named protocol.
 """
 
 import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .arguments import (
+    STEP_REWARD,
     LoadedPipelineArguments,
     RewardModelArguments,
     SamplerArguments,
     json_option,
     leave_process_group,
 )
-from .errors import did_you_mean, run
+from .errors import run
 from .parser import ScriptParser
 from .sampler import describe_model, make_protocol
-
-
-STEP_REWARD = "step_reward"
 
 
 @dataclass
@@ -55,8 +50,9 @@ class EvaluateArguments:
 
     Args:
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hps_v2.1", "image_reward", "aesthetic"]`):
-            Names of `trl_spo.evaluation.metrics.METRICS`, and `step_reward` for the reward model of the other arguments, which
-            judges finished images at timestep 0.
+            Names of `trl_spo.evaluation.metrics.METRICS`; one of your own as `module:attribute`; the folder or Hub id of a saved
+            reward model; and `step_reward` for the reward model of the other arguments. Reward models judge finished images
+            at timestep 0.
         metric_options (`dict`, *optional*):
             Per metric, arguments of its `from_pretrained`, such as folders instead of Hub ids. JSON on the command line.
         base (`bool`, *optional*, defaults to `False`):
@@ -94,42 +90,6 @@ def make_parser(prog: str | None = None) -> ScriptParser:
     return ScriptParser(
         (LoadedPipelineArguments, SamplerArguments, RewardModelArguments, EvaluateArguments), prog=prog
     )
-
-
-def find_metric(name: str, arguments: EvaluateArguments, reward_args: RewardModelArguments) -> Callable[[str], Any]:
-    """
-    What a name of `--metrics` means. Nothing is loaded yet, so that a mistake costs no time.
-
-    Returns:
-        `Callable`: loads the metric on the device that it is given.
-
-    Raises:
-        SystemExit: if there is no such metric, or it does not take its `metric_options`.
-    """
-    from ..evaluation.metrics import METRICS, load_metric
-
-    if name == STEP_REWARD:
-        return functools.partial(_load_step_reward, reward_args)
-    if name not in METRICS:
-        meant = did_you_mean(name, [*METRICS, STEP_REWARD])
-        raise SystemExit(
-            f"There is no metric {name!r}; there are {', '.join(METRICS)} and {STEP_REWARD}{meant or '.'}"
-        )
-    options = (arguments.metric_options or {}).get(name, {})
-    if not isinstance(options, dict):
-        raise SystemExit(f"`metric_options` of {name} must be arguments by name, got {options!r}.")
-    own = inspect.signature(METRICS[name][0].from_pretrained).parameters
-    known = [option for option in own if option != "kwargs"] + ["dtype", "batch_size"]
-    for option in options:
-        if option not in known:
-            raise SystemExit(
-                f"`metric_options` of {name} has {option!r}; it takes {', '.join(known)}{did_you_mean(option, known) or '.'}"
-            )
-    return lambda device: load_metric(name, device=device, **options)
-
-
-def _load_step_reward(reward_args: RewardModelArguments, device: str):
-    return reward_args.load().eval().to(device)
 
 
 def check_arguments(sampler_args: SamplerArguments, evaluate_args: EvaluateArguments) -> None:
@@ -171,6 +131,14 @@ def describe_subject(
     return subject
 
 
+def load_metrics(arguments: EvaluateArguments, reward_args: RewardModelArguments, device) -> dict:
+    """The metrics by name, in the order given."""
+    from ..evaluation.named import load_metrics as load_named
+
+    own = {STEP_REWARD: reward_args.load}
+    return load_named(arguments.metrics, arguments.metric_options, device, own)
+
+
 def main(
     model_args: LoadedPipelineArguments,
     sampler_args: SamplerArguments,
@@ -179,13 +147,14 @@ def main(
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
     from ..evaluation.evaluate import NO_LORA, evaluate_pipeline
+    from ..evaluation.named import check_metrics
     from ..evaluation.protocols import is_named, protocol_of_pipeline
     from ..evaluation.result import NOT_FOR_OTHERS
     from ..training.checkpointing import check_output_dir
 
     # Check everything that can be checked before a model is loaded, the cheapest first.
     check_arguments(sampler_args, evaluate_args)
-    load_metrics = {name: find_metric(name, evaluate_args, reward_args) for name in evaluate_args.metrics}
+    check_metrics(evaluate_args.metrics, evaluate_args.metric_options, own=[STEP_REWARD])
     check_output_dir(sampler_args.output_dir)
     prompts = sampler_args.read_prompts()
     sampler_args.locate_lora()
@@ -195,7 +164,7 @@ def main(
     pipeline = sampler_args.place(model_args.load_pipeline())  # with the LoRA: a broken one is found before any image
     protocol = protocol_of_pipeline(protocol, pipeline)
     device = sampler_args.target_device()
-    metrics = {name: load(device) for name, load in load_metrics.items()}
+    metrics = load_metrics(evaluate_args, reward_args, device)
     subject = describe_subject(model_args, sampler_args, evaluate_args, pipeline, prompts)
 
     # Find out what to compare with: nothing, the same model without its LoRA, or another pipeline.

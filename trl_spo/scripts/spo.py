@@ -22,7 +22,7 @@ accelerate launch -m trl_spo.scripts.spo --config examples/configs/spo_sd15.yaml
 """
 
 from ..spo_config import SPOConfig
-from .arguments import DiffusionModelArguments, EvaluationDataArguments, RewardModelArguments
+from .arguments import DiffusionModelArguments, EvaluationDataArguments, RewardArguments
 from .errors import run
 from .parser import ScriptParser
 from .training import (
@@ -39,13 +39,13 @@ from .training import (
 
 def make_parser(prog: str | None = None) -> ScriptParser:
     """The parser whose results [`main`] takes."""
-    types = (DiffusionModelArguments, RewardModelArguments, EvaluationDataArguments, SPOConfig)
+    types = (DiffusionModelArguments, RewardArguments, EvaluationDataArguments, SPOConfig)
     return ScriptParser(types, prog=prog, presets=("spo", "lpo"))
 
 
 def main(
     model_args: DiffusionModelArguments,
-    reward_args: RewardModelArguments,
+    reward_args: RewardArguments,
     data_args: EvaluationDataArguments,
     config: SPOConfig,
 ):
@@ -61,6 +61,7 @@ def main(
     check_evaluation_data(config, data_args.eval_dataset_name)
     if config.use_peft:
         model_args.check_lora()
+    reward_args.check()
     prompts = read_prompts(load_prompts(config.dataset_name, "train"), config.dataset_prompt_column)
     evaluation = None
     if data_args.eval_dataset_name is not None:
