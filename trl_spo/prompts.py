@@ -83,7 +83,7 @@ def load_prompts(name: str, split: str = "train"):
     if path.is_dir() and any((path / mark).is_file() for mark in SAVED_MARKS):
         return _saved_dataset(path, split)
     if suffix not in READERS and not path.is_file():
-        return load_dataset(str(name), split=split)
+        return load_dataset(str(name), split=split) if path.is_dir() else load_from_hub(str(name), split)
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file {str(name)!r}. Name a file of prompts, or a dataset by folder or Hub id."
@@ -91,6 +91,21 @@ def load_prompts(name: str, split: str = "train"):
     if suffix not in READERS:
         raise ValueError(f"{str(name)!r} is not a file of prompts: these end in {', '.join(READERS)}.")
     return READERS[suffix](path)
+
+
+def load_from_hub(name: str, split: str, **kwargs):
+    """
+    A dataset of the Hub.
+
+    Raises:
+        FileNotFoundError: if there is none, or the Hub cannot be reached; says that there is no such file or folder, either.
+    """
+    try:
+        return load_dataset(name, split=split, **kwargs)
+    except (ConnectionError, FileNotFoundError) as error:  # of datasets, which derives its own from these
+        raise FileNotFoundError(
+            f"There is no file or folder {name!r}, and no dataset of that name came from the Hub ({error})."
+        ) from error
 
 
 def _saved_dataset(path: Path, split: str) -> Dataset:

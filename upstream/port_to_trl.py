@@ -41,8 +41,9 @@ TRL_LICENSE = "# Copyright 2020-2026 The HuggingFace Team. All rights reserved.\
 PACKAGE_PATH = "trl/experimental/spo"
 # TRL's experimental methods are flat: `pipelines/flux.py` here is `pipeline_flux.py` there. Programs keep their folder.
 FOLDERS = {"pipelines": "pipeline", "rewards": "reward", "training": "training", "evaluation": "evaluation"}
-# TRL has no DDPO any more, and its own command line.
-LEFT_OUT = ("ddpo_interop.py", "scripts/cli.py")
+# TRL has no DDPO any more, and its own command line; the page for labelling is a program of its own.
+LABELLING = ("scripts/data.py", "scripts/label.py", "scripts/label_app.py", "scripts/label_pairs.py")
+LEFT_OUT = ("ddpo_interop.py", "scripts/cli.py", *LABELLING)
 # A test that reads the rest of this repository, or asks about what is left out, stays here.
 STAYS = re.compile(
     r"ddpo_interop|DDPOTrainer|scripts import cli|scripts\.cli|setup\.cfg|constraints\.txt|Makefile|test_imports"
