@@ -37,7 +37,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from .hub_files import require_existing
-from .images import read_image
+from .images import is_address, read_image
 from .label_folder import is_label_folder, label_rows
 from .pair_files import TABLES, pair_dataset, read_pair_table
 from .prompts import check_parquet, is_unicode, load_from_hub
@@ -150,6 +150,8 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
         # Without the checks, a few shards of a large dataset load as well: its README.md counts the rows of all.
         return load_dataset(str(path), split=split, streaming=streaming, verification_mode="no_checks")
     hint = "Pass a `.parquet` file, a folder of them, or a Hub id such as 'yuvalkirstain/pickapic_v1'."
+    if path.suffix.lower() in TABLES:
+        raise FileNotFoundError(f"There is no file {str(path)!r}. {hint}")
     require_existing(name, "preference dataset", hint)
     return load_from_hub(str(name), split, streaming=streaming)
 
@@ -330,6 +332,10 @@ def prepare_preference_dataset(
         for num_examples in _column(dataset, "num_example_per_prompt"):
             read_weight(num_examples)
     for name in columns.images:
+        if isinstance(first[name], str) and not is_address(first[name]) and not Path(first[name]).is_file():
+            raise ValueError(
+                f"Column `{name}` does not hold images, or their paths: {first[name][:80]!r} is not a file."
+            )
         try:
             read_image(first[name])
         except OSError:

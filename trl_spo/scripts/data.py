@@ -123,6 +123,8 @@ def build(arguments: argparse.Namespace) -> Path:
             f"No pair of {arguments.source!r} has a label. Label them: trl-spo label --dataset_name {arguments.source}"
         ) from error
 
+    check_rows(dataset, columns)
+
     # Write one file per split.
     validation = validation_prompts(dataset[columns.prompt], arguments.validation_fraction, arguments.seed)
     is_held_out = [prompt in validation for prompt in dataset[columns.prompt]]
@@ -159,12 +161,10 @@ def validation_prompts(prompts: list[str], fraction: float, seed: int) -> set[st
     return set(unique[: round(fraction * len(unique))])
 
 
-def embedded_rows(dataset, columns) -> Iterator[dict]:
+def check_rows(dataset, columns) -> None:
     """
-    The rows, with the bytes of their image files in them.
-
     Raises:
-        ValueError: if an image cannot be read, or a prompt is empty; says in which row.
+        ValueError: if an image cannot be read, or a prompt is empty; says of which pair.
     """
     from ..images import read_image
 
@@ -172,16 +172,25 @@ def embedded_rows(dataset, columns) -> Iterator[dict]:
         if not row[columns.prompt].strip():
             raise ValueError(f"Pair {index} has no prompt.")
         for name in columns.images:
-            image = row[name] if isinstance(row[name], dict) else {"bytes": row[name], "path": None}
-            content = image.get("bytes")
             try:
-                read_image(image)
-                content = Path(image["path"]).read_bytes() if content is None else content
+                read_image(row[name])
             except OSError as error:
-                raise ValueError(
-                    f"An image of pair {index} cannot be read ({image.get('path') or name}): {error}."
-                ) from error
-            row[name] = {"bytes": content, "path": Path(image["path"]).name if image.get("path") else None}
+                file = row[name].get("path") if isinstance(row[name], dict) else None
+                raise ValueError(f"An image of pair {index} cannot be read ({file or name}): {error}.") from error
+
+
+def embedded_rows(dataset, columns) -> Iterator[dict]:
+    """The rows, with the bytes of their image files in them."""
+    for row in dataset:
+        for name in columns.images:
+            image = row[name]
+            if isinstance(image, str):
+                image = {"bytes": None, "path": image}
+            elif not isinstance(image, dict):
+                image = {"bytes": image, "path": None}
+            path = image.get("path")
+            content = Path(path).read_bytes() if image.get("bytes") is None else image["bytes"]
+            row[name] = {"bytes": content, "path": Path(path).name if path else None}
         yield row
 
 
@@ -194,9 +203,8 @@ def write_parquet(dataset, columns, file: Path) -> None:
         features[name] = Image(decode=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        rows = list if len(dataset) == 0 else embedded_rows
         embedded = Dataset.from_generator(
-            rows, features=features, cache_dir=folder, gen_kwargs={"dataset": dataset, "columns": columns}
+            embedded_rows, features=features, cache_dir=folder, gen_kwargs={"dataset": dataset, "columns": columns}
         )
         for name in columns.images:
             embedded = embedded.cast_column(name, Image())

@@ -26,6 +26,7 @@ Every click is on the disk before the next pair appears. The page is for this ma
 """
 
 import contextlib
+import importlib.util
 import logging
 import socket
 import webbrowser
@@ -103,9 +104,10 @@ def main(model_args: LoadedPipelineArguments, sampler_args: SamplerArguments, la
     """Serves the page until it is stopped, and returns the folder."""
     from filelock import FileLock, Timeout
 
-    from .label_app import make_app  # gradio, whose absence is said before anything else
-
+    # What costs nothing, before anything is loaded.
     folder = Path(sampler_args.output_dir)
+    if importlib.util.find_spec("gradio") is None:
+        raise SystemExit("The page needs gradio: `pip install trl-spo[label]`.")
     if sampler_args.prompts is not None and label_args.dataset_name is not None:
         raise SystemExit("--prompts and --dataset_name exclude each other: pairs are sampled, or they are there.")
     with contextlib.ExitStack() as stack:
@@ -122,6 +124,8 @@ def main(model_args: LoadedPipelineArguments, sampler_args: SamplerArguments, la
         if sampler is not None:
             sampler.start()
             stack.callback(sampler.stop)
+        from .label_app import make_app
+
         app = make_app(session, label_args.annotator, lambda: sampler and sampler.trouble, label_args.host)
         serve(app, listener, label_args)
     print_ending(folder)
@@ -206,7 +210,8 @@ def serve(app, listener: socket.socket, label_args: LabelArguments) -> None:
         with contextlib.suppress(Exception):  # a server without a desktop
             webbrowser.open(address)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # raised again after an orderly end
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def print_ending(folder: Path) -> None:

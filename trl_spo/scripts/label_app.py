@@ -27,11 +27,7 @@ from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported; nothing leaves this machine
 
-try:
-    import gradio as gr
-except ImportError as error:
-    raise ImportError("The page of `trl-spo label` needs gradio: `pip install trl-spo[label]`.") from error
-
+import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
