@@ -26,6 +26,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from tests.testing_utils import tiny_sd_pipeline
 from trl_spo.evaluation.preference_preview import preference_sheet, preview_text
 from trl_spo.evaluation.sheets import BETTER
 from trl_spo.images import read_image
@@ -35,6 +36,7 @@ from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.preference_dataset import load_preference_dataset, prepare_preference_dataset
 from trl_spo.prompts import load_prompts
 from trl_spo.scripts import data as script
+from trl_spo.scripts import sample
 from trl_spo.scripts.errors import CommandError, run
 from trl_spo.scripts.label_pairs import open_folder, save_pair
 
@@ -208,6 +210,17 @@ def test_folders_of_images(tmp_path):
     assert colours([row for row in rows.values() if row["has_label"]]) == [RED] * 3
 
 
+def test_a_blind_test_of_two_models(tmp_path):
+    """Two folders of `trl-spo sample` called 0 and 1 are pairs, with the prompts that it wrote down."""
+    tiny_sd_pipeline(tmp_path / "model").save_pretrained(tmp_path / "model")
+    for name in ("0", "1"):
+        arguments = ["--model_name_or_path", str(tmp_path / "model"), "--prompt", "a cat", "a dog"]
+        arguments += ["--num_inference_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path / "blind" / name)]
+        run(sample.main, sample.make_parser("trl-spo sample"), arguments)
+    dataset = script.load_pairs(str(tmp_path / "blind"))
+    assert dataset["caption"][:] == ["a cat", "a dog"] and dataset["has_label"][:] == [False, False]
+
+
 @pytest.mark.parametrize(
     "names, message",
     [
@@ -311,11 +324,12 @@ def test_what_cannot_be_built(tmp_path, prepare, message, capsys):
 def test_preview_says_what_there_is(tmp_path, capsys):
     command("preview", label_folder(tmp_path / "labels"), "--output", tmp_path / "sheet.png")
     text = capsys.readouterr().out
-    for line in ("pairs          5", "ties           1 (20% of the labels)", "prompts        3", "8 x 8 (100%)"):
+    for line in ("pairs          5", "ties           1 (20% of the labels", "prompts        3", "8 x 8 (100%)"):
         assert line in text
     assert "anna (5 votes), ben (5 votes)" in text
     assert "agreement      anna and ben: 100% of 5 pairs, Cohen's kappa 1.00" in text
-    assert "left preferred" in text and " of 8:" in text
+    assert "left           preferred in" in text
+    assert "second image   preferred in 25% of 8 votes; if it does not matter, 15% to 85% are expected" in text
     assert Image.open(tmp_path / "sheet.png").width > 600
 
 

@@ -36,6 +36,7 @@ from .prompts import LINE_END, read_text
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif", ".tga")
 IMAGE_COLUMNS = (("chosen", "rejected"), ("image_0", "image_1"), ("jpg_0", "jpg_1"))
+SAMPLES = "samples.json"  # of `trl-spo sample`
 ROLES = re.compile(r"(?P<name>.+)[ _.-](?P<role>chosen|rejected|0|1)", flags=re.IGNORECASE)
 PARTNERS = {"chosen": "rejected", "rejected": "chosen", "0": "1", "1": "0"}
 LABELS = {"0": 1.0, "1": 0.0, "tie": 0.5, "0.5": 0.5}  # which image is the better one -> label of the first one
@@ -194,7 +195,8 @@ def read_image_folder(folder: str | Path) -> list[dict[str, Any]]:
 
     `NAME_chosen.png` and `NAME_rejected.png` are a pair with a label, `NAME_0.png` and `NAME_1.png` one without. So are
     `chosen/NAME.png` and `rejected/NAME.png`, `0/NAME.png` and `1/NAME.png`. The prompt is the text of `NAME.txt`, which stands
-    beside the first image; without that file it is `NAME` itself, with spaces for `_` and without a number at its end.
+    beside the first image; or what the `samples.json` of `trl-spo sample` says there; or else `NAME` itself, with spaces for `_`
+    and without a number at its end.
 
     Args:
         folder (`str` or `Path`): looked through with the folders in it.
@@ -229,27 +231,33 @@ def read_image_folder(folder: str | Path) -> list[dict[str, Any]]:
 
 def _name_and_role(path: Path) -> tuple[str, str | None]:
     """`fox_chosen.png` and `chosen/fox.png` are `("fox", "chosen")`; `path` is relative to the folder."""
-    match = ROLES.fullmatch(path.stem)
-    if match is not None:
-        return (path.parent / match["name"]).as_posix(), match["role"].lower()
     role = path.parent.name.lower()
     if role in PARTNERS:
         return (path.parent.parent / path.stem).as_posix(), role
-    return path.stem, None
+    match = ROLES.fullmatch(path.stem)
+    if match is None:
+        return path.stem, None
+    return (path.parent / match["name"]).as_posix(), match["role"].lower()
 
 
 def _folder_row(name: str, role: str, found: dict[tuple[str, str], Path]) -> dict[str, Any]:
     images = (found[name, role], found[name, PARTNERS[role]])
-    stem = Path(name).name
-    texts = [images[0].parent / f"{stem}.txt", images[0].with_suffix(".txt"), images[0].parent.parent / f"{stem}.txt"]
-    text = next((path for path in texts if path.is_file()), None)
-    if text is not None:
-        prompt = " ".join(read_text(text).split())
-    else:
-        prompt = " ".join(re.sub(r"[ _-]+\d+$", "", stem).replace("_", " ").split())
+    prompt = _prompt_beside(images[0], Path(name).name)
     labelled = role == "chosen"
     row = {"caption": prompt, "jpg_0": str(images[0]), "jpg_1": str(images[1]), "has_label": labelled}
     return row | {"label_0": 1.0 if labelled else None, "label_1": 0.0 if labelled else None}
+
+
+def _prompt_beside(image: Path, stem: str) -> str:
+    texts = [image.parent / f"{stem}.txt", image.with_suffix(".txt"), image.parent.parent / f"{stem}.txt"]
+    text = next((path for path in texts if path.is_file()), None)
+    if text is not None:
+        return " ".join(read_text(text).split())
+    record = image.parent / SAMPLES
+    if record.is_file():
+        made = json.loads(read_text(record))["images"]
+        return next(entry["prompt"] for entry in made if entry["file"] == image.name)
+    return " ".join(re.sub(r"[ _-]+\d+$", "", stem).replace("_", " ").split())
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------

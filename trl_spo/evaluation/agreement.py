@@ -40,14 +40,14 @@ class Agreement(NamedTuple):
     kappa: float
 
 
-class SideBias(NamedTuple):
+class Preference(NamedTuple):
     """
-    How often the left side was preferred.
+    How often one of two was preferred.
 
     Attributes:
-        n (`int`): decisions for a side; ties are left out.
-        share (`float`): of left, in [0, 1]; NaN without any.
-        half_width (`float`): of the interval around one half in which 95% of the shares fall if sides do not matter.
+        n (`int`): votes for either; ties are left out.
+        share (`float`): of the one, in [0, 1]; NaN without any.
+        half_width (`float`): of the interval around one half in which 95% of the shares fall if it does not matter.
     """
 
     n: int
@@ -115,15 +115,26 @@ def agreement_between(rows: Sequence[Sequence[dict]]) -> dict[tuple[str, str], A
     return found
 
 
-def side_bias(rows: Iterable[Sequence[dict]]) -> SideBias:
+def side_bias(rows: Iterable[Sequence[dict]]) -> Preference:
     """How often the left side was preferred, of all votes; `rows` as in [`self_agreement`]."""
-    sides = []
-    for row in rows:
-        for vote in row:
-            if vote["label_0"] in (0, 1):
-                preferred = 0 if vote["label_0"] == 1 else 1
-                sides.append(preferred == vote["left"])
-    n = len(sides)
+    return _preference(float(vote["label_0"]) == 1 - vote["left"] for vote in _decided(rows))
+
+
+def second_preferred(rows: Iterable[Sequence[dict]]) -> Preference:
+    """
+    How often the second image of a pair was preferred, of all votes; `rows` as in [`self_agreement`]. In a blind test, in which
+    all second images come from one model and all first ones from another, this is its win rate.
+    """
+    return _preference(vote["label_0"] == 0 for vote in _decided(rows))
+
+
+def _decided(rows: Iterable[Sequence[dict]]) -> list[dict]:
+    return [vote for row in rows for vote in row if vote["label_0"] in (0, 1)]
+
+
+def _preference(wins: Iterable[bool]) -> Preference:
+    wins = list(wins)
+    n = len(wins)
     if n == 0:
-        return SideBias(0, math.nan, math.nan)
-    return SideBias(n, sum(sides) / n, 1.96 * math.sqrt(0.25 / n))
+        return Preference(0, math.nan, math.nan)
+    return Preference(n, sum(wins) / n, 1.96 * math.sqrt(0.25 / n))

@@ -89,6 +89,7 @@ class Views:
             "can_undo": done > 0,
         }
         if task is None:
+            message = message or "Every answer is saved. You can close this page and stop the program."
             return _view("done", ask="Thank you.", prompt="That was the last pair.", message=message, **progress)
         progress["task"] = list(task)
         if task.index >= len(self.session.pairs):
