@@ -35,7 +35,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ..label_session import LabelSession, Task, check_annotator, pair_name
 
 
-PAGE = Path(__file__).parents[1] / "label_page"
+PAGE = Path(__file__).parent.parent / "label_page"
 SERVED = ("/assets/", "/static/", "/pair/")  # of gradio's package, and the pictures
 SERVED_WHOLE = ("", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradio_api/component_server")
 FONTS = ["system-ui", "sans-serif"]  # of the system, so that none is fetched
