@@ -20,6 +20,7 @@ next pair appears, whatever is clicked twice, killed, or full; and the labels th
 import json
 import resource
 import threading
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,9 @@ from trl_spo.preference_dataset import load_preference_dataset
 from trl_spo.scripts import label as script
 from trl_spo.scripts.errors import CommandError, run
 from trl_spo.scripts.label_pairs import PairSampler, copy_pairs, open_folder, prompt_order
+
+
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="The page needs gradio.")
 
 
 def make_folder(path, num_pairs: int, repeat_fraction: float = 0.0, seed: int = 0) -> LabelSession:
@@ -367,6 +371,7 @@ def test_undone_clicks_do_not_count():
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@needs_gradio
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -387,6 +392,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     assert message in error and "Traceback" not in error
 
 
+@needs_gradio
 def test_one_program_per_port_and_folder(tmp_path):
     import filelock
 
@@ -400,6 +406,7 @@ def test_one_program_per_port_and_folder(tmp_path):
         run(script.main, script.make_parser("trl-spo label"), own)
 
 
+@needs_gradio
 def test_a_host_for_everybody_is_warned_about(caplog, capsys, monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
     listener = SimpleNamespace(getsockname=lambda: ("0.0.0.0", 80))

@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -51,6 +52,8 @@ def browser():
         if os.environ.get("TRL_SPO_NEEDS_BROWSER"):
             pytest.fail("There is no Chromium, and this run must have one: `apt-get install chromium`.")
         pytest.skip("There is no Chromium for the test in a browser: `apt-get install chromium`.")
+    if find_spec("gradio") is None:
+        pytest.skip("The page needs gradio: `pip install trl-spo[label]`.")
     api = pytest.importorskip("playwright.sync_api", reason="The test in a browser needs playwright.")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -200,7 +200,8 @@ def serve(app, listener: socket.socket, label_args: LabelArguments) -> None:
     """Answers until Ctrl-C."""
     import uvicorn
 
-    address = f"http://{label_args.host}:{listener.getsockname()[1]}"
+    host = f"[{label_args.host}]" if ":" in label_args.host else label_args.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
     if label_args.host not in LOCAL:
         logger.warning(
             "Everybody who reaches %s can see the images and add labels: the page asks for no password.", address

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..hub_files import read_json
 from ..images import read_image, to_pil
 from ..label_folder import CLICKS, IMAGES, PAIRS, SETTINGS, Pair, cut_torn_line, read_pairs, write_pair
 from ..label_session import pair_name
@@ -53,7 +54,7 @@ def open_folder(folder: Path, settings: dict) -> dict:
     file = folder / SETTINGS
     stored = settings
     if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json(file)
         changed = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
         if settings and changed:
             listed = "; ".join(
@@ -74,7 +75,9 @@ def open_folder(folder: Path, settings: dict) -> dict:
         if cut:
             logger.warning("Cut off %d bytes at the end of %s: a line that was never finished.", cut, folder / name)
     if not file.is_file():
-        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part = file.with_suffix(".part")  # a file that exists whole or not at all
+        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(part, file)
     return stored
 
 
