@@ -102,7 +102,8 @@ class TestHelp:
         assert stop.value.code == 0
         text = capsys.readouterr().out
         assert text.startswith(f"usage: trl-spo {command} ")
-        assert ("--output_dir" if command == "demo" else "--model_name_or_path") in text
+        own = {"demo": "--output_dir", "data": "build"}
+        assert own.get(command, "--model_name_or_path") in text
 
     def test_unknown_commands(self, capsys):
         assert cli.main(["train"]) == 2

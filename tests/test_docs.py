@@ -333,6 +333,15 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     }
 
 
+def options_of_parser(parser: argparse.ArgumentParser) -> set[str]:
+    """Its options, and those of its subcommands."""
+    options = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            options |= {name for command in action.choices.values() for name in command._option_string_actions}
+    return options
+
+
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
 MADE |= {"demo_output/train.txt", "demo_output/heldout.txt"}  # by the demo
@@ -349,7 +358,7 @@ def test_shell_commands_exist(page, parsers):
             assert words[1] in targets, f"{NAMES[page]}: there is no target in {words}"
         elif words[0] == "trl-spo":
             assert words[1] in parsers, f"{NAMES[page]}: there is no command in {words}"
-            options = set(parsers[words[1]]._option_string_actions) | LAUNCHER
+            options = options_of_parser(parsers[words[1]]) | LAUNCHER
         else:
             scripts = [word for word in words if word.endswith(".py")]
             for script in scripts:

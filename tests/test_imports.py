@@ -27,7 +27,7 @@ import trl_spo
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "notices training.trainer_options training.arguments step_distribution scheduling_ddim scheduling_flow images captions rollout_settings spo_config step_reward_config pair_selection losses "
-    "training.numerics training.running_means training.gather prompt_suites prompts hub_files model_cards "
+    "training.numerics training.running_means training.gather prompt_suites prompts pair_files label_folder label_session hub_files model_cards "
     "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.adapters pipelines.autoencoder pipelines.denoiser pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
@@ -35,12 +35,12 @@ ORDER = (  # a module may import from the modules before it
     "preference_dataset preference_collator preference_labels preference_filters "
     "training.run_record training.stopping training.log_lines training.checkpointing training.ema training.base training.model_card training.memory training.chunk_sizes training.pair_metrics training.waiting_pairs training.spo_checks training.compilation training.callbacks training.decline pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
-    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.named evaluation.protocols evaluation.provenance evaluation.sheets evaluation.curves evaluation.result evaluation.evaluate"
+    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.named evaluation.protocols evaluation.provenance evaluation.sheets evaluation.agreement evaluation.preference_preview evaluation.curves evaluation.result evaluation.evaluate"
 ).split()
 # In `trl_spo/scripts`, above everything.
 SCRIPTS = (
     "errors help presets parser arguments training spo step_reward sampler evaluate sample_plan sample_folder sample "
-    "demo cli"
+    "data label_pairs label_app label demo cli"
 ).split()
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "

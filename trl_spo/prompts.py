@@ -113,11 +113,11 @@ def load_prompts(name: str, split: str = "train"):
 
 def _dataset_by_name(name: str, split: str) -> Dataset:
     """A dataset by its folder or Hub id."""
-    try:
+    if Path(name).is_dir():
         return load_dataset(name, split=split)
-    except OSError as error:  # neither here nor on the Hub
-        if Path(name).exists():
-            raise
+    try:
+        return load_from_hub(name, split)
+    except FileNotFoundError as error:
         close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.6)
         hint = f" Did you mean the suite {close[0]!r}?" if close else ""
         raise FileNotFoundError(
@@ -144,6 +144,21 @@ def _read_suite(name: str, suite: PromptSuite, files: dict[Path, str | None], sp
         prompts = [prompt for prompt, category in zip(prompts, categories, strict=True) if category == split]
         categories = [split] * len(prompts)
     return Dataset.from_dict({"prompt": prompts, "category": categories})
+
+
+def load_from_hub(name: str, split: str, **kwargs):
+    """
+    A dataset of the Hub.
+
+    Raises:
+        FileNotFoundError: if there is none, or the Hub cannot be reached; says that there is no such file or folder, either.
+    """
+    try:
+        return load_dataset(name, split=split, **kwargs)
+    except (ConnectionError, FileNotFoundError) as error:  # of datasets, which derives its own from these
+        raise FileNotFoundError(
+            f"There is no file or folder {name!r}, and no dataset of that name came from the Hub ({error})."
+        ) from error
 
 
 def _saved_dataset(path: Path, split: str) -> Dataset:

@@ -112,7 +112,7 @@ def rewrite(text: str) -> str:
     """Names, commands and paths of this project, as they are called in TRL."""
     text = flatten_imports(text.replace(LICENSE, TRL_LICENSE))
     text = re.sub(r"\bfrom tests\.", "from tests.experimental.spo.", text)
-    text = re.sub(r"\btrl-spo (spo|step-reward|evaluate|sample)\b", _command, text)
+    text = re.sub(r"\btrl-spo (spo|step-reward|evaluate|sample|label|data)\b", _command, text)
     text = text.replace("trl-spo[", "trl[").replace('"trl-spo"', '"trl"')
     # A path stays a path: `trl_spo/...`, and "trl_spo" beside a slash that joins paths.
     text = re.sub(rf"\btrl_spo/({'|'.join(FOLDERS)})/(\w+)", lambda m: f"{PACKAGE_PATH}/{FOLDERS[m[1]]}_{m[2]}", text)
@@ -258,7 +258,8 @@ def package_files() -> dict[str, str]:
         if name == "scripts/__init__.py":
             text = re.sub(r",? and the console command.*?starts\s+them", "", text, flags=re.DOTALL)
         files[f"{PACKAGE_PATH}/{flat_name(name)}"] = rewrite(text)
-    for path in sorted(source.glob("**/*.yaml")):  # configurations of accelerate
+    # Configurations of accelerate, and the page for labelling.
+    for path in sorted([*source.glob("**/*.yaml"), *source.glob("label_page/*")]):
         files[f"{PACKAGE_PATH}/{path.relative_to(source).as_posix()}"] = path.read_text(encoding="utf-8")
     return files
 

@@ -41,6 +41,8 @@ COMMANDS = {  # name -> (module, runs on several devices, what it does)
         "score images of a model, alone or against its base, with stated seeds and sampler",
     ),
     "sample": ("sample", False, "make images from prompts"),
+    "label": ("label", False, "say in the browser which of two images you like better"),
+    "data": ("data", False, "make a preference dataset of your own images, or look at one"),
     "demo": ("demo", False, "the whole method in a world of shapes, about five minutes on a CPU"),
 }
 
