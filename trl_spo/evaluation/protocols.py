@@ -95,10 +95,9 @@ class EvaluationProtocol:
         negative = f"negative prompt {self.negative_prompt!r}" if self.negative_prompt else "empty negative prompt"
         options = "".join(f"{name} {getattr(self, name):g}, " for name in OPTIONS if getattr(self, name))
         scheduler = self.scheduler or "the model's own scheduler"
-        steps = f" ({self.step_sampler})" if self.step_sampler not in (None, "ddim") and self.eta > 0 else ""
         return (
             f"Protocol `{self.name}`: {scheduler}, {self.num_inference_steps} steps, guidance scale "
-            f"{self.guidance_scale:g}, {options}eta {self.eta:g}{steps}, {negative}, {size}, image i from seed "
+            f"{self.guidance_scale:g}, {options}eta {self.eta:g}{self._kind_of_steps()}, {negative}, {size}, image i from seed "
             f"{self.seed} + i."
         )
 
@@ -106,8 +105,11 @@ class EvaluationProtocol:
         """For a heading."""
         return (
             f"{self.name}: {self.scheduler}, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}, eta "
-            f"{self.eta:g}"
+            f"{self.eta:g}{self._kind_of_steps()}"
         )
+
+    def _kind_of_steps(self) -> str:
+        return f" ({self.step_sampler})" if self.step_sampler not in (None, "ddim") and self.eta > 0 else ""
 
 
 def _flow_protocol(name: str, num_inference_steps: int, guidance_scale: float) -> EvaluationProtocol:

@@ -94,7 +94,7 @@ class EvaluationResult:
         names = sorted(self.subject, key=lambda name: ("model", "lora", "base", "prompts", name).index(name))
         lines = [f"- {name}: {_in_words(self.subject[name])}" for name in names]
         for name, what in self.metric_descriptions.items():
-            weights = self.metric_weights.get(name)
+            weights = {key: value for key, value in self.metric_weights.get(name, {}).items() if value not in what}
             lines.append(f"- metric `{name}`: {what}" + (f" ({_in_words(weights)})" if weights else ""))
         return "\n".join(lines)
 
@@ -147,7 +147,7 @@ class EvaluationResult:
             for i, prompt in enumerate(prompts):
                 captions.append("\n".join([*(f"{values[i]:.2f} {name}" for name, values in scores.items()), prompt]))
             pictures = [to_pil(image) for image in self.images]
-            return captioned_grid(pictures, captions, title=title, lines=2 + len(scores))
+            return captioned_grid(pictures, captions, title=title, lines=3 + len(scores))
         base_scores = {name: values[rows] for name, values in self.base_scores.items()}
         sides = ("base model", "model")
         return before_after_sheet(
