@@ -276,7 +276,9 @@ class SPOConfig(StepTrainingArguments):
     )
 
     # Parameters that control the data
-    dataset_name: str | None = _field(None, "File of prompts, folder or Hub id of a dataset, or a suite such as parti.")
+    dataset_name: str | None = _field(
+        None, "File of prompts, folder or Hub id of a dataset, or a suite such as parti."
+    )
     dataset_prompt_column: str | None = _field(None, "Column with the prompts.")
 
     # Parameters that control logging and evaluation
