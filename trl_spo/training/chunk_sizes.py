@@ -27,7 +27,12 @@ CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batc
 
 
 def choose_chunk_sizes(
-    args: SPOConfig, pipeline: SPOPipeline, reward: Reward, embeds: PromptEmbeds, free: int | None = None
+    args: SPOConfig,
+    pipeline: SPOPipeline,
+    reward: Reward | None,
+    embeds: PromptEmbeds,
+    free: int | None = None,
+    device_type: str | None = None,
 ) -> dict[str, int]:
     """
     The sizes that fit `memory_budget`; without one, about as many pixels as keep the device busy, and on CUDA no more than fit
@@ -35,9 +40,11 @@ def choose_chunk_sizes(
 
     Args:
         args ([`SPOConfig`]): settings of the run.
-        pipeline ([`SPOPipeline`]), reward ([`Reward`]): what runs in a rollout.
+        pipeline ([`SPOPipeline`]), reward ([`Reward`], *optional*): what runs in a rollout; of a reward that is not known the
+            decoder alone counts.
         embeds ([`PromptEmbeds`]): embeddings of the first prompts.
         free (`int`, *optional*): free bytes on the device; by default they are asked for.
+        device_type (`str`, *optional*): where the run would be, `"cpu"` or `"cuda"`; by default where it is.
 
     Returns:
         `dict[str, int]`: by the names in `CHUNK_SIZES`.
@@ -45,10 +52,11 @@ def choose_chunk_sizes(
     # Where memory is not a concern, use the sizes that keep the device busy.
     latent_shape = pipeline.latent_shape(args.height, args.width)
     pixels = scored_pixels(args, pipeline, latent_shape)
-    busy_denoiser, busy_decoder = busy_chunk_sizes(args.device.type, math.prod(latent_shape[1:]), pixels)
+    device_type = device_type or args.device.type
+    busy_denoiser, busy_decoder = busy_chunk_sizes(device_type, math.prod(latent_shape[1:]), pixels)
     free = free_bytes(args.device) if free is None else free
     if args.memory_budget is None and free is None:
-        reward_size = 16 if args.device.type == "cpu" else 32
+        reward_size = 16 if device_type == "cpu" else 32
         return dict(zip(CHUNK_SIZES, (busy_denoiser, busy_decoder, reward_size), strict=True))
 
     # Otherwise as many samples as fit the memory. Without a budget from the user, no more than are useful.

@@ -1,0 +1,180 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Settings that make a run fit a card. Every suggestion is predicted before it is made; those that cost no time come first.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from ..training.memory import GIB
+from ..training.memory_plan import NF4_BYTES
+from .forecast import Card, Forecast, Variant, uses_checkpointing
+
+
+NF4 = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}'
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    A change of settings.
+
+    Attributes:
+        options (`str`): as they are given on the command line.
+        costs (`str`): what it costs, in words.
+        apply (`Callable[[Variant], Variant]`): the run with it.
+    """
+
+    options: str
+    costs: str
+    apply: Callable[[Variant], Variant]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """
+    Changes that make a run fit.
+
+    Attributes:
+        options (`str`): as they are given on the command line.
+        costs (`str`): what they cost, in words.
+        forecast ([`Forecast`]): with them.
+    """
+
+    options: str
+    costs: str
+    forecast: Forecast
+
+    @property
+    def peak_gib(self) -> float:
+        return self.forecast.peak / GIB
+
+
+def find_remedies(
+    forecast: Callable[[Variant], Forecast], variant: Variant, card: Card, denoiser_name: str
+) -> list[Remedy]:
+    """
+    Changes after which a run fits a card, the ones that cost least time first.
+
+    Args:
+        forecast (`Callable[[Variant], Forecast]`): predicts a run on the card.
+        variant ([`Variant`]): the run, which does not fit.
+        card ([`Card`])
+        denoiser_name (`str`): of the network whose weights may be quantised.
+
+    Returns:
+        `list[Remedy]`: each single change that is enough; otherwise the shortest chain of them that is. Empty, if all
+        together are not enough.
+    """
+    alone = []
+    for change in possible_changes(variant, denoiser_name):
+        predicted = forecast(change.apply(variant))
+        if predicted.fits(card):
+            alone.append(Remedy(change.options, change.costs, predicted))
+    if alone:
+        return alone
+
+    # None is enough alone: add one after the other, then leave out what turned out not to be needed.
+    chain: list[Change] = []
+    for change in possible_changes(variant, denoiser_name):
+        previous = [old for old in chain if old.options.split()[0] != change.options.split()[0]]
+        if forecast(_all(previous + [change], variant)).peak < forecast(_all(chain, variant)).peak:
+            chain = previous + [change]
+        if forecast(_all(chain, variant)).fits(card):
+            break
+    else:
+        return []
+    for change in list(chain):
+        shorter = [other for other in chain if other is not change]
+        if forecast(_all(shorter, variant)).fits(card):
+            chain = shorter
+    options = " ".join(change.options for change in chain)
+    costs = "; ".join(change.costs for change in chain)
+    return [Remedy(options, costs, forecast(_all(chain, variant)))]
+
+
+def _all(changes: list[Change], variant: Variant) -> Variant:
+    for change in changes:
+        variant = change.apply(variant)
+    return variant
+
+
+def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
+    """Changes that can be made to a run, the ones that cost least time first."""
+    config = variant.config
+    if getattr(config, "offload_text_encoders", None) is False:
+        yield Change(
+            "--offload_text_encoders true",
+            "text encoders travel to the device for each rollout with new prompts",
+            lambda run: run.changed(offload_text_encoders=True),
+        )
+    yield from _smaller_batches(config)
+    if not (config.bf16 or config.fp16):
+        yield Change("--bf16 true", "half precision: faster, not exact", lambda run: run.changed(bf16=True))
+    if variant.dtype == torch.float32:
+        yield Change(
+            "--dtype bfloat16 --bf16 true",
+            "frozen weights in half precision: faster, not exact",
+            lambda run: run.changed(dtype=torch.bfloat16, bf16=True, fp16=False),
+        )
+    if getattr(config, "reward_dtype", "") is None:
+        yield Change(
+            "--reward_dtype bfloat16",
+            "rewards in half precision",
+            lambda run: run.changed(reward_dtype="bfloat16"),
+        )
+    if not uses_checkpointing(config):
+        name = checkpointing_field(config)
+        yield Change(
+            f"--{name} true",
+            "one more forward pass per pair",
+            lambda run: run.changed(**{name: True}),
+        )
+    if config.per_device_train_batch_size > 1:
+        yield _batch(config, 1)
+    if variant.weight_bytes is None and getattr(config, "use_peft", False):
+        quantization = f'{{"torch_dtype": "bfloat16", "quantization_config": {{"{denoiser_name}": {NF4}}}}}'
+        yield Change(
+            f"--model_init_kwargs '{quantization}'",
+            "needs bitsandbytes; layers are unpacked at each call",
+            lambda run: run.changed(weight_bytes=NF4_BYTES),
+        )
+
+
+def checkpointing_field(config: Any) -> str:
+    """The name of the setting in this version of transformers."""
+    names = {field.name for field in fields(config)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
+def _smaller_batches(config: Any) -> Iterator[Change]:
+    """Halves, down to two pairs, with as many pairs per update: the same training in more calls."""
+    size = config.per_device_train_batch_size
+    while size % 2 == 0 and size > 2:
+        size //= 2
+        yield _batch(config, size)
+
+
+def _batch(config: Any, size: int) -> Change:
+    accumulation = config.gradient_accumulation_steps * config.per_device_train_batch_size // size
+    return Change(
+        f"--per_device_train_batch_size {size} --gradient_accumulation_steps {accumulation}",
+        "the same pairs per update in smaller calls",
+        lambda run: run.changed(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation),
+    )
