@@ -78,14 +78,14 @@ def card_here(device: torch.device) -> Card:
     return Card("the memory of this machine", memory.available, memory.total, device_type="cpu")
 
 
-def check_devices(device: torch.device, planned: bool, config: Any = None) -> list[Finding]:
+def check_devices(config: Any, planned: bool, on_cpu: bool) -> list[Finding]:
     """
     The devices of this machine.
 
     Args:
-        device (`torch.device`): where the run would be.
-        planned (`bool`): whether it is planned for a card elsewhere, so that this machine need not be able to run it.
-        config (*optional*): of a training; its precision must suit the device.
+        config (*optional*): of a training, if it is one; its precision must suit the device.
+        planned (`bool`): whether the run is planned for a card elsewhere, so that this machine need not be able to run it.
+        on_cpu (`bool`): whether it would be on the CPU because there is nothing else.
     """
     findings = []
     for index in range(torch.cuda.device_count()):
@@ -97,18 +97,17 @@ def check_devices(device: torch.device, planned: bool, config: Any = None) -> li
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text = f"{cores} cores, {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     findings.append(Finding(SECTION, NOTE, "CPU", text))
-    if device.type == "cpu" and not planned:
-        findings += _on_the_cpu(config)
-    return findings
+    return findings if planned or not on_cpu else [*findings, *_on_the_cpu(config)]
 
 
 def _on_the_cpu(config: Any) -> list[Finding]:
-    if config is not None and config.fp16:
-        text = "`fp16` needs a GPU, and this run would be on the CPU: set `bf16` instead, or neither of them."
-        return [Finding(SECTION, PROBLEM, "precision", text)]
-    if torch.cuda.is_available() or (config is not None and config.use_cpu):
-        return []
-    text = "there is none that PyTorch can use, so the run would be on the CPU. To plan for a card elsewhere: --card_memory."
+    """What it means that there is no GPU."""
+    for name in ("fp16", "bf16"):
+        if getattr(config, name, False):
+            text = f"`{name}` needs a GPU, and PyTorch finds none here. For a run on the CPU: `--{name} false`"
+            text += " or `--use_cpu`." if name == "bf16" else "."
+            return [Finding(SECTION, PROBLEM, "precision", f"{text} To plan for a card elsewhere: --card_memory.")]
+    text = "there is none that PyTorch can use: the run would be on the CPU. To plan for a card elsewhere: --card_memory."
     return [Finding(SECTION, WARNING, "GPU", text)]
 
 

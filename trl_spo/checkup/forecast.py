@@ -29,8 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..pipelines.base import SPOPipeline
 from ..rewards.base import wrap_reward
 from ..spo_config import SPOConfig
-from ..training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes
-from ..training.memory import GIB, denoiser_bytes, module_bytes, peak_activation_bytes, scoring_bytes
+from ..pipelines.conditioning import PromptEmbeds
+from ..training.chunk_sizes import CHUNK_SIZES, ChunkLimits, chunk_limits
+from ..training.memory import GIB, denoiser_bytes, module_bytes, peak_activation_bytes, power_of_two_below, samples_within, scoring_bytes
 from ..training.memory_plan import (
     autocast_of,
     frozen_bytes,
@@ -160,19 +161,107 @@ def optimizer_share(config: Any) -> float:
 
 
 @dataclass
-class _Networks:
-    """The networks of one precision, on fake tensors."""
+class Networks:
+    """
+    The networks of one precision on fake tensors, and what is known of their memory by now.
+
+    Attributes:
+        pipeline ([`SPOPipeline`]), trained (`torch.nn.Module`), reward (`torch.nn.Module`, *optional*): as the run prepares
+            them.
+        fake_mode (`FakeTensorMode`): of their weights.
+    """
 
     pipeline: SPOPipeline
     trained: torch.nn.Module
     reward: torch.nn.Module | None
     fake_mode: FakeTensorMode
-    steps: dict = field(default_factory=dict)  # (checkpointing, pairs) -> bytes of a training step
+    known: dict[tuple, int] = field(default_factory=dict)
 
     def modules(self) -> list[torch.nn.Module]:
+        """All networks, also those that the pipeline holds."""
         pipeline = self.pipeline
         found = [pipeline.denoiser, pipeline._frozen_copy, *pipeline.frozen_modules().values(), self.reward]
         return [module for module in found if module is not None]
+
+    def _once(self, key: tuple, predict: Callable[[], int]) -> int:
+        """A prediction takes a second of a large model: each is made once."""
+        key = (*key, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        if key not in self.known:
+            self.known[key] = predict()
+        return self.known[key]
+
+    def embeds(self, count: int) -> PromptEmbeds:
+        """Embeddings of so many prompts."""
+        return embeds_of(text_shape(self.pipeline), self.pipeline.compute_dtype)(count)
+
+    def denoiser_bytes(self, config: SPOConfig, samples: int) -> int:
+        """Bytes of one call of the denoiser in a rollout."""
+
+        def predict():
+            pipeline = self.pipeline
+            shape = pipeline.latent_shape(config.height, config.width)
+            pipeline.set_timesteps(config.num_inference_steps, shape)
+            with self.fake_mode:
+                embeds = self.embeds(1)
+            options = {"device": torch.device("cpu"), "fake_mode": self.fake_mode}
+            return denoiser_bytes(pipeline, embeds, shape, config.guidance_scale, samples, **options)
+
+        return self._once(("denoiser", config.height, config.width, config.guidance_scale, samples), predict)
+
+    def scoring_bytes(self, config: SPOConfig, samples: int) -> int:
+        """Bytes of decoding and judging so many samples at once."""
+
+        def predict():
+            reward = None if self.reward is None else wrap_reward(self.reward)
+            shape = self.pipeline.latent_shape(config.height, config.width)
+            options = {"device": torch.device("cpu"), "fake_mode": self.fake_mode}
+            return scoring_bytes(
+                self.pipeline, reward, shape, samples, image_size=config.scoring_image_size, **options
+            )
+
+        return self._once(("scoring", config.height, config.width, config.scoring_image_size, samples), predict)
+
+    def _warm_up(self, timestep: int) -> None:
+        """Step rules keep tables of their schedule, which need values: they are made here, before there are none."""
+        origin = torch.zeros(1, 1, 1, 1)
+        self.pipeline.step_distribution(origin, torch.tensor([timestep]), origin, 1.0)
+
+    def step_bytes(self, config: SPOConfig, pairs: int) -> int:
+        """Bytes of a training step of so many pairs."""
+        checkpointing = uses_checkpointing(config)
+
+        def predict():
+            pipeline = self.pipeline
+            shape = pipeline.latent_shape(config.height, config.width)
+            schedule = pipeline.set_timesteps(config.num_inference_steps, shape)
+            timestep = schedule[len(schedule) // 2]
+            self._warm_up(timestep)
+            set_checkpointing(pipeline, self.trained, checkpointing)
+            step = spo_training_step(
+                pipeline,
+                self.trained,
+                self.embeds,
+                pairs,
+                num_samples=pairs * (2 if config.num_inner_steps > 1 else 1),  # an x_t for each transition, at worst
+                guidance_scale=config.guidance_scale if config.train_cfg else pipeline.unguided_scale,
+                latent_shape=shape,
+                latent_dtype=pipeline.latent_dtype,
+                timestep=timestep,
+            )
+            return peak_activation_bytes(step, fake_mode=self.fake_mode)
+
+        return self._once(("step", config.height, config.width, checkpointing, pairs), predict)
+
+
+def _largest(bytes_of_batch: Callable[[int], int], limits: ChunkLimits) -> int:
+    """The largest size within limits; where the run rounds it to a power of two, these alone are tried."""
+    budget = limits.budget_gib * GIB
+    if not limits.rounds:
+        return samples_within(bytes_of_batch, budget, limits.largest)
+    size = power_of_two_below(limits.largest)
+    while size > 1 and bytes_of_batch(size) > budget:
+        size //= 2
+    return size
 
 
 class SPOForecaster:
@@ -198,9 +287,9 @@ class SPOForecaster:
         self.make_reward = make_reward
         self.peft_config = peft_config
         self.world_size = world_size
-        self._networks: dict[tuple, _Networks] = {}
+        self._networks: dict[tuple, Networks] = {}
 
-    def networks(self, variant: Variant) -> _Networks:
+    def networks(self, variant: Variant) -> Networks:
         """The networks as the run prepares them."""
         config = variant.config
         key = (variant.dtype, config.reward_dtype, config.use_peft)
@@ -211,11 +300,11 @@ class SPOForecaster:
                 wrap_reward(reward).prepare("meta", config.reward_dtype and getattr(torch, config.reward_dtype))
             with torch.device("meta"):
                 trained = pipeline.prepare_for_training(self.peft_config(pipeline), config.use_peft)
-            networks = _Networks(pipeline, trained, reward, FakeTensorMode(allow_non_fake_inputs=True))
-            make_fake(networks.fake_mode, *networks.modules())
-            give_gradients(trained, networks.fake_mode)
             pipeline.configure(guidance_rescale=config.guidance_rescale, clip_skip=config.clip_skip)
             pipeline.step_rule.set_sampler(config.sampler)
+            networks = Networks(pipeline, trained, reward, FakeTensorMode(allow_non_fake_inputs=True))
+            make_fake(networks.fake_mode, *networks.modules())
+            give_gradients(trained, networks.fake_mode)
             self._networks[key] = networks
         return self._networks[key]
 
@@ -265,28 +354,25 @@ class SPOForecaster:
         loaded = sum(size for name, size in resident.items() if name not in later)
         return max(0, min(card.total - CONTEXT_BYTES, int(card.usable / (1 - RESERVE))) - loaded)
 
-    def _rollout(self, config: SPOConfig, networks: _Networks, free: int | None, card: Card | None) -> list[Phase]:
-        pipeline, fake_mode = networks.pipeline, networks.fake_mode
-        reward = None if networks.reward is None else wrap_reward(networks.reward)
+    def _rollout(self, config: SPOConfig, networks: Networks, free: int | None, card: Card | None) -> list[Phase]:
+        """Both phases of a rollout, at the sizes that the run would choose."""
+        pipeline = networks.pipeline
         shape = pipeline.latent_shape(config.height, config.width)
-        pipeline.set_timesteps(config.num_inference_steps, shape)
-        with fake_mode:
-            embeds = embeds_of(text_shape(pipeline), pipeline.compute_dtype)(1)
+        most = config.num_candidates * config.per_device_rollout_batch_size
+        denoiser_of = functools.partial(networks.denoiser_bytes, config)
+        scoring_of = functools.partial(networks.scoring_bytes, config)
         sizes = {name: getattr(config, name) for name in CHUNK_SIZES}
         if not all(sizes.values()):
-            kind = "cpu" if card is None else card.device_type
-            chosen = choose_chunk_sizes(config, pipeline, reward, embeds, free, kind)
+            limits = chunk_limits(config, pipeline, "cpu" if card is None else card.device_type, free)
+            chosen = limits.busy
+            if limits.budget_gib is not None:
+                chosen = limits.sizes(*(_largest(phase, limits) for phase in (denoiser_of, scoring_of)))
             sizes = {name: size or chosen[name] for name, size in sizes.items()}
-        largest = config.num_candidates * config.per_device_rollout_batch_size
-        denoiser, decoder, _ = (min(size, largest) for size in sizes.values())
-        options = {"device": torch.device("cpu"), "fake_mode": fake_mode}
-        predicted = denoiser_bytes(pipeline, embeds, shape, config.guidance_scale, denoiser, **options)
-        options["image_size"] = config.scoring_image_size
-        scored = scoring_bytes(pipeline, reward, shape, decoder, **options)
+        denoiser, decoder, _ = (min(size, most) for size in sizes.values())
         kept = self._candidates(config, pipeline, shape)
         return [
-            Phase(f"rollout, {pipeline.denoiser_name}", predicted + kept, denoiser, "latents"),
-            Phase("rollout, decode and reward", scored + kept, decoder, "images"),
+            Phase(f"rollout, {pipeline.denoiser_name}", denoiser_of(denoiser) + kept, denoiser, "latents"),
+            Phase("rollout, decode and reward model", scoring_of(decoder) + kept, decoder, "images"),
         ]
 
     @staticmethod
@@ -296,28 +382,7 @@ class SPOForecaster:
         count = config.per_device_rollout_batch_size * config.num_candidates * branching
         return 2 * 4 * count * functools.reduce(lambda a, b: a * b, shape)
 
-    def _training_step(self, config: SPOConfig, networks: _Networks) -> Phase:
+    def _training_step(self, config: SPOConfig, networks: Networks) -> Phase:
         pairs = config.per_device_train_batch_size
-        key = (uses_checkpointing(config), pairs)
-        if key not in networks.steps:
-            networks.steps[key] = self._step_bytes(config, networks, pairs)
-        name = "training step" + (", checkpointing" if key[0] else "")
-        return Phase(name, networks.steps[key], pairs, "pairs")
-
-    def _step_bytes(self, config: SPOConfig, networks: _Networks, pairs: int) -> int:
-        pipeline = networks.pipeline
-        shape = pipeline.latent_shape(config.height, config.width)
-        schedule = pipeline.set_timesteps(config.num_inference_steps, shape)
-        set_checkpointing(pipeline, networks.trained, uses_checkpointing(config))
-        step = spo_training_step(
-            pipeline,
-            networks.trained,
-            embeds_of(text_shape(pipeline), pipeline.compute_dtype),
-            pairs,
-            num_samples=pairs * (2 if config.num_inner_steps > 1 else 1),  # an x_t for each transition, at worst
-            guidance_scale=config.guidance_scale if config.train_cfg else pipeline.unguided_scale,
-            latent_shape=shape,
-            latent_dtype=pipeline.latent_dtype,
-            timestep=schedule[len(schedule) // 2],
-        )
-        return peak_activation_bytes(step, fake_mode=networks.fake_mode)
+        name = "training step" + (", checkpointing" if uses_checkpointing(config) else "")
+        return Phase(name, networks.step_bytes(config, pairs), pairs, "pairs")

@@ -17,6 +17,7 @@ The networks of a run without their weights: built from configurations on the me
 memory. Configurations come from a folder or the Hub; those of well-known models are in `checkup.published`, too.
 """
 
+import copy
 import json
 import logging
 import os
@@ -128,7 +129,7 @@ def build(component: Component) -> Any:
     cls = class_named(name)
     if hasattr(cls, "from_config") and hasattr(cls, "load_config"):  # of diffusers
         return cls.from_config(settings)
-    return cls(cls.config_class(**settings))
+    return cls(cls.config_class(**copy.deepcopy(settings)))  # transformers writes into nested settings
 
 
 def read_model(source: str, online: bool = True, revision: str | None = None) -> tuple[PublishedModel, str]:
@@ -203,7 +204,11 @@ def pipeline_on_paper(model: PublishedModel, dtype: torch.dtype) -> SPOPipeline:
             pipeline = class_named(model.pipeline)(**{**model.settings, **components, **_without_checker(checker)})
             if checker is not None:
                 pipeline.register_modules(safety_checker=checker)
-            return wrap_pipeline(pipeline)
+            wrapped = wrap_pipeline(pipeline)
+        # A schedule has values, also where networks have none.
+        rule = wrapped.step_rule
+        wrapped.step_rule = type(rule)(type(rule.scheduler).from_config(rule.scheduler.config))
+        return wrapped
     finally:
         transformers.utils.logging.set_verbosity(level)
 
@@ -240,7 +245,7 @@ def clip_on_paper(source: str, online: bool = True) -> tuple[torch.nn.Module, st
         note = f"shapes of {source} as published"
     if config is None:
         raise NoConfiguration(f"the configuration of {source!r} is not within reach")
-    settings = {name: config.get(name) for name in CLIP_VIT_H if config.get(name) is not None}
+    settings = {name: copy.deepcopy(config[name]) for name in CLIP_VIT_H if config.get(name) is not None}
     return _step_aware(StepAwareRewardModelConfig(CLIPConfig(**settings))), note
 
 

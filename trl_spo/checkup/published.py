@@ -237,8 +237,9 @@ PUBLISHED = {  # Hub id, in small letters -> what is there
     "qwen/qwen-image": QWEN_IMAGE,
 }
 
+_SDXL_VAE = STABLE_DIFFUSION_XL.components["vae"][1]
 PUBLISHED_VAES: dict[str, Component] = {
-    "madebyollin/sdxl-vae-fp16-fix": STABLE_DIFFUSION_XL.components["vae"],
+    "madebyollin/sdxl-vae-fp16-fix": ("AutoencoderKL", {**_SDXL_VAE, "force_upcast": False}),
 }
 
 # CLIP ViT-H/14, which PickScore and the released step-aware reward models are.

@@ -39,11 +39,24 @@ class Change:
         options (`str`): as they are given on the command line.
         costs (`str`): what it costs, in words.
         apply (`Callable[[Variant], Variant]`): the run with it.
+        frees (`str`, *optional*): what of the weights it makes smaller, if it changes nothing else.
     """
 
     options: str
     costs: str
     apply: Callable[[Variant], Variant]
+    frees: str | None = None
+
+    def saves_at_most(self, found: Forecast) -> int:
+        """Bytes of the peak that it can save, from above."""
+        if self.frees is None or self.frees in found.highest.name:
+            return found.peak
+        return found.resident.get(self.frees, 0)
+
+    @property
+    def name(self) -> str:
+        """The option that is changed; of two that change the same, the later one counts."""
+        return self.options.split()[0]
 
 
 @dataclass(frozen=True)
@@ -82,31 +95,46 @@ def find_remedies(
         `list[Remedy]`: each single change that is enough; otherwise the shortest chain of them that is. Empty, if all
         together are not enough.
     """
+    def predicted(changes: list[Change]) -> Forecast | None:
+        try:
+            return forecast(_all(changes, variant))
+        except Exception:  # a combination that cannot be followed is not suggested
+            return None
+
+    # Single changes that are enough.
     alone = []
-    for change in possible_changes(variant, denoiser_name):
-        predicted = forecast(change.apply(variant))
-        if predicted.fits(card):
-            alone.append(Remedy(change.options, change.costs, predicted))
+    before = forecast(variant)
+    changes = list(possible_changes(variant, denoiser_name))
+    for change in changes:
+        if before.peak - change.saves_at_most(before) > card.usable:
+            continue
+        if any(remedy.options.split()[0] == change.name for remedy in alone):
+            continue  # a smaller change of the same setting is enough
+        found = predicted([change])
+        if found is not None and found.fits(card):
+            alone.append(Remedy(change.options, change.costs, found))
     if alone:
         return alone
 
     # None is enough alone: add one after the other, then leave out what turned out not to be needed.
     chain: list[Change] = []
-    for change in possible_changes(variant, denoiser_name):
-        previous = [old for old in chain if old.options.split()[0] != change.options.split()[0]]
-        if forecast(_all(previous + [change], variant)).peak < forecast(_all(chain, variant)).peak:
-            chain = previous + [change]
-        if forecast(_all(chain, variant)).fits(card):
+    found = before
+    for change in changes:
+        longer = [old for old in chain if old.name != change.name] + [change]
+        with_it = predicted(longer)
+        if with_it is not None and with_it.peak < found.peak:
+            chain, found = longer, with_it
+        if found.fits(card):
             break
-    else:
+    if not found.fits(card):
         return []
     for change in list(chain):
         shorter = [other for other in chain if other is not change]
-        if forecast(_all(shorter, variant)).fits(card):
-            chain = shorter
+        without = predicted(shorter)
+        if without is not None and without.fits(card):
+            chain, found = shorter, without
     options = " ".join(change.options for change in chain)
-    costs = "; ".join(change.costs for change in chain)
-    return [Remedy(options, costs, forecast(_all(chain, variant)))]
+    return [Remedy(options, "; ".join(change.costs for change in chain), found)]
 
 
 def _all(changes: list[Change], variant: Variant) -> Variant:
@@ -123,6 +151,7 @@ def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
             "--offload_text_encoders true",
             "text encoders travel to the device for each rollout with new prompts",
             lambda run: run.changed(offload_text_encoders=True),
+            frees="text encoders",
         )
     yield from _smaller_batches(config)
     if not (config.bf16 or config.fp16):
@@ -134,10 +163,12 @@ def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
             lambda run: run.changed(dtype=torch.bfloat16, bf16=True, fp16=False),
         )
     if getattr(config, "reward_dtype", "") is None:
+        half = "float16" if config.fp16 else "bfloat16"  # autocast refuses two kinds of half precision
         yield Change(
-            "--reward_dtype bfloat16",
+            f"--reward_dtype {half}",
             "rewards in half precision",
-            lambda run: run.changed(reward_dtype="bfloat16"),
+            lambda run: run.changed(reward_dtype=half),
+            frees="reward model",
         )
     if not uses_checkpointing(config):
         name = checkpointing_field(config)

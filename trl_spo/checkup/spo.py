@@ -29,9 +29,9 @@ from ..training.spo_checks import check_sharding, choose_best_metric
 from . import names
 from .data import check_prompts
 from .environment import card_here, check_devices, check_disk, check_trackers, check_versions
-from .forecast import Card, Forecast, SPOForecaster, Variant
+from .forecast import Card, Forecast, Networks, SPOForecaster, Variant
 from .hub import Hub
-from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, read_model, read_vae, reward_on_paper, text_shape
+from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, read_model, read_vae, reward_on_paper
 from .output import bytes_to_write, check_output
 from .rates import MEASURED, matrix_tflops
 from .remedies import find_remedies
@@ -52,11 +52,13 @@ class Circumstances:
     Attributes:
         card_memory (`float`, *optional*): GiB of a card elsewhere; `None` for this machine.
         world_size (`int`): processes of the run.
+        on_cpu (`bool`): whether there is no GPU here and `use_cpu` was set for that reason alone.
         hub ([`Hub`]): asked about repositories.
     """
 
     card_memory: float | None = None
     world_size: int = 1
+    on_cpu: bool = False
     hub: Hub = field(default_factory=Hub)
 
     @property
@@ -115,7 +117,7 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
     """
     report = Report("trl-spo spo")
     report.extend(check_versions())
-    report.extend(check_devices(config.device, where.planned, config))
+    report.extend(check_devices(config, where.planned, where.on_cpu))
     report.extend(check_trackers(config))
 
     # What the arguments name, and the prompts that can be read here.
@@ -180,11 +182,11 @@ def _check_networks(report: Report, model: PublishedModel, note: str, arguments:
         with torch.device("meta"):
             adapter = model_args.peft_config(pipeline) if config.use_peft else None
             trained = pipeline.prepare_for_training(adapter, config.use_peft)
-    except Exception as error:  # of diffusers, peft or this package: what the run would say, too
+    except (ImportError, TypeError, ValueError) as error:  # what the run would say, too
         report.add(SETTINGS, PROBLEM, "model", str(error).strip().splitlines()[0])
         return
     report.add(SETTINGS, OK, "trained", describe_trained(pipeline, adapter))
-    reward, reward_note = _reward(report, reward_args, pipeline, where)
+    _, reward_note = _reward(report, reward_args, pipeline, where)
 
     # What will be written, from the number of steps.
     works = plan_work(config, _settings(pipeline, config), pipeline, num_prompts or 0, where.world_size)
@@ -203,7 +205,7 @@ def _check_networks(report: Report, model: PublishedModel, note: str, arguments:
     report_memory(report, forecaster.forecast, variant, card, pipeline.denoiser_name)
     if num_prompts or config.max_steps > 0:
         report_work(report, works, num_prompts, config)
-        report_time(report, works, (pipeline, trained, reward, config, dtype), where)
+        report_time(report, works, forecaster.networks(variant), config, where)
 
 
 def _check_pipeline(report: Report, pipeline: SPOPipeline, config) -> None:
@@ -303,11 +305,10 @@ def report_work(report: Report, works: list[Work], num_prompts: int | None, conf
     report.numbers["work"] = [vars(work) for work in works]
 
 
-def report_time(report: Report, works: list[Work], networks: tuple, where: Circumstances) -> None:
+def report_time(report: Report, works: list[Work], networks: Networks, config, where: Circumstances) -> None:
     """Hours, from counted arithmetic and measured rates."""
-    pipeline, trained, reward, config, dtype = networks
     try:
-        costs = network_tflop(pipeline, trained, reward, config, text_shape(pipeline), dtype)
+        costs = network_tflop(networks, config)
     except Exception as error:  # a network that cannot be followed without values
         report.add(WORK, WARNING, "time", f"could not be predicted ({type(error).__name__})")
         return

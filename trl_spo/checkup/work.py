@@ -27,7 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..branch_plan import BranchPlan, plan_branches
 from ..pipelines.base import SPOPipeline
 from ..rollout_settings import RolloutSettings
-from .networks import TextShape, embeds_of
+from ..training.memory import without_values
+from ..training.memory_plan import autocast_of
+from .forecast import Networks, autocast_dtype
 from .rates import MEASURED, rate_of
 
 
@@ -127,40 +129,44 @@ def plan_work(config, settings: RolloutSettings, pipeline: SPOPipeline, num_prom
     return found
 
 
-def network_tflop(
-    pipeline: SPOPipeline, trained: torch.nn.Module, reward, config, text: TextShape, dtype: torch.dtype
-) -> dict[str, float]:
+def network_tflop(networks: Networks, config) -> dict[str, float]:
     """
-    Arithmetic of one sample through each network, all on the meta device.
+    Arithmetic of one sample through each network.
+
+    Args:
+        networks ([`Networks`]): on fake tensors.
+        config ([`SPOConfig`]): size of the images and guidance.
 
     Returns:
         `dict[str, float]`: TFLOP of `unet` (a guided prediction), `training` (reference forward, policy forward and backward
         of one), `decode`, and, where the reward judges images, `reward_image`.
     """
+    pipeline, reward = networks.pipeline, networks.reward
     shape = pipeline.latent_shape(config.height, config.width)
     schedule = pipeline.set_timesteps(config.num_inference_steps, shape)
-    embeds = embeds_of(text, dtype, "meta")(1)
-    latents = torch.zeros(1, *shape, dtype=pipeline.latent_dtype, device="meta")
     timestep = schedule[len(schedule) // 2]
-    policy_scale = config.guidance_scale if getattr(config, "train_cfg", True) else pipeline.unguided_scale
+    policy_scale = config.guidance_scale if config.train_cfg else pipeline.unguided_scale
+    with without_values(networks.fake_mode):
+        embeds = networks.embeds(1)
+        latents = torch.zeros(1, *shape, dtype=pipeline.latent_dtype)
 
-    def training():
-        with torch.no_grad(), pipeline.reference() as reference:
-            pipeline.predict(latents, timestep, embeds, policy_scale, reference)
-        pipeline.predict(latents, timestep, embeds, policy_scale, trained).sum().backward()
+        def training():
+            with torch.no_grad(), pipeline.reference() as reference:
+                pipeline.predict(latents, timestep, embeds, policy_scale, reference)
+            pipeline.predict(latents, timestep, embeds, policy_scale, networks.trained).sum().backward()
 
-    with torch.no_grad():
-        costs = {
-            "unet": count_tflop(lambda: pipeline.predict(latents, timestep, embeds, config.guidance_scale)),
-            "decode": count_tflop(lambda: pipeline.decode_for_scoring(latents, config.scoring_image_size)),
-        }
-        if getattr(reward, "scores", None) == "images":
-            size = reward.config.clip_config.vision_config.image_size
-            pixels = torch.zeros(1, 3, size, size, device="meta", dtype=reward.dtype)
-            zero = torch.zeros(1, dtype=torch.long, device="meta")
-            costs["reward_image"] = count_tflop(lambda: reward.get_image_features(pixels, zero))
-    with torch.autocast("cpu", torch.bfloat16):
-        costs["training"] = count_tflop(training)
+        with torch.no_grad():
+            costs = {
+                "unet": count_tflop(lambda: pipeline.predict(latents, timestep, embeds, config.guidance_scale)),
+                "decode": count_tflop(lambda: pipeline.decode_for_scoring(latents, config.scoring_image_size)),
+            }
+            if getattr(reward, "scores", None) == "images":
+                size = reward.config.clip_config.vision_config.image_size
+                pixels = torch.zeros(1, 3, size, size, dtype=reward.dtype)
+                zero = torch.zeros(1, dtype=torch.long)
+                costs["reward_image"] = count_tflop(lambda: reward.get_image_features(pixels, zero))
+        with autocast_of(autocast_dtype(config), like_cuda=False):
+            costs["training"] = count_tflop(training)
     return costs
 
 

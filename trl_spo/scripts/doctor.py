@@ -37,14 +37,14 @@ USAGE = """usage: trl-spo doctor COMMAND [--config FILE.yaml] [arguments of COMM
 COMMAND is spo, step-reward, evaluate or sample. Its arguments are those of the run.
 
   --card_memory GIB   plan for a card with so much memory, on another machine
-  --report FILE       write all that was found as JSON"""
+  --json FILE         write all that was found as JSON"""
 
 
 def split_own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of the doctor, and those of the command that it looks at."""
     parser = argparse.ArgumentParser(prog="trl-spo doctor", add_help=False, allow_abbrev=False)
     parser.add_argument("--card_memory", type=float)
-    parser.add_argument("--report")
+    parser.add_argument("--json")
     own, rest = parser.parse_known_args(arguments)
     if own.card_memory is not None and not 0 < own.card_memory < float("inf"):
         parser.error(f"--card_memory must be above 0 GiB, got {own.card_memory:g}")
@@ -81,14 +81,19 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
     """
     own, arguments = split_own_arguments(arguments)
     with one_line_errors(parser.prog, debug=asks_for_tracebacks(arguments)):
-        parsed = parser.parse_args_and_config(arguments)
+        import torch
+
+        # `TrainingArguments` refuse the precision of another machine, unless they are told of the CPU.
+        has_option = "--use_cpu" in parser._option_string_actions
+        on_cpu = not torch.cuda.is_available() and "--use_cpu" not in split_values(arguments)
+        parsed = parser.parse_args_and_config([*arguments, *(["--use_cpu"] if on_cpu and has_option else [])])
         from ..checkup import run
 
-        where = run.Circumstances(own.card_memory, number_of_processes(list(launch), resolve))
+        where = run.Circumstances(own.card_memory, number_of_processes(list(launch), resolve), on_cpu)
         report = run.CHECKS[command](*parsed, where)
     print(report.text())
-    if own.report:
-        report.write(own.report)
+    if own.json:
+        report.write(own.json)
     return report.exit_status
 
 
