@@ -182,4 +182,6 @@ def check_pictures(option: str, dataset: Any, config: Any) -> list[Finding]:
     if bad:
         text = f"{len(bad)} images of a sample cannot be read and will be skipped; the first: row {bad[0].index}, {bad[0].error}"
         return [Finding(SECTION, WARNING, option, text)]
-    return [Finding(SECTION, OK, option, f"a sample of {min(CHECKED_IMAGES, len(dataset))} pairs of images can be read")]
+    return [
+        Finding(SECTION, OK, option, f"a sample of {min(CHECKED_IMAGES, len(dataset))} pairs of images can be read")
+    ]

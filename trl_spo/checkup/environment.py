@@ -107,7 +107,9 @@ def _on_the_cpu(config: Any) -> list[Finding]:
             text = f"`{name}` needs a GPU, and PyTorch finds none here. For a run on the CPU: `--{name} false`"
             text += " or `--use_cpu`." if name == "bf16" else "."
             return [Finding(SECTION, PROBLEM, "precision", f"{text} To plan for a card elsewhere: --card_memory.")]
-    text = "there is none that PyTorch can use: the run would be on the CPU. To plan for a card elsewhere: --card_memory."
+    text = (
+        "there is none that PyTorch can use: the run would be on the CPU. To plan for a card elsewhere: --card_memory."
+    )
     return [Finding(SECTION, WARNING, "GPU", text)]
 
 

@@ -27,11 +27,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..pipelines.base import SPOPipeline
+from ..pipelines.conditioning import PromptEmbeds
 from ..rewards.base import wrap_reward
 from ..spo_config import SPOConfig
-from ..pipelines.conditioning import PromptEmbeds
 from ..training.chunk_sizes import CHUNK_SIZES, ChunkLimits, chunk_limits
-from ..training.memory import GIB, denoiser_bytes, module_bytes, peak_activation_bytes, power_of_two_below, samples_within, scoring_bytes
+from ..training.memory import (
+    GIB,
+    denoiser_bytes,
+    module_bytes,
+    peak_activation_bytes,
+    power_of_two_below,
+    samples_within,
+    scoring_bytes,
+)
 from ..training.memory_plan import (
     autocast_of,
     frozen_bytes,

@@ -132,7 +132,9 @@ class Hub:
             return Finding(SECTION, PROBLEM, name.option, text)
         except Exception as error:  # the connection broke
             mark = OK if cached else WARNING
-            text = f"{what}: the Hub gave no answer ({type(error).__name__})" + (", but it is cached" if cached else "")
+            text = f"{what}: the Hub gave no answer ({type(error).__name__})" + (
+                ", but it is cached" if cached else ""
+            )
             return Finding(SECTION, mark, name.option, text)
         return self._found(name, info, cached)
 

@@ -30,7 +30,13 @@ def of_pipeline(arguments: Any, further: dict | None) -> list[Named]:
     further = further or {}
     revision = further.get("revision", arguments.revision)
     found = [
-        Named("model_name_or_path", arguments.model_name_or_path, "diffusers pipeline", "model_index.json", revision=revision)
+        Named(
+            "model_name_or_path",
+            arguments.model_name_or_path,
+            "diffusers pipeline",
+            "model_index.json",
+            revision=revision,
+        )
     ]
     vae = further.get("vae", arguments.vae_name_or_path)
     if isinstance(vae, str):
@@ -67,5 +73,3 @@ def of_decoder(name: str | None) -> list[Named]:
 def of_lora(name: str | None) -> list[Named]:
     """A LoRA, if one is named; a folder of it may have any file."""
     return [] if name is None else [Named("lora", name, "LoRA")]
-
-

@@ -143,7 +143,9 @@ def read_model(source: str, online: bool = True, revision: str | None = None) ->
     if index is None:
         known = PUBLISHED.get(str(source).lower())
         if known is None:
-            raise NoConfiguration(f"the configuration of {source!r} is neither in a folder nor within reach on the Hub")
+            raise NoConfiguration(
+                f"the configuration of {source!r} is neither in a folder nor within reach on the Hub"
+            )
         return known, f"shapes of {source} as published, as its configuration is not within reach"
     components, settings = {}, {}
     for name, value in index.items():
@@ -278,7 +280,9 @@ def _step_aware(config: StepAwareRewardModelConfig) -> torch.nn.Module:
 
 def _latent(config: LatentRewardModelConfig, pipeline: SPOPipeline) -> torch.nn.Module:
     if config.shared:
-        raise NoConfiguration("a latent reward that shares the denoiser has few weights of its own; they are not counted")
+        raise NoConfiguration(
+            "a latent reward that shares the denoiser has few weights of its own; they are not counted"
+        )
     tokenizers = [one_word_tokenizer(text["max_position_embeddings"]) for text in config.text_configs or ()]
     with torch.device("meta"):
         model = LatentRewardModel(config, tokenizers=tokenizers or None).eval()
@@ -310,7 +314,9 @@ class TextShape:
 def text_shape(pipeline: SPOPipeline) -> TextShape:
     """The embeddings that the denoiser of a pipeline takes."""
     config = pipeline.denoiser.config
-    width = next(config[name] for name in ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim") if config.get(name))
+    width = next(
+        config[name] for name in ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim") if config.get(name)
+    )
     if pipeline.denoiser_name == "unet":
         encoders = pipeline.clip_text_encoders()
         tokens = min(encoder.config.max_position_embeddings for encoder in encoders)
@@ -318,7 +324,12 @@ def text_shape(pipeline: SPOPipeline) -> TextShape:
             return TextShape(tokens, width, encoders[-1].config.projection_dim, sizes=True)
         return TextShape(tokens, width)
     pooled = config.get("pooled_projection_dim")
-    clip_tokens = 77 if pipeline.sd_pipeline.components.get("text_encoder_3") is not None or "SD3" in type(pipeline.denoiser).__name__ else 0
+    clip_tokens = (
+        77
+        if pipeline.sd_pipeline.components.get("text_encoder_3") is not None
+        or "SD3" in type(pipeline.denoiser).__name__
+        else 0
+    )
     return TextShape(clip_tokens + pipeline.max_sequence_length, width, pooled)
 
 

@@ -66,7 +66,9 @@ def _resumed(folder: Path, found: list[Path], resume: Any, files: CheckpointFile
         if problems:
             text = f"{str(checkpoint)!r} is not a complete checkpoint: {'; '.join(problems)}."
             return Finding(SECTION, PROBLEM, "resume", text)
-    return Finding(SECTION, NOTE, "resume", f"goes on from {str(checkpoint)!r}, after step {global_step_of(checkpoint):,}")
+    return Finding(
+        SECTION, NOTE, "resume", f"goes on from {str(checkpoint)!r}, after step {global_step_of(checkpoint):,}"
+    )
 
 
 def bytes_to_write(config: Any, trained: int, steps: float) -> tuple[int, str]:

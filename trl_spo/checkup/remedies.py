@@ -95,6 +95,7 @@ def find_remedies(
         `list[Remedy]`: each single change that is enough; otherwise the shortest chain of them that is. Empty, if all
         together are not enough.
     """
+
     def predicted(changes: list[Change]) -> Forecast | None:
         try:
             return forecast(_all(changes, variant))

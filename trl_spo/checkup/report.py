@@ -116,7 +116,12 @@ def _lines(finding: Finding) -> list[str]:
         head += " "
     indent = " " * (10 + NAME_WIDTH)
     return textwrap.wrap(
-        finding.text, WIDTH, initial_indent=head, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        finding.text,
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

@@ -14,11 +14,17 @@
 
 """The check-ups of all commands, by name."""
 
-from .spo import Circumstances, check_spo
+from .circumstances import Circumstances
+from .sampling import check_evaluate, check_sample
+from .spo import check_spo
+from .step_reward import check_step_reward
 
 
 __all__ = ["CHECKS", "Circumstances"]
 
 CHECKS = {  # command -> its check-up, which takes what the script's `main` takes, and the circumstances
     "spo": check_spo,
+    "step-reward": check_step_reward,
+    "evaluate": check_evaluate,
+    "sample": check_sample,
 }

@@ -15,7 +15,6 @@
 """The check-up of `trl-spo spo`."""
 
 import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,87 +22,23 @@ import torch
 from ..branch_plan import branch_lengths
 from ..pipelines.base import SPOPipeline
 from ..spo_trainer import SPOTrainer
-from ..training.memory import GIB
-from ..training.memory_plan import NF4_BYTES, trained_bytes
+from ..training.memory_plan import trained_bytes
 from ..training.spo_checks import check_sharding, choose_best_metric
 from . import names
+from .circumstances import Circumstances, precision_of, read_shapes, resume_from
 from .data import check_prompts
-from .environment import card_here, check_devices, check_disk, check_trackers, check_versions
-from .forecast import Card, Forecast, Networks, SPOForecaster, Variant
-from .hub import Hub
-from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, read_model, read_vae, reward_on_paper
+from .environment import check_devices, check_disk, check_trackers, check_versions
+from .forecast import Networks, SPOForecaster, Variant
+from .memory_report import MEMORY, report_memory
+from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, reward_on_paper
 from .output import bytes_to_write, check_output
 from .rates import MEASURED, matrix_tflops
-from .remedies import find_remedies
 from .report import NOTE, OK, PROBLEM, WARNING, Finding, Report
 from .work import Work, network_tflop, plan_work, seconds
 
 
-MEMORY = "memory, predicted"
 WORK = "work and time"
 SETTINGS = "settings"
-
-
-@dataclass
-class Circumstances:
-    """
-    Where a run is planned.
-
-    Attributes:
-        card_memory (`float`, *optional*): GiB of a card elsewhere; `None` for this machine.
-        world_size (`int`): processes of the run.
-        on_cpu (`bool`): whether there is no GPU here and `use_cpu` was set for that reason alone.
-        hub ([`Hub`]): asked about repositories.
-    """
-
-    card_memory: float | None = None
-    world_size: int = 1
-    on_cpu: bool = False
-    hub: Hub = field(default_factory=Hub)
-
-    @property
-    def planned(self) -> bool:
-        return self.card_memory is not None
-
-    def card(self, device: torch.device) -> Card:
-        """The card of the run."""
-        return Card.planned(self.card_memory) if self.planned else card_here(device)
-
-
-def precision_of(arguments: Any, further: dict | None) -> tuple[torch.dtype, float | None]:
-    """
-    Dtype of the frozen weights, and bytes of a quantised one.
-
-    Args:
-        arguments ([`PipelineArguments`])
-        further (`dict`, *optional*): `model_init_kwargs`.
-    """
-    further = further or {}
-    name = further.get("torch_dtype", further.get("dtype", arguments.dtype))
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"`dtype` must name a dtype such as 'float16' or 'bfloat16', got {name!r}.")
-    settings = further.get("quantization_config")
-    if not settings:
-        return dtype, None
-    text = str(settings).lower()
-    return dtype, NF4_BYTES if "4bit" in text or "int4" in text else 1.0
-
-
-def read_shapes(arguments: Any, further: dict | None, hub: Hub) -> tuple[PublishedModel, str]:
-    """
-    Classes and settings of the networks of the pipeline that arguments name, with its VAE.
-
-    Raises:
-        NoConfiguration: if they cannot be had.
-    """
-    revision = (further or {}).get("revision", arguments.revision)
-    model, note = read_model(arguments.model_name_or_path, hub.online, revision)
-    vae = (further or {}).get("vae", arguments.vae_name_or_path)
-    if isinstance(vae, str):
-        components = {**model.components, "vae": read_vae(vae, model.components["vae"], hub.online)}
-        model = PublishedModel(model.pipeline, components, model.settings)
-    return model, note
 
 
 def check_spo(model_args, reward_args, data_args, config, where: Circumstances) -> Report:
@@ -139,19 +74,15 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
     return report
 
 
-def resume_from(config: Any) -> Any:
-    """`config.resume_from_checkpoint` as `Trainer.train` takes it: on the command line, words."""
-    word = str(config.resume_from_checkpoint).lower()
-    return True if word in ("true", "last") else None if word in ("false", "none") else config.resume_from_checkpoint
-
-
 def _check_data(report: Report, model_args, data_args, config) -> int | None:
     """The prompts; returns how many there are, if that is known."""
     column = config.dataset_prompt_column
     if config.dataset_name is None:
         report.add("data", PROBLEM, "dataset_name", "is missing: SPO needs prompts, a dataset or a .txt file of them.")
         return None
-    findings, count = check_prompts("dataset_name", config.dataset_name, "train", column, model_args.model_name_or_path)
+    findings, count = check_prompts(
+        "dataset_name", config.dataset_name, "train", column, model_args.model_name_or_path
+    )
     report.extend(findings)
     if data_args.eval_dataset_name is not None:
         name, split = data_args.eval_dataset_name, data_args.eval_split
@@ -218,7 +149,9 @@ def _check_pipeline(report: Report, pipeline: SPOPipeline, config) -> None:
     pipeline.step_rule.set_sampler(config.sampler)
     pipeline.check_eta(config.eta)
     settings = _settings(pipeline, config)
-    lengths = branch_lengths(pipeline, settings.branch_start_step, settings.end, settings.num_inner_steps, settings.eta)
+    lengths = branch_lengths(
+        pipeline, settings.branch_start_step, settings.end, settings.num_inner_steps, settings.eta
+    )
     shape = pipeline.latent_shape(config.height, config.width)
     pixels = shape[-1] * pipeline.spatial_factor, shape[-2] * pipeline.spatial_factor
     text = f"{type(pipeline.sd_pipeline).__name__}, {pixels[0]} x {pixels[1]} pixels, {settings.num_inference_steps} steps, "
@@ -256,40 +189,6 @@ def _quiet_reward(reward_args, pipeline: SPOPipeline, where: Circumstances):
     return _reward(Report(""), reward_args, pipeline, where)[0]
 
 
-def report_memory(report: Report, forecast, variant: Variant, card: Card, denoiser_name: str) -> None:
-    """Peak memory by phase, whether it fits, and what would make it fit."""
-    try:
-        predicted: Forecast = forecast(variant, card)
-    except Exception as error:  # a network that cannot be followed without values
-        text = f"could not be predicted ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        report.add(MEMORY, WARNING, "peak", text)
-        return
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in predicted.resident.items())
-    report.add(MEMORY, NOTE, "weights", f"{predicted.weights / GIB:.2f} GiB: {parts}")
-    for phase in predicted.phases:
-        at = f" at {phase.size} {phase.unit}" if phase.size else ""
-        text = f"{(predicted.weights + phase.bytes) / GIB:.2f} GiB, {phase.bytes / GIB:.2f} beside the weights{at}"
-        report.add(MEMORY, NOTE, phase.name, text)
-    numbers = {"peak_gib": predicted.peak / GIB, "card_gib": card.total / GIB, "usable_gib": card.usable / GIB}
-    numbers["weights_gib"] = {name: size / GIB for name, size in predicted.resident.items()}
-    numbers["phases_gib"] = {phase.name: phase.bytes / GIB for phase in predicted.phases}
-    numbers["fits"] = predicted.fits(card)
-    report.numbers["memory"] = numbers
-    text = f"{predicted.peak / GIB:.1f} GiB, in the phase {predicted.highest.name!r}; {card.name} has {card.total / GIB:.1f} GiB, "
-    text += f"of which {card.usable / GIB:.1f} can be used"
-    if predicted.fits(card):
-        report.add(MEMORY, OK, "peak", f"{text}: fits")
-        return
-    mark = PROBLEM if predicted.peak > card.total else WARNING
-    report.add(MEMORY, mark, "peak", f"{text}: does not fit")
-    remedies = find_remedies(lambda run: forecast(run, card), variant, card, denoiser_name)
-    numbers["remedies"] = [{"options": remedy.options, "peak_gib": remedy.peak_gib} for remedy in remedies]
-    for remedy in remedies:
-        report.add(MEMORY, NOTE, "fits with", f"{remedy.options}  ({remedy.peak_gib:.1f} GiB; {remedy.costs})")
-    if not remedies:
-        report.add(MEMORY, NOTE, "fits with", "nothing that is known here: take a smaller image, a smaller model or a larger card")
-
-
 def report_work(report: Report, works: list[Work], num_prompts: int | None, config) -> None:
     """Steps, pairs and evaluations."""
     most, least = works[0], works[-1]
@@ -301,7 +200,12 @@ def report_work(report: Report, works: list[Work], num_prompts: int | None, conf
     report.add(WORK, NOTE, "optimizer steps", f"{text}; {per_step} pairs per step and device")
     text = f"{most.predictions:,} guided predictions and {most.decodes:,} scored images in rollouts"
     report.add(WORK, NOTE, "evaluations", text)
-    report.add(WORK, NOTE, "pairs that count", f"ranges are for {least.share:.0%} to {most.share:.0%} of the pairs above the threshold; the share shows in the first log")
+    report.add(
+        WORK,
+        NOTE,
+        "pairs that count",
+        f"ranges are for {least.share:.0%} to {most.share:.0%} of the pairs above the threshold; the share shows in the first log",
+    )
     report.numbers["work"] = [vars(work) for work in works]
 
 
@@ -327,7 +231,12 @@ def report_time(report: Report, works: list[Work], networks: Networks, config, w
     elif where.planned:
         how += "; another card has other rates"
     report.add(WORK, NOTE, "how it is known", how)
-    report.numbers["time"] = {"seconds": times, "shares": [work.share for work in works], "tflop": costs, "source": source}
+    report.numbers["time"] = {
+        "seconds": times,
+        "shares": [work.share for work in works],
+        "tflop": costs,
+        "source": source,
+    }
 
 
 def duration(value: float) -> str:

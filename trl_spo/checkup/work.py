@@ -95,7 +95,9 @@ class Work:
     forwards: int
 
 
-def plan_work(config, settings: RolloutSettings, pipeline: SPOPipeline, num_prompts: int, world_size: int = 1) -> list[Work]:
+def plan_work(
+    config, settings: RolloutSettings, pipeline: SPOPipeline, num_prompts: int, world_size: int = 1
+) -> list[Work]:
     """
     The work of a run for each of `SHARES`.
 
@@ -124,7 +126,9 @@ def plan_work(config, settings: RolloutSettings, pipeline: SPOPipeline, num_prom
             steps = math.ceil(pairs / pairs_per_step)
         forwards = int(pairs * rows / samples["pairs"])
         found.append(
-            Work(share, prompts, pairs, steps, prompts * samples["predictions"], prompts * samples["decodes"], forwards)
+            Work(
+                share, prompts, pairs, steps, prompts * samples["predictions"], prompts * samples["decodes"], forwards
+            )
         )
     return found
 
