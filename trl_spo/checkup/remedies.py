@@ -16,6 +16,7 @@
 Settings that make a run fit a card. Every suggestion is predicted before it is made; those that cost no time come first.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,9 +26,6 @@ import torch
 from ..training.memory import GIB
 from ..training.memory_plan import NF4_BYTES
 from .forecast import Card, Forecast, Variant, uses_checkpointing
-
-
-NF4 = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}'
 
 
 @dataclass(frozen=True)
@@ -181,12 +179,19 @@ def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
     if config.per_device_train_batch_size > 1:
         yield _batch(config, 1)
     if variant.weight_bytes is None and getattr(config, "use_peft", False):
-        quantization = f'{{"torch_dtype": "bfloat16", "quantization_config": {{"{denoiser_name}": {NF4}}}}}'
-        yield Change(
-            f"--model_init_kwargs '{quantization}'",
-            "needs bitsandbytes; layers are unpacked at each call",
-            lambda run: run.changed(weight_bytes=NF4_BYTES),
-        )
+        yield _quantised(variant.dtype, denoiser_name)
+
+
+def _quantised(dtype: torch.dtype, denoiser_name: str) -> Change:
+    """The base in 4 bits, computed in the precision that the run has."""
+    half = str(torch.bfloat16 if dtype == torch.float32 else dtype).removeprefix("torch.")
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": half}
+    settings = {"torch_dtype": half, "quantization_config": {denoiser_name: nf4}}
+    return Change(
+        f"--model_init_kwargs '{json.dumps(settings)}'",
+        "needs bitsandbytes; layers are unpacked at each call",
+        lambda run: run.changed(dtype=getattr(torch, half), weight_bytes=NF4_BYTES),
+    )
 
 
 def checkpointing_field(config: Any) -> str:
