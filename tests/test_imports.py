@@ -33,14 +33,15 @@ ORDER = (  # a module may import from the modules before it
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
     "rewards.inputs rewards.publishing rewards.step_aware_config rewards.step_conditioning rewards.step_aware_clip rewards.latent_features rewards.latent_config rewards.latent_heads rewards.latent_text rewards.latent_building rewards.lpo rewards.dina rewards.latent rewards.base rewards.user_code rewards.weighted rewards.scoring step_pairs branch_plan rollout noised_pairs sampler_file sampling "
     "preference_dataset preference_collator preference_labels preference_filters "
-    "training.run_record training.stopping training.log_lines training.checkpointing training.ema training.base training.model_card training.memory training.chunk_sizes training.pair_metrics training.waiting_pairs training.spo_checks training.compilation training.callbacks training.decline pair_loader "
+    "training.run_record training.stopping training.log_lines training.checkpointing training.ema training.base training.model_card training.memory training.memory_plan training.chunk_sizes training.pair_metrics training.waiting_pairs training.spo_checks training.compilation training.callbacks training.decline pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
-    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.named evaluation.protocols evaluation.provenance evaluation.sheets evaluation.agreement evaluation.preference_preview evaluation.curves evaluation.result evaluation.evaluate"
+    "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.named evaluation.protocols evaluation.provenance evaluation.sheets evaluation.agreement evaluation.preference_preview evaluation.curves evaluation.result evaluation.evaluate "
+    "checkup.published checkup.networks checkup.forecast checkup.report checkup.environment checkup.hub checkup.data checkup.output checkup.names checkup.rates checkup.work checkup.remedies checkup.circumstances checkup.memory_report checkup.spo checkup.step_reward checkup.sampling checkup.run"
 ).split()
 # In `trl_spo/scripts`, above everything.
 SCRIPTS = (
     "errors help presets parser arguments training spo step_reward sampler evaluate sample_plan sample_folder sample "
-    "data label_pairs label_app label demo cli"
+    "data label_pairs label_app label demo doctor cli"
 ).split()
 CONTRACT = (
     "SPOConfig SPOTrainer StepRewardConfig StepRewardTrainer StepAwareRewardModel StepAwareRewardModelConfig "

@@ -93,8 +93,9 @@ class SPOConfig(StepTrainingArguments):
         reward_batch_size (`int`, *optional*):
             Maximum number of images in one call of the reward model.
         memory_budget (`float`, *optional*):
-            GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
-            `None` are then computed from the networks. Without a budget they depend on the image size and, on CUDA, on
+            GiB that activations of rollout and scoring may take, beside the weights; it does not bound the training step, which
+            `per_device_train_batch_size` and `gradient_checkpointing` do. The three sizes above that are `None` are then
+            computed from the networks. Without a budget they depend on the image size and, on CUDA, on
             the memory that is free before the first rollout. Either way activations do not grow with K or the number of
             prompts; what is kept of each candidate (two latents) does.
         defer_scoring (`bool`, *optional*, defaults to `True`):

@@ -40,7 +40,13 @@ LICENSE = "# Copyright 2026 The trl_spo authors.\n"
 TRL_LICENSE = "# Copyright 2020-2026 The HuggingFace Team. All rights reserved.\n"
 PACKAGE_PATH = "trl/experimental/spo"
 # TRL's experimental methods are flat: `pipelines/flux.py` here is `pipeline_flux.py` there. Programs keep their folder.
-FOLDERS = {"pipelines": "pipeline", "rewards": "reward", "training": "training", "evaluation": "evaluation"}
+FOLDERS = {
+    "pipelines": "pipeline",
+    "rewards": "reward",
+    "training": "training",
+    "evaluation": "evaluation",
+    "checkup": "checkup",
+}
 # TRL has no DDPO any more, and its own command line; the shapes world stays here.
 LEFT_OUT = ("ddpo_interop.py", "scripts/cli.py", "scripts/demo.py")
 # A test that reads the rest of this repository, or asks about what is left out, stays here.

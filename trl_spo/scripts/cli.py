@@ -45,6 +45,7 @@ COMMANDS = {  # name -> (module, runs on several devices, what it does)
     "data": ("data", False, "make a preference dataset of your own images, or look at one"),
     "demo": ("demo", False, "the whole method in a world of shapes, about five minutes on a CPU"),
 }
+DOCTOR = "look at a run before it starts: what it needs, and what stands in its way (also: COMMAND ... --dry_run)"
 
 
 def named_accelerate_configs() -> dict[str, Path]:
@@ -57,6 +58,7 @@ def usage() -> str:
     """The text of `trl-spo --help`."""
     lines = ["usage: trl-spo COMMAND [--config FILE.yaml] [arguments]", "", "commands:"]
     lines += [f"  {name:12} {text}" for name, (_, _, text) in COMMANDS.items()]
+    lines += [f"  {'doctor':12} {DOCTOR}"]
     lines += [
         "",
         "`trl-spo COMMAND --help` lists the arguments of a command. Arguments come from the YAML file of --config and",
@@ -160,6 +162,27 @@ def signals_for_children() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def examine(command: str, arguments: list[str]) -> int:
+    """`trl-spo doctor COMMAND ...`, or `trl-spo COMMAND ... --dry_run`; returns its exit status."""
+    doctor = importlib.import_module(".doctor", __package__)
+    arguments = [argument for argument in arguments if argument != "--dry_run"]
+    if command == "doctor":
+        command, *arguments = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(doctor.USAGE)
+        return 0
+    if command not in doctor.CHECKED:
+        meant = did_you_mean(command, doctor.CHECKED) or "."
+        print(
+            f"trl-spo doctor: it looks at {', '.join(doctor.CHECKED)}, and not at {command!r}{meant}", file=sys.stderr
+        )
+        return 2
+    name, distributed, _ = COMMANDS[command]
+    parser = importlib.import_module(f".{name}", __package__).make_parser(prog=f"trl-spo doctor {command}")
+    launch, arguments = split_launch_arguments(parser, arguments) if distributed else ([], arguments)
+    return doctor.main(command, parser, arguments, launch, resolve_accelerate_config)
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Runs `trl-spo`.
@@ -177,8 +200,10 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(importlib.import_module(__package__.rpartition(".")[0]).__version__)
         return 0
+    if command == "doctor" or "--dry_run" in arguments:
+        return examine(command, arguments)
     if command not in COMMANDS:
-        meant = did_you_mean(command, COMMANDS) or "."
+        meant = did_you_mean(command, [*COMMANDS, "doctor"]) or "."
         print(
             f"trl-spo: there is no command {command!r}; it must be one of {', '.join(COMMANDS)}{meant}",
             file=sys.stderr,
