@@ -71,7 +71,7 @@ def test_entry_point():
     folders = {path.parent.name for path in (ROOT / "trl_spo").glob("*/__init__.py")}
     carried = {"trl_spo.configs", "trl_spo_shapes"}  # from `examples`, see tests/test_package.py
     assert packages == {"trl_spo", *(f"trl_spo.{folder}" for folder in folders)} | carried
-    assert config["options.package_data"]["trl_spo"] == "accelerate_configs/*.yaml"
+    assert config["options.package_data"]["trl_spo"] == "accelerate_configs/*.yaml, label_page/*"
 
 
 class TestHelp:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The text of `trl-spo COMMAND --help`: the options of the command in groups, then the options of training that most runs need,
+The text of `--help`: the options of the command in groups, then the options of training that most runs need,
 and with `--help all` the rest of transformers' `TrainingArguments`.
 
 One table says which group an option is in. Options that it does not name, such as those of another dataclass, come
@@ -173,7 +173,9 @@ def _options_of_every_command(accelerate_configs: Iterable[str]) -> list[argpars
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--help", nargs="?", metavar="all", help="Show this text, or with `all` every option.")
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with `option: value` lines. The command line goes first."
+        "--config",
+        metavar="FILE",
+        help="YAML file with `option: value` lines, or the name of a preset. The command line goes first.",
     )
     if accelerate_configs:
         names = ", ".join(accelerate_configs)
