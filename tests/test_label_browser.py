@@ -91,7 +91,7 @@ class Server:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=60)
 
 
 @pytest.fixture
@@ -114,12 +114,13 @@ class Tab:
     def __init__(self, browser, server: Server, annotator: str | None = None):
         self.requests: list[str] = []
         self.page = browser.new_page(viewport={"width": 1300, "height": 850})
+        self.page.set_default_timeout(60_000)  # a busy machine is slow, not broken
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(server.address + (f"/?annotator={annotator}" if annotator else ""))
         self.wait()
 
     def wait(self, state: str = "pair") -> None:
-        self.page.wait_for_selector(f'.spo[data-state="{state}"]', timeout=15_000)
+        self.page.wait_for_selector(f'.spo[data-state="{state}"]', timeout=60_000)
 
     def text(self, name: str) -> str:
         return self.page.inner_text(f"#{name}")
@@ -279,7 +280,7 @@ def no_other_file_is_served(server):
 
 def the_end_says_what_there_is(server):
     server.process.send_signal(signal.SIGINT)
-    output = server.process.communicate(timeout=30)[0]
+    output = server.process.communicate(timeout=60)[0]
     assert server.process.returncode == 0
     assert "12 decisions on 10 labelled pairs" in output and "trl-spo step-reward --dataset_name" in output
     assert json.loads((server.folder / "label.json").read_text(encoding="utf-8")) == {"seed": 0}
