@@ -174,7 +174,7 @@ def test_two_processes_stop_after_the_same_step_and_go_on_exactly(tmp_path):
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     config = ROOT / "trl_spo" / "accelerate_configs" / "cpu_2proc.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", 0]
-    command += [ROOT / "tests" / "run_stopping.py", tmp_path]
+    command += [Path(__file__).parent / "run_stopping.py", tmp_path]
     run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
