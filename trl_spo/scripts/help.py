@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The text of `trl-spo COMMAND --help`: the options of the command in groups, then the options of training that most runs need,
+The text of `--help`: the options of the command in groups, then the options of training that most runs need,
 and with `--help all` the rest of transformers' `TrainingArguments`.
 
 One table says which group an option is in. Options that it does not name, such as those of another dataclass, come
