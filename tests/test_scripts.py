@@ -176,8 +176,10 @@ class TestTraining:
         process needs two steps for it.
         """
         command = ["-m", "trl_spo.scripts.cli", "step-reward", "--accelerate_config", "cpu_2proc"]
-        output = run(*command, *step_reward_arguments(toy), "--output_dir", tmp_path / "two")
-        assert "'epoch': '2'" in output.replace("'epoch': 2.0", "'epoch': '2'")
+        arguments = [*step_reward_arguments(toy), "--output_dir", tmp_path / "two", "--save_strategy", "steps"]
+        output = run(*command, *arguments)
+        state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
+        assert state["epoch"] == 2 and output.count("Saved the reward model") == output.count("Next: ") == 1
         one, two = (load_file(folder / "model.safetensors") for folder in (reward_model, tmp_path / "two"))
         assert one.keys() == two.keys()
         assert not all(torch.equal(one[name], two[name]) for name in one)

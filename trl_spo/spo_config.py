@@ -181,6 +181,9 @@ class SPOConfig(StepTrainingArguments):
             Log sample images every this many optimizer steps, to `output_dir/images` and to the trackers. 0: never.
         eval_seed (`int`, *optional*, defaults to `0`):
             The evaluation image of prompt i starts from seed `eval_seed + i`, whatever the batch or number of devices.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own. Otherwise the commands
+            refuse that, and the trainer warns.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:

@@ -125,6 +125,12 @@ class StepRewardConfig(StepTrainingArguments):
         eval_timesteps (`list[int]`, *optional*, defaults to `[0, 251, 501, 701, 951]`):
             Timesteps at which evaluation measures `eval_accuracy/t_{t}`. At 0 the clean images are judged as they are.
 
+        > Parameters that control the output
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own. Otherwise the commands
+            refuse that, and the trainer warns.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `3e-6` instead of `5e-5` (SDXL: `1e-6`).

@@ -113,7 +113,6 @@ def rewrite(text: str) -> str:
     text = flatten_imports(text.replace(LICENSE, TRL_LICENSE))
     text = re.sub(r"\bfrom tests\.", "from tests.experimental.spo.", text)
     text = re.sub(r"\btrl-spo (spo|step-reward|evaluate|sample|label|data)\b", _command, text)
-    text = text.replace('f"trl-spo {name}"', f'f"python -m {PACKAGE}.scripts.{{name}}"')
     text = text.replace("trl-spo[", "trl[").replace('"trl-spo"', '"trl"')
     # A path stays a path: `trl_spo/...`, and "trl_spo" beside a slash that joins paths.
     text = re.sub(rf"\btrl_spo/({'|'.join(FOLDERS)})/(\w+)", lambda m: f"{PACKAGE_PATH}/{FOLDERS[m[1]]}_{m[2]}", text)

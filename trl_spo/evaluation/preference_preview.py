@@ -22,10 +22,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from ..captions import INK, MUTED, PAPER, fit_lines, font, printable, write_title
 from ..images import read_image
 from ..preference_dataset import PreferenceColumns, find_preference_columns, is_labelled, leave_undecoded, read_labels
 from .agreement import Agreement, Preference, agreement_between, second_preferred, self_agreement, side_bias
-from .sheets import BETTER, INK, MUTED, PAPER, _fit_lines, _font, _printable, _write_title
+from .sheets import BETTER
 
 
 NUM_SIZES = 256  # images whose sizes are looked up, spread over the dataset
@@ -161,7 +162,7 @@ def preference_sheet(dataset: Any, num_pairs: int = 16, columns: int = 4, size: 
     rows = max(1, math.ceil(count / columns))
     sheet = Image.new("RGB", (columns * cell[0] + 12, top + rows * cell[1]), PAPER)
     if title:
-        _write_title(ImageDraw.Draw(sheet), title, top=12, size=16, width=sheet.width)
+        write_title(ImageDraw.Draw(sheet), title, top=12, size=16, width=sheet.width)
     for position in range(count):
         index = position * len(dataset) // count
         corner = (16 + position % columns * cell[0], top + position // columns * cell[1])
@@ -181,16 +182,16 @@ def _draw_pair(sheet: Image.Image, row: dict, names: PreferenceColumns, corner, 
         try:
             picture = fitted(read_image(row[name]), size)
         except OSError:
-            draw.text((left + 8, corner[1] + size // 2), "unreadable", font=_font(12), fill=MUTED)
+            draw.text((left + 8, corner[1] + size // 2), "unreadable", font=font(12), fill=MUTED)
             continue
         place = (left + (size - picture.width) // 2, corner[1] + (size - picture.height) // 2)
         sheet.paste(picture, place)
     y = corner[1] + size + 8
-    draw.text((corner[0], y), label_words(label), font=_font(11), fill=MUTED)
-    prompt = _printable(row[names.prompt])
-    font = _font(12, prompt)
-    for line, text in enumerate(_fit_lines(prompt, font, 2 * size + 10, 2)):
-        draw.text((corner[0], y + 14 + 15 * line), text, font=font, fill=INK)
+    draw.text((corner[0], y), label_words(label), font=font(11), fill=MUTED)
+    prompt = printable(row[names.prompt])
+    face = font(12, prompt)
+    for line, text in enumerate(fit_lines(prompt, face, 2 * size + 10, 2)):
+        draw.text((corner[0], y + 14 + 15 * line), text, font=face, fill=INK)
 
 
 def label_words(label: float | None) -> str:

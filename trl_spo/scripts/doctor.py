@@ -25,7 +25,6 @@ The exit status is 0 if the run can work, 1 if something certainly cannot, and 2
 """
 
 import argparse
-import sys
 
 from .errors import asks_for_tracebacks, one_line_errors, split_values
 
@@ -87,17 +86,11 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
         has_option = "--use_cpu" in parser._option_string_actions
         on_cpu = not torch.cuda.is_available() and "--use_cpu" not in split_values(arguments)
         parsed = parser.parse_args_and_config([*arguments, *(["--use_cpu"] if on_cpu and has_option else [])])
-        from ..checkup import run
+        from ..checkup.run import CHECKS, Circumstances
 
-        where = run.Circumstances(own.card_memory, number_of_processes(list(launch), resolve), on_cpu)
-        report = run.CHECKS[command](*parsed, where)
+        where = Circumstances(own.card_memory, number_of_processes(list(launch), resolve), on_cpu)
+        report = CHECKS[command](*parsed, where)
     print(report.text())
     if own.json:
         report.write(own.json)
     return report.exit_status
-
-
-if __name__ == "__main__":
-    from .cli import main as cli
-
-    sys.exit(cli(["doctor", *sys.argv[1:]]))

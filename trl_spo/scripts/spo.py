@@ -94,7 +94,7 @@ def ending(trainer, duration: str, model_args: DiffusionModelArguments, data_arg
         return f"{saved}Next: {folder}/README.md says how to load it."
     prompts = data_args.eval_dataset_name or "HELD_OUT_PROMPTS.txt"
     options = pipeline_options(model_args)
-    return saved + next_command("evaluate", "--lora", folder, "--base", *options, "--prompts", prompts)
+    return saved + next_command("trl-spo evaluate", "--lora", folder, "--base", *options, "--prompts", prompts)
 
 
 if __name__ == "__main__":

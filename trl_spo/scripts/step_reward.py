@@ -88,8 +88,8 @@ def ending(trainer, duration: str, model_args: PipelineArguments) -> str:
         value = getattr(trainer.args, name)  # it judges predictions that were made with these
         if trainer.sees == "images" and value != default:
             options += [f"--{name}", f"{value:g}"]
-    command = ["spo", *options, "--reward_model_name_or_path", folder, "--dataset_name", "PROMPTS.txt"]
-    return saved + measured(trainer) + next_command(*command)
+    options += ["--reward_model_name_or_path", folder, "--dataset_name", "PROMPTS.txt"]
+    return saved + measured(trainer) + next_command("trl-spo spo", *options)
 
 
 if __name__ == "__main__":

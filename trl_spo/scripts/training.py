@@ -148,10 +148,9 @@ def pipeline_options(arguments: PipelineArguments) -> list[str]:
     return options
 
 
-def next_command(name: str, *words: str) -> str:
+def next_command(command: str, *options: str) -> str:
     """A command as it can be pasted into a shell. What the user has to fill in is in capitals."""
-    command = f"trl-spo {name}"
-    return f"Next: {command} {shlex.join(map(str, words))}"
+    return f"Next: {command} {shlex.join(map(str, options))}"
 
 
 def measured(trainer) -> str:
