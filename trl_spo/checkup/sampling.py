@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..export import locate_lora
 from ..training.memory import GIB, module_bytes
 from ..training.memory_plan import frozen_bytes, make_fake
-from . import names
 from .circumstances import Circumstances, precision_of, read_shapes
 from .data import SECTION, check_prompts, check_texts
 from .environment import check_devices, check_disk, check_libraries, check_versions
 from .forecast import Card, Forecast, Networks, Phase, Variant
 from .memory_report import MEMORY, NOTHING
+from .names import of_data, of_lora, of_pipeline, of_reward
 from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, reward_on_paper
 from .report import NOTE, OK, PROBLEM, WARNING, Report
 
@@ -87,7 +87,7 @@ def check_evaluate(model_args, sampler_args, reward_args, evaluate_args, where: 
         report.add("settings", PROBLEM, "base", text)
     report.extend(check_libraries({"scipy": "intervals of a comparison need it"}))
     uses_reward = "step_reward" in evaluate_args.metrics
-    named = names.of_reward(reward_args) if uses_reward else []
+    named = of_reward(reward_args) if uses_reward else []
     further = [("step_reward", lambda pipeline: reward_on_paper(reward_args, pipeline, where.hub.online)[0])]
     _check_sampler(report, model_args, sampler_args, named, where, rewards=further if uses_reward else ())
     return report
@@ -99,8 +99,8 @@ def _check_sampler(
     """What both commands share: files, prompts, memory, disk."""
     report.extend(check_versions())
     report.extend(check_devices(None, where.planned, where.on_cpu and sampler_args.device is None))
-    named = names.of_pipeline(model_args, model_args.model_init_kwargs) + list(named)
-    named += names.of_lora(sampler_args.lora) + names.of_data("prompts", sampler_args.prompts)
+    named = of_pipeline(model_args, model_args.model_init_kwargs) + list(named)
+    named += of_lora(sampler_args.lora) + of_data("prompts", sampler_args.prompts)
     report.extend(where.hub.look(named, where.planned))
     _check_lora(report, sampler_args.lora)
     count = _check_prompts(report, model_args, sampler_args, prompts)

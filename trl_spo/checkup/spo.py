@@ -24,12 +24,12 @@ from ..pipelines.base import SPOPipeline
 from ..spo_trainer import SPOTrainer
 from ..training.memory_plan import trained_bytes
 from ..training.spo_checks import check_sharding, choose_best_metric
-from . import names
 from .circumstances import Circumstances, precision_of, read_shapes, resume_from
 from .data import check_prompts
 from .environment import check_devices, check_disk, check_trackers, check_versions
 from .forecast import Networks, SPOForecaster, Variant
 from .memory_report import MEMORY, report_memory
+from .names import of_data, of_decoder, of_pipeline, of_reward
 from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, reward_on_paper
 from .output import bytes_to_write, check_output
 from .rates import MEASURED, matrix_tflops
@@ -56,9 +56,9 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
     report.extend(check_trackers(config))
 
     # What the arguments name, and the prompts that can be read here.
-    named = names.of_pipeline(model_args, config.model_init_kwargs) + names.of_reward(reward_args)
-    named += names.of_decoder(config.scoring_vae) + names.of_data("dataset_name", config.dataset_name)
-    named += names.of_data("eval_dataset_name", data_args.eval_dataset_name)
+    named = of_pipeline(model_args, config.model_init_kwargs) + of_reward(reward_args)
+    named += of_decoder(config.scoring_vae) + of_data("dataset_name", config.dataset_name)
+    named += of_data("eval_dataset_name", data_args.eval_dataset_name)
     report.extend(where.hub.look(named, where.planned))
     num_prompts = _check_data(report, model_args, data_args, config)
 

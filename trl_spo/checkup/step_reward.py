@@ -22,12 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..step_reward_trainer import StepRewardTrainer
 from ..training.memory import denoiser_bytes, module_bytes, peak_activation_bytes
 from ..training.memory_plan import autocast_of, frozen_bytes, give_gradients, make_fake, trained_bytes
-from . import names
 from .circumstances import Circumstances, precision_of, read_shapes, resume_from
 from .data import SECTION, check_preferences
 from .environment import check_devices, check_disk, check_trackers, check_versions
 from .forecast import Card, Forecast, Networks, Phase, Variant, autocast_dtype, optimizer_share, uses_checkpointing
 from .memory_report import MEMORY, report_memory
+from .names import of_data, of_pipeline, of_reward
 from .networks import NoConfiguration, PublishedModel, pipeline_on_paper, reward_on_paper
 from .output import bytes_to_write, check_output
 from .report import NOTE, PROBLEM, WARNING, Report
@@ -46,9 +46,9 @@ def check_step_reward(model_args, reward_args, data_args, config, where: Circums
     report.extend(check_versions())
     report.extend(check_devices(config, where.planned, where.on_cpu))
     report.extend(check_trackers(config))
-    named = names.of_pipeline(model_args, config.model_init_kwargs) + names.of_reward(reward_args)
-    named += names.of_data("dataset_name", config.dataset_name, "preference pairs")
-    named += names.of_data("eval_dataset_name", data_args.eval_dataset_name, "preference pairs")
+    named = of_pipeline(model_args, config.model_init_kwargs) + of_reward(reward_args)
+    named += of_data("dataset_name", config.dataset_name, "preference pairs")
+    named += of_data("eval_dataset_name", data_args.eval_dataset_name, "preference pairs")
     report.extend(where.hub.look(named, where.planned))
 
     # The pairs.

@@ -87,10 +87,10 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
         has_option = "--use_cpu" in parser._option_string_actions
         on_cpu = not torch.cuda.is_available() and "--use_cpu" not in split_values(arguments)
         parsed = parser.parse_args_and_config([*arguments, *(["--use_cpu"] if on_cpu and has_option else [])])
-        from ..checkup import run
+        from ..checkup.run import CHECKS, Circumstances
 
-        where = run.Circumstances(own.card_memory, number_of_processes(list(launch), resolve), on_cpu)
-        report = run.CHECKS[command](*parsed, where)
+        where = Circumstances(own.card_memory, number_of_processes(list(launch), resolve), on_cpu)
+        report = CHECKS[command](*parsed, where)
     print(report.text())
     if own.json:
         report.write(own.json)
