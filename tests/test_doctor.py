@@ -20,6 +20,7 @@ training would take, and a change of settings that it suggests must be enough.
 
 import contextlib
 import json
+import shlex
 import shutil
 import socket
 import threading
@@ -262,7 +263,7 @@ class TestMemory:
         status, findings, content = examine(*arguments, small)
         assert status == 1 and "does not fit" in texts(findings, "problem", "peak")
         for remedy in content["memory"]["remedies"]:
-            status, _, again = examine(*arguments, small, *remedy["options"].split())
+            status, _, again = examine(*arguments, small, *shlex.split(remedy["options"]))
             assert status == 0 and again["memory"]["fits"]
             assert again["memory"]["peak_gib"] == pytest.approx(remedy["peak_gib"])
         assert content["memory"]["remedies"]
