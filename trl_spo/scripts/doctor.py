@@ -29,7 +29,6 @@ import argparse
 from .errors import asks_for_tracebacks, one_line_errors, split_values
 
 
-CHECKED = ("spo", "step-reward", "evaluate", "sample")
 USAGE = """usage: trl-spo doctor COMMAND [--config FILE.yaml] [arguments of COMMAND]
        trl-spo COMMAND [--config FILE.yaml] [arguments] --dry_run
 

@@ -31,7 +31,7 @@ GROUPS = {
     "model": "model_name_or_path vae_name_or_path dtype variant revision model_init_kwargs base base_model_name_or_path",
     "LoRA": "use_peft lora_r lora_alpha lora_target_modules lora_init lora lora_scale",
     "reward": "reward_model_name_or_path reward reward_type reward_checkpoint reward_checkpoint_filename "
-    "reward_checkpoint_subfolder clip_name_or_path processor_name_or_path reward_timestep",
+    "reward_options reward_checkpoint_subfolder clip_name_or_path processor_name_or_path reward_timestep",
     "data": "dataset_name dataset_prompt_column dataset_streaming eval_dataset_name eval_split prompt prompts "
     "prompts_split prompts_column num_prompts max_bad_image_fraction num_checked_rows only_different "
     "max_pairs_per_prompt image_background relabel_preferences relabel_tie_band max_nonfinite_fraction",
@@ -43,11 +43,13 @@ GROUPS = {
     "freeze_text_tower accuracy_timestep_bins eval_timesteps",
     "sampler": "protocol num_inference_steps guidance_scale eta sampler negative_prompt guidance_rescale clip_skip "
     "height width images_per_prompt seed",
+    "grid": "x y grid",
     "memory and speed": "memory_budget rollout_micro_batch_size vae_decode_batch_size reward_batch_size "
     "prediction_batch_size batch_size offload_text_encoders reward_dtype scoring_vae scoring_image_size defer_scoring "
     "cache_latents cache_latents_gb compile_regions channels_last device",
     "output": "output_dir overwrite_output_dir log_images_steps num_eval_images eval_seed num_sheet_images",
 }
+CHECKED = ("spo", "step-reward", "evaluate", "sample")  # commands that `--dry_run`, the doctor, looks at
 MORE = "more options"
 COMMON_TITLE = "common training options"
 REST_TITLE = "all other training options of transformers"
@@ -88,7 +90,7 @@ TEXTS = {
     "warmup_steps": "Steps in which the learning rate rises to its value; below 1 a share of the whole run.",
 }
 METAVARS = {"int": "INT", "float": "FLOAT", "string_to_bool": "true|false"}
-JSON_OPTIONS = ("model_init_kwargs", "metric_options")
+JSON_OPTIONS = ("model_init_kwargs", "metric_options", "reward_options")
 
 
 class ShortFormatter(argparse.HelpFormatter):
@@ -132,7 +134,8 @@ def format_help(
     formatter = ShortFormatter(parser.prog)
     formatter.add_text(f"usage: {parser.prog} [--config FILE.yaml] [options]")
     formatter.add_text(parser.description)
-    _add_section(formatter, "this command", _options_of_every_command(accelerate_configs))
+    is_checked = parser.prog.rpartition(" ")[2] in CHECKED
+    _add_section(formatter, "this command", _options_of_every_command(accelerate_configs, is_checked))
     options = {}
     for action in parser._actions:
         options.setdefault(action.dest, action)  # of `--x` and `--no_x` the first
@@ -168,7 +171,7 @@ def _add_section(formatter: argparse.HelpFormatter, title: str, actions: Iterabl
     formatter.end_section()
 
 
-def _options_of_every_command(accelerate_configs: Iterable[str]) -> list[argparse.Action]:
+def _options_of_every_command(accelerate_configs: Iterable[str], is_checked: bool) -> list[argparse.Action]:
     """What is no field of a dataclass; made for their texts only."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--help", nargs="?", metavar="all", help="Show this text, or with `all` every option.")
@@ -184,6 +187,12 @@ def _options_of_every_command(accelerate_configs: Iterable[str]) -> list[argpars
             metavar="NAME|FILE",
             help=f"Several devices: {names}, or a file of `accelerate config`. Other options of `accelerate launch`, such as "
             "--num_processes, are taken, too.",
+        )
+    if is_checked:
+        parser.add_argument(
+            "--dry_run",
+            action="store_true",
+            help="Say what this run needs and what stands in its way, and do nothing.",
         )
     parser.add_argument("--debug", action="store_true", help="Print the traceback of an error.")
     return parser._actions
