@@ -101,6 +101,22 @@ def test_lines_break_between_words_and_lose_nothing_that_fits():
     assert fit_lines("a red cat on a blue dog", face, width, 1)[0].endswith("…")
 
 
+def test_a_prompt_without_end_is_not_measured_to_its_end():
+    """Regression: letters were taken away one by one, each time measuring all that was left: minutes for a prompt of 100,000."""
+    face = font(12)
+    measured = []
+
+    class Counting:
+        def getlength(self, text):
+            measured.append(len(text))
+            return face.getlength(text)
+
+    lines = fit_lines("word " * 100_000, Counting(), 200, 2)
+    assert len(lines) == 2 and all(face.getlength(line) <= 200 for line in lines)
+    assert face.getlength(lines[0] + " word") > 200  # no room is left
+    assert sum(measured) < 20_000
+
+
 def test_a_font_is_found_for_what_dejavu_lacks_or_it_stays(monkeypatch):
     assert font(12, "naïve Ж").getname()[0] == "DejaVu Sans"
     has_chinese = [file for file in font_files() if can_draw(file, "猫")]

@@ -17,6 +17,7 @@ Texts under and above images, with Pillow: fonts for any script, lines that fit 
 caption under each.
 """
 
+import bisect
 import functools
 import importlib.util
 import os
@@ -116,14 +117,14 @@ def fit_lines(text: str, written_in, width: int, max_lines: int) -> list[str]:
     what is cut.
     """
     lines = []
-    rest = text.strip()
+    rest = text.strip()[: 4 * width * max_lines]  # far more than fits; a prompt may have a million characters
     while rest and len(lines) < max_lines:
         if written_in.getlength(rest) <= width:
             return [*lines, rest]
         ellipsis = "…" if len(lines) == max_lines - 1 else ""
-        end = len(rest)
-        while end > 1 and written_in.getlength(rest[:end] + ellipsis) > width:
-            end -= 1
+        ends = range(2, len(rest) + 1)
+        fitting = bisect.bisect_right(ends, width, key=lambda end: written_in.getlength(rest[:end] + ellipsis))
+        end = fitting + 1
         space = -1 if ellipsis else rest.rfind(" ", 0, end + 1)
         cut = space if space > 0 else end
         lines.append(rest[:cut].rstrip() + ellipsis)
