@@ -117,7 +117,7 @@ def fit_lines(text: str, written_in, width: int, max_lines: int) -> list[str]:
     what is cut.
     """
     lines = []
-    rest = text.strip()[: 4 * width * max_lines]  # far more than fits; a prompt may have a million characters
+    rest = text.strip()[: int(4 * width * max_lines)]  # far more than fits; a prompt may have a million characters
     while rest and len(lines) < max_lines:
         if written_in.getlength(rest) <= width:
             return [*lines, rest]
