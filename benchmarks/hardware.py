@@ -25,6 +25,7 @@ otherwise the change of settings that costs the least time and is enough, with i
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -72,13 +73,14 @@ def predict(preset: str, cards: tuple[int, ...]) -> dict[str, dict]:
 
 
 def cell(entry: dict) -> str:
-    """One field of the table."""
+    """One field of the table. A base in nf4 is written as the page on flow-matching models has it."""
     if entry["fits"]:
         return f"**{entry['peak_gib']:.1f}**"
     if not entry["remedies"]:
         return "-"
     best = entry["remedies"][0]
-    return f"`{best['options']}`: {best['peak_gib']:.1f}"
+    options = re.sub(r"'\{.*\}'", '"$NF4"', best["options"])
+    return f"`{options}`: {best['peak_gib']:.1f}"
 
 
 def table(results: dict[str, dict]) -> str:
