@@ -140,11 +140,11 @@ class TestNames:
     @pytest.mark.parametrize(
         "names, message",
         [
-            (["pickscor"], "no reward 'pickscor'; did you mean 'pickscore'\\? There are pickscore, hps_v2.1"),
+            (["pickscor"], "no reward 'pickscor'; did you mean pickscore\\? There are pickscore, hps_v2.1"),
             (["beauty"], "no reward 'beauty'. There are pickscore"),
-            (["user_rewards:rednes"], "'user_rewards' has no 'rednes'; did you mean 'redness'"),
-            (["user_reward:redness"], "no module 'user_reward' in the working directory or installed; did you mean 'user_r"),
-            (["user_reward.py:redness"], "no file 'user_reward.py'; did you mean 'user_rewards.py'"),
+            (["user_rewards:rednes"], "'user_rewards' has no 'rednes'; did you mean redness"),
+            (["user_reward:redness"], "no module 'user_reward' in the working directory or installed; did you mean user_r"),
+            (["user_reward.py:redness"], "no file 'user_reward.py'; did you mean user_rewards.py"),
             (["user_rewards:"], "must be a module, a colon and a name in it"),
             (["user_rewards:number"], "must be a function .* and is a `int`"),
             (["user_rewards:needs"], r"takes \(path\): it is neither .* options that were given, \{\}"),
@@ -153,7 +153,7 @@ class TestNames:
             (["typo:f"], r"Importing 'typo' failed in '.*typo.py', line 1: SyntaxError"),
             (["leaves:f"], r"Importing 'leaves' failed in '.*leaves.py', line 2: SystemExit: 3"),
             (["./reward"], "no folder './reward'"),
-            (["models/rewrd"], "no folder 'models/rewrd'; did you mean 'reward'"),
+            (["models/rewrd"], "no folder 'models/rewrd'; did you mean reward"),
             (["models/reward"], "'models/reward' has no `config.json`"),
             (["pickscore=much"], "must be a number, as in 'pickscore=0.5', got 'pickscore=much'"),
             (["pickscore=0"], "weight of 'pickscore' must be a finite number other than 0"),
@@ -197,7 +197,7 @@ class TestNames:
             load_reward("user_rewards:makes_nothing")
 
     def test_a_metric_has_no_weight(self):
-        with pytest.raises(ValueError, match="no metric 'pickscore=0.5'; did you mean 'pickscore'"):
+        with pytest.raises(ValueError, match="no metric 'pickscore=0.5'; did you mean pickscore"):
             check_metrics(["pickscore=0.5"])
 
 
@@ -400,5 +400,5 @@ class TestMetrics:
         assert 0 < result.scores["user_rewards:redness"].mean() < 10
         assert "user_rewards:redness" in (workplace / "out" / "metrics.md").read_text()
         arguments[1] = "no/model"  # what is wrong with a metric is said before a model is looked for
-        with pytest.raises(ValueError, match="did you mean 'redness'"):
+        with pytest.raises(ValueError, match="did you mean redness"):
             evaluate.main(*parser.parse_args_and_config([*arguments, "--metrics", "user_rewards:rednes"]))

@@ -395,7 +395,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (["--metrics", "pick_score"], "no metric 'pick_score'; there are pickscore, .*did you mean pickscore"),
+            (["--metrics", "pick_score"], "no metric 'pick_score'; did you mean pickscore.* There are pickscore, "),
             (
                 ["--metrics", "pickscore", "--metric_options", '{"pickscore": {"modle": "x"}}'],
                 "`metric_options` of pickscore has 'modle'; it takes model, processor",

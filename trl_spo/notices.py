@@ -19,6 +19,8 @@ whatever else these say is still heard.
 
 import contextlib
 import logging
+import re
+import warnings
 from collections.abc import Iterator
 
 
@@ -36,13 +38,19 @@ OF_LORAS = (
 )
 
 
+# Of Python's `warnings`: loaders pin memory by default, which does nothing where there is no GPU.
+WARNINGS_OF_PROGRAMS = ("'pin_memory' argument is set as true but no accelerator is found",)
+
+
 def _without(words: str):
     """A filter of `logging` that drops messages with these words."""
     return lambda record: words not in record.getMessage()
 
 
 def leave_out_notices() -> None:
-    """Leave out `OF_PROGRAMS` in this process. Called by programs, before they import what is heavy."""
+    """Leave out `OF_PROGRAMS` and `WARNINGS_OF_PROGRAMS` in this process. Called by programs, before they import what is heavy."""
+    for words in WARNINGS_OF_PROGRAMS:
+        warnings.filterwarnings("ignore", message=re.escape(words))
     for name, words in OF_PROGRAMS:
         logger = logging.getLogger(name)
         if not any(getattr(known, "words", None) == words for known in logger.filters):

@@ -35,8 +35,9 @@ import torch
 from ..hub_files import is_missing_path
 from ..model_cards import HUB_ID
 from ..rewards.base import FunctionReward, Reward, load_reward_model, takes_timesteps, wrap_reward
-from ..rewards.user_code import check_user_object, did_you_mean, import_attribute, make_user_object
+from ..rewards.user_code import check_user_object, import_attribute, make_user_object
 from ..rewards.weighted import WeightedReward, checked_weights
+from ..suggestions import did_you_mean
 from .metrics import METRICS, load_metric
 
 
@@ -148,10 +149,10 @@ def _check_name(what: str, name: str, options: dict, own: Iterable[str]) -> None
     in_a_folder = "/" in name and path.parent.is_dir() and path.parent != Path(".")
     if is_missing_path(name) or in_a_folder:
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"There is no folder {name!r}{did_you_mean(path.name, siblings)}")
+        raise ValueError(f"There is no folder {name!r}{did_you_mean(path.name, siblings) or '.'}")
     if not HUB_ID.fullmatch(name):
         known = [*METRICS, *own]
-        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, known) or "."
         raise ValueError(
             f"There is no {what} {name!r}{hint} There are {', '.join(known)}; one of your own is `module:attribute`, and a "
             "saved reward model its folder or Hub id."
@@ -167,7 +168,7 @@ def _check_options(what: str, name: str, options: dict) -> None:
     for option in options:
         if option not in known:
             raise ValueError(
-                f"The {what} {name!r} has no option {option!r}{did_you_mean(option, known)} It takes {', '.join(known)}."
+                f"The {what} {name!r} has no option {option!r}{did_you_mean(option, known) or '.'} It takes {', '.join(known)}."
             )
 
 

@@ -18,24 +18,17 @@ Find a reward or metric of the user's own by `module:attribute`.
 Only what the user names on a command line or in a config is imported, and nothing that a model or dataset names.
 """
 
-import difflib
 import importlib
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..suggestions import did_you_mean
 from .base import accepts, is_reward_model
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or a full stop if nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def import_attribute(name: str) -> Any:
@@ -56,7 +49,7 @@ def import_attribute(name: str) -> Any:
     for part in attribute.split("."):
         if not hasattr(value, part):
             names = [found for found in dir(value) if not found.startswith("_")]
-            raise ValueError(f"{module_name!r} has no {part!r}{did_you_mean(part, names)}")
+            raise ValueError(f"{module_name!r} has no {part!r}{did_you_mean(part, names) or '.'}")
         value = getattr(value, part)
     return value
 
@@ -67,7 +60,9 @@ def import_module(name: str) -> ModuleType:
     if name.endswith(".py"):
         path = Path(name).resolve()
         if not path.is_file():
-            raise ValueError(f"There is no file {name!r}{did_you_mean(path.name, _python_files(path.parent, '.py'))}")
+            raise ValueError(
+                f"There is no file {name!r}{did_you_mean(path.name, _python_files(path.parent, '.py')) or '.'}"
+            )
         folder, module_name = str(path.parent), path.stem
     if folder not in sys.path:
         sys.path.insert(0, folder)  # it stays: what is imported may import its neighbours when it is called
@@ -77,7 +72,7 @@ def import_module(name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if is_missing:
-            hint = did_you_mean(module_name, _python_files(Path(folder)))
+            hint = did_you_mean(module_name, _python_files(Path(folder))) or "."
             raise ValueError(f"There is no module {name!r} in the working directory or installed{hint}") from error
         raise ValueError(f"Importing {name!r} failed{_where(error)}: {type(error).__name__}: {error}") from error
     if name.endswith(".py") and Path(module.__file__ or "").resolve() != path:

@@ -29,7 +29,8 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from .errors import asks_for_tracebacks, did_you_mean, one_line_errors, run
+from ..suggestions import did_you_mean
+from .errors import asks_for_tracebacks, one_line_errors, run
 
 
 COMMANDS = {  # name -> (module, runs on several devices, what it does)

@@ -20,7 +20,6 @@ not come from this package, such as one of torch in the middle of a run, may nee
 """
 
 import contextlib
-import difflib
 import signal
 import sys
 import tempfile
@@ -144,9 +143,3 @@ def without_debug(words: Sequence[str]) -> list[str]:
 def asks_for_tracebacks(words: Sequence[str]) -> bool:
     """Whether one of the words is a `--debug` that has no value."""
     return len(without_debug(words)) < len(words)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing if nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""

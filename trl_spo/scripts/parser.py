@@ -26,7 +26,8 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from .errors import did_you_mean, split_values, without_debug
+from ..suggestions import did_you_mean
+from .errors import split_values, without_debug
 from .help import format_help
 from .presets import find_preset, no_such_config
 

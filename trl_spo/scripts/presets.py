@@ -21,7 +21,7 @@ In a checkout they are `examples/configs/*.yaml`; a wheel carries the same files
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import did_you_mean
+from ..suggestions import did_you_mean
 
 
 PACKAGE = Path(__file__).parents[1]

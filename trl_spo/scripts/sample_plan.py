@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..suggestions import did_you_mean
 from .arguments import SamplerArguments
-from .errors import did_you_mean
 
 
 LONGEST_AXIS = 10  # values: a sheet of 10 x 10 images is about as large as a screen shows
