@@ -257,22 +257,16 @@ class TestSettings:
 
 class TestMemory:
     def test_what_does_not_fit_and_what_does(self, examine, prompts):
-        """The suggestion is tried: with it the same check-up finds that the run fits."""
+        """The first suggestion is tried: with it the same check-up finds that the run fits."""
         arguments = [*RUN, "--dataset_name", prompts, "--card_memory"]
         peak = examine(*arguments, "24")[2]["memory"]["peak_gib"]
         small = f"{0.85 * peak:.6f}"
         status, findings, content = examine(*arguments, small)
         assert status == 1 and "does not fit" in texts(findings, "problem", "peak")
-        for remedy in content["memory"]["remedies"]:
-            status, _, again = examine(*arguments, small, *shlex.split(remedy["options"]))
-            assert status == 0 and again["memory"]["fits"]
-            assert again["memory"]["peak_gib"] == pytest.approx(remedy["peak_gib"])
-        assert content["memory"]["remedies"]
-
-    def test_nothing_helps(self, examine, prompts):
-        status, findings, content = examine(*RUN, "--dataset_name", prompts, "--card_memory", "0.0001")
-        assert status == 1 and content["memory"]["remedies"] == []
-        assert "larger card" in texts(findings, name="fits with")
+        remedy = content["memory"]["remedies"][0]
+        status, _, again = examine(*arguments, small, *shlex.split(remedy["options"]))
+        assert status == 0 and again["memory"]["fits"]
+        assert again["memory"]["peak_gib"] == pytest.approx(remedy["peak_gib"])
 
     def test_a_training_step_is_what_the_trainer_allocates(self, tmp_path):
         """The prediction from configurations, against the allocations of a real `compute_loss` on the loaded models."""
@@ -334,6 +328,7 @@ class TestMemory:
         assert remedy.forecast.fits(card)
         options = [word for word in remedy.options.split() if word.startswith("--")]
         assert len(options) == 2 and options[0] == "--offload_text_encoders" and "checkpointing" in options[1]
+        assert find_remedies(forecast, Variant(config), Card("a card", 9 * GIB, 10 * GIB), "unet") == []
 
 
 def test_evaluations_of_a_rollout():

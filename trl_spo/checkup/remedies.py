@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-Settings that make a run fit a card. Every suggestion is predicted before it is made; those that cost no time come first.
+Settings that make a run fit a card. Every suggestion is predicted before it is made. Those that train exactly the same come
+first, and among them those that cost no time.
 """
 
 import json
@@ -26,6 +27,9 @@ import torch
 from ..training.memory import GIB
 from ..training.memory_plan import NF4_BYTES
 from .forecast import Card, Forecast, Variant, uses_checkpointing
+
+
+MOST_REMEDIES = 2  # each takes seconds to predict for a large model
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def find_remedies(
     forecast: Callable[[Variant], Forecast], variant: Variant, card: Card, denoiser_name: str
 ) -> list[Remedy]:
     """
-    Changes after which a run fits a card, the ones that cost least time first.
+    Changes after which a run fits a card: those that train the same before those that do not, the cheaper ones first.
 
     Args:
         forecast (`Callable[[Variant], Forecast]`): predicts a run on the card.
@@ -90,7 +94,7 @@ def find_remedies(
         denoiser_name (`str`): of the network whose weights may be quantised.
 
     Returns:
-        `list[Remedy]`: each single change that is enough; otherwise the shortest chain of them that is. Empty, if all
+        `list[Remedy]`: the first two single changes that are enough; otherwise the shortest chain of them that is. Empty, if all
         together are not enough.
     """
 
@@ -109,6 +113,8 @@ def find_remedies(
             continue
         if any(remedy.options.split()[0] == change.name for remedy in alone):
             continue  # a smaller change of the same setting is enough
+        if len(alone) == MOST_REMEDIES:
+            break
         found = predicted([change])
         if found is not None and found.fits(card):
             alone.append(Remedy(change.options, change.costs, found))
@@ -143,7 +149,7 @@ def _all(changes: list[Change], variant: Variant) -> Variant:
 
 
 def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
-    """Changes that can be made to a run, the ones that cost least time first."""
+    """Changes that can be made to a run: exact ones, the cheaper ones first, then half precision and fewer bits."""
     config = variant.config
     if getattr(config, "offload_text_encoders", None) is False:
         yield Change(
@@ -153,6 +159,15 @@ def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
             frees="text encoders",
         )
     yield from _smaller_batches(config)
+    if not uses_checkpointing(config):
+        name = checkpointing_field(config)
+        yield Change(
+            f"--{name} true",
+            "one more forward pass per pair",
+            lambda run: run.changed(**{name: True}),
+        )
+    if config.per_device_train_batch_size > 1:
+        yield _batch(config, 1)
     if not (config.bf16 or config.fp16):
         yield Change("--bf16 true", "half precision: faster, not exact", lambda run: run.changed(bf16=True))
     if variant.dtype == torch.float32:
@@ -169,15 +184,6 @@ def possible_changes(variant: Variant, denoiser_name: str) -> Iterator[Change]:
             lambda run: run.changed(reward_dtype=half),
             frees="reward model",
         )
-    if not uses_checkpointing(config):
-        name = checkpointing_field(config)
-        yield Change(
-            f"--{name} true",
-            "one more forward pass per pair",
-            lambda run: run.changed(**{name: True}),
-        )
-    if config.per_device_train_batch_size > 1:
-        yield _batch(config, 1)
     if variant.weight_bytes is None and getattr(config, "use_peft", False):
         yield _quantised(variant.dtype, denoiser_name)
 
