@@ -32,6 +32,7 @@ from types import SimpleNamespace
 
 import accelerate.commands.launch as accelerate_launch
 import pytest
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -333,6 +334,15 @@ class TestNotices:
                 logging.getLogger(name).warning(f"`X` {words}; falling back")
                 logging.getLogger(name).warning("something else")
         assert {record.getMessage() for record in caplog.records} <= {"something else"}
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what is said without a GPU")
+    def test_pinned_memory_is_no_topic_without_a_gpu(self):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            leave_out_notices()
+            list(torch.utils.data.DataLoader(range(2), pin_memory=True))
+            warnings.warn("something else")
+        assert [str(warning.message) for warning in heard] == ["something else"]
 
     def test_a_pipeline_is_loaded_without_deprecations(self, world):
         with warnings.catch_warnings():
