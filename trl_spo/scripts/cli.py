@@ -166,17 +166,16 @@ def signals_for_children() -> Iterator[None]:
 def examine(command: str, arguments: list[str]) -> int:
     """`trl-spo doctor COMMAND ...`, or `trl-spo COMMAND ... --dry_run`; returns its exit status."""
     doctor = importlib.import_module(".doctor", __package__)
+    checked = importlib.import_module(".help", __package__).CHECKED
     arguments = [argument for argument in arguments if argument != "--dry_run"]
     if command == "doctor":
         command, *arguments = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(doctor.USAGE)
         return 0
-    if command not in doctor.CHECKED:
-        meant = did_you_mean(command, doctor.CHECKED) or "."
-        print(
-            f"trl-spo doctor: it looks at {', '.join(doctor.CHECKED)}, and not at {command!r}{meant}", file=sys.stderr
-        )
+    if command not in checked:
+        meant = did_you_mean(command, checked) or "."
+        print(f"trl-spo doctor: it looks at {', '.join(checked)}, and not at {command!r}{meant}", file=sys.stderr)
         return 2
     name, distributed, _ = COMMANDS[command]
     parser = importlib.import_module(f".{name}", __package__).make_parser(prog=f"trl-spo doctor {command}")

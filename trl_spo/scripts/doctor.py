@@ -68,7 +68,7 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
     Checks a command and prints the report.
 
     Args:
-        command (`str`): one of `CHECKED`.
+        command (`str`): one of `help.CHECKED`.
         parser ([`ScriptParser`]): of its script.
         arguments (`list[str]`): its arguments, and those of the doctor.
         launch (`list[str]`, *optional*): options of `accelerate launch`.
