@@ -332,6 +332,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
+LAUNCHER |= {"--dry_run", "--card_memory", "--json"}  # of `trl-spo doctor`
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
 
 
@@ -345,6 +346,7 @@ def test_shell_commands_exist(page, parsers):
         if words[0] == "make":
             assert words[1] in targets, f"{NAMES[page]}: there is no target in {words}"
         elif words[0] == "trl-spo":
+            words = [words[0], *words[2:]] if words[1] == "doctor" else words  # it takes the arguments of a command
             assert words[1] in parsers, f"{NAMES[page]}: there is no command in {words}"
             options = set(parsers[words[1]]._option_string_actions) | LAUNCHER
         else:

@@ -25,7 +25,6 @@ The exit status is 0 if the run can work, 1 if something certainly cannot, and 2
 """
 
 import argparse
-import sys
 
 from .errors import asks_for_tracebacks, one_line_errors, split_values
 
@@ -71,7 +70,7 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
 
     Args:
         command (`str`): one of `CHECKED`.
-        parser ([`ScriptParser`]): of its script.
+        parser (`ScriptParser`): of its script.
         arguments (`list[str]`): its arguments, and those of the doctor.
         launch (`list[str]`, *optional*): options of `accelerate launch`.
         resolve (`Callable`, *optional*): finds the file that `--accelerate_config` means.
@@ -95,9 +94,3 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
     if own.json:
         report.write(own.json)
     return report.exit_status
-
-
-if __name__ == "__main__":
-    from .cli import main as cli
-
-    sys.exit(cli(["doctor", *sys.argv[1:]]))
