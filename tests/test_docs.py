@@ -343,6 +343,7 @@ def options_of_parser(parser: argparse.ArgumentParser) -> set[str]:
 
 
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
+LAUNCHER |= {"--dry_run", "--card_memory", "--json"}  # of `trl-spo doctor`
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
 MADE |= {"demo_output/train.txt", "demo_output/heldout.txt"}  # by the demo
 
@@ -357,6 +358,7 @@ def test_shell_commands_exist(page, parsers):
         if words[0] == "make":
             assert words[1] in targets, f"{NAMES[page]}: there is no target in {words}"
         elif words[0] == "trl-spo":
+            words = [words[0], *words[2:]] if words[1] == "doctor" else words  # it takes the arguments of a command
             assert words[1] in parsers, f"{NAMES[page]}: there is no command in {words}"
             options = options_of_parser(parsers[words[1]]) | LAUNCHER
         else:

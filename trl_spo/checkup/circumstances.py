@@ -57,7 +57,7 @@ def precision_of(arguments: Any, further: dict | None) -> tuple[torch.dtype, flo
     Dtype of the frozen weights, and bytes of a quantised one.
 
     Args:
-        arguments ([`PipelineArguments`])
+        arguments (`PipelineArguments`)
         further (`dict`, *optional*): `model_init_kwargs`.
     """
     further = further or {}

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Predicted peak memory of a run, by phase. Networks are on paper ([`checkup.networks`]); what runs in each phase is followed on
+Predicted peak memory of a run, by phase. Networks are on paper (`checkup.networks`); what runs in each phase is followed on
 tensors without values (`training.memory`), at the sizes that the run would choose on the card.
 """
 

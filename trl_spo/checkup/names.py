@@ -24,7 +24,7 @@ def of_pipeline(arguments: Any, further: dict | None) -> list[Named]:
     The pipeline and its parts.
 
     Args:
-        arguments ([`PipelineArguments`])
+        arguments (`PipelineArguments`)
         further (`dict`, *optional*): `model_init_kwargs`, which go before the arguments.
     """
     further = further or {}
@@ -45,7 +45,7 @@ def of_pipeline(arguments: Any, further: dict | None) -> list[Named]:
 
 
 def of_reward(arguments: Any) -> list[Named]:
-    """The files of the reward model that [`RewardModelArguments`] name: those of the form that is used."""
+    """The files of the reward model that `RewardModelArguments` name: those of the form that is used."""
     if getattr(arguments, "reward", None):  # functions by name
         return []
     if arguments.reward_model_name_or_path is not None:

@@ -253,7 +253,7 @@ def clip_on_paper(source: str, online: bool = True) -> tuple[torch.nn.Module, st
 
 def reward_on_paper(arguments, pipeline: SPOPipeline, online: bool = True) -> tuple[torch.nn.Module | None, str]:
     """
-    The reward model that [`RewardModelArguments`] name, on the meta device, and where its shapes are from.
+    The reward model that `RewardModelArguments` name, on the meta device, and where its shapes are from.
 
     Raises:
         NoConfiguration: if its configuration cannot be had.

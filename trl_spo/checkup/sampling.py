@@ -53,7 +53,7 @@ def check_sample(model_args, sampler_args, sample_args, where: Circumstances) ->
     Everything that can be said about `trl-spo sample` before it loads weights.
 
     Args:
-        model_args ([`LoadedPipelineArguments`]), sampler_args ([`SamplerArguments`]), sample_args ([`SampleArguments`]): as the
+        model_args (`LoadedPipelineArguments`), sampler_args (`SamplerArguments`), sample_args (`SampleArguments`): as the
             command has them.
         where ([`Circumstances`]): where it is planned.
     """
@@ -67,8 +67,8 @@ def check_evaluate(model_args, sampler_args, reward_args, evaluate_args, where: 
     Everything that can be said about `trl-spo evaluate` before it loads weights.
 
     Args:
-        model_args ([`LoadedPipelineArguments`]), sampler_args ([`SamplerArguments`]), reward_args ([`RewardModelArguments`]),
-            evaluate_args ([`EvaluateArguments`]): as the command has them.
+        model_args (`LoadedPipelineArguments`), sampler_args (`SamplerArguments`), reward_args (`RewardModelArguments`),
+            evaluate_args (`EvaluateArguments`): as the command has them.
         where ([`Circumstances`]): where it is planned.
     """
     from ..evaluation.evaluate import PROTOCOLS

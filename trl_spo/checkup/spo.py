@@ -46,8 +46,8 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
     Everything that can be said about an SPO run before it loads weights.
 
     Args:
-        model_args ([`DiffusionModelArguments`]), reward_args ([`RewardModelArguments`]), data_args
-            ([`EvaluationDataArguments`]), config ([`SPOConfig`]): as `trl-spo spo` has them.
+        model_args (`DiffusionModelArguments`), reward_args (`RewardModelArguments`), data_args
+            (`EvaluationDataArguments`), config ([`SPOConfig`]): as `trl-spo spo` has them.
         where ([`Circumstances`]): where it is planned.
     """
     report = Report("trl-spo spo")

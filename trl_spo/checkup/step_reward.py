@@ -38,8 +38,8 @@ def check_step_reward(model_args, reward_args, data_args, config, where: Circums
     Everything that can be said about the training of a reward model before it loads weights.
 
     Args:
-        model_args ([`DiffusionModelArguments`]), reward_args ([`RewardModelArguments`]), data_args
-            ([`EvaluationDataArguments`]), config ([`StepRewardConfig`]): as `trl-spo step-reward` has them.
+        model_args (`DiffusionModelArguments`), reward_args (`RewardModelArguments`), data_args
+            (`EvaluationDataArguments`), config ([`StepRewardConfig`]): as `trl-spo step-reward` has them.
         where ([`Circumstances`]): where it is planned.
     """
     report = Report("trl-spo step-reward")

@@ -69,7 +69,7 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
 
     Args:
         command (`str`): one of `help.CHECKED`.
-        parser ([`ScriptParser`]): of its script.
+        parser (`ScriptParser`): of its script.
         arguments (`list[str]`): its arguments, and those of the doctor.
         launch (`list[str]`, *optional*): options of `accelerate launch`.
         resolve (`Callable`, *optional*): finds the file that `--accelerate_config` means.
