@@ -34,6 +34,14 @@ FURTHER = "Training, from transformers"
 KINDS = {"int": "number", "float": "number", "str": "text", "string_to_bool": "`true` or `false`", "Path": "path"}
 
 
+def parts_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The commands of a command, by name, or the parser itself."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {"": parser}
+
+
 def option_groups(parser: argparse.ArgumentParser) -> dict[str, tuple[str, list[argparse.Action]]]:
     """
     The options of a parser under the dataclass that has them.
@@ -109,9 +117,11 @@ def page(command: str) -> str:
     lines = [f"# trl-spo {command}", "", inspect.cleandoc(script.__doc__), ""]
     if distributed:
         lines += ["`--accelerate_config` and the other options of `accelerate launch` are taken, too.", ""]
-    for title, (about, actions) in option_groups(parser).items():
-        lines += [f"## {title}", "", about, "", "| option | value | default | meaning |", "|---|---|---|---|"]
-        lines += [*(row(action) for action in actions), ""]
+    for name, part in parts_of(parser).items():
+        for title, (about, actions) in option_groups(part).items():
+            title = f"trl-spo {command} {name}" if name else title
+            lines += [f"## {title}", "", about, "", "| option | value | default | meaning |", "|---|---|---|---|"]
+            lines += [*(row(action) for action in actions), ""]
     return "\n".join(lines)
 
 

@@ -16,10 +16,13 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..evaluation.named import check_metrics
+from ..evaluation.protocols import DEFAULT_PROTOCOL, EvaluationProtocol, find_protocol
 from ..export import locate_lora
 from ..training.memory import GIB, module_bytes
 from ..training.memory_plan import frozen_bytes, make_fake
@@ -71,17 +74,11 @@ def check_evaluate(model_args, sampler_args, reward_args, evaluate_args, where: 
             evaluate_args (`EvaluateArguments`): as the command has them.
         where ([`Circumstances`]): where it is planned.
     """
-    from ..evaluation.evaluate import PROTOCOLS
-    from ..evaluation.metrics import METRICS
-
     report = Report("trl-spo evaluate")
-    if evaluate_args.protocol not in PROTOCOLS:
-        text = f"there is none with the name {evaluate_args.protocol!r}; there are {', '.join(PROTOCOLS)}."
-        report.add("settings", PROBLEM, "protocol", text)
-    for name in evaluate_args.metrics:
-        if name not in (*METRICS, "step_reward") and ":" not in name:
-            text = f"there is none with the name {name!r}; there are {', '.join(METRICS)} and step_reward."
-            report.add("settings", PROBLEM, "metric", text)
+    try:
+        check_metrics(evaluate_args.metrics, evaluate_args.metric_options, own=["step_reward"])
+    except (TypeError, ValueError) as error:
+        report.add("settings", PROBLEM, "metrics", str(error))
     if evaluate_args.base and sampler_args.lora is None:
         text = "compares with the model without the LoRA, and there is no --lora."
         report.add("settings", PROBLEM, "base", text)
@@ -104,11 +101,12 @@ def _check_sampler(
     report.extend(where.hub.look(named, where.planned))
     _check_lora(report, sampler_args.lora)
     count = _check_prompts(report, model_args, sampler_args, prompts)
+    protocol = _find_protocol(report, sampler_args)
     try:
         dtype, _ = precision_of(model_args, model_args.model_init_kwargs)
         model, note = read_shapes(model_args, model_args.model_init_kwargs, where.hub)
         forecaster = SamplingForecaster(model, rewards)
-        settings = _settings(sampler_args)
+        settings = _settings(sampler_args, protocol)
         shape = forecaster.networks(dtype).pipeline.latent_shape(settings.height, settings.width)
     except NoConfiguration as reason:
         report.add(MEMORY, WARNING, "networks", f"nothing is predicted: {reason}.")
@@ -125,15 +123,24 @@ def _check_sampler(
     _report_memory(report, forecaster, Variant(settings, dtype), where, sampler_args)
 
 
-def _settings(sampler_args) -> SamplerSettings:
-    guidance = 5.0 if sampler_args.guidance_scale is None else sampler_args.guidance_scale
-    steps = sampler_args.num_inference_steps or 20
-    return SamplerSettings(sampler_args.height, sampler_args.width, guidance, steps, sampler_args.batch_size)
+def _find_protocol(report: Report, sampler_args) -> EvaluationProtocol:
+    """The sampler by name, and that of a LoRA that is on this machine."""
+    is_here = sampler_args.lora is not None and Path(sampler_args.lora).exists()
+    try:
+        protocol = find_protocol(sampler_args.protocol, sampler_args.lora if is_here else None)
+    except ValueError as error:
+        report.add("settings", PROBLEM, "protocol", str(error))
+        protocol = DEFAULT_PROTOCOL
+    return replace(protocol, **sampler_args.overrides())
+
+
+def _settings(sampler_args, protocol: EvaluationProtocol) -> SamplerSettings:
+    return SamplerSettings(
+        protocol.height, protocol.width, protocol.guidance_scale, protocol.num_inference_steps, sampler_args.batch_size
+    )
 
 
 def _check_lora(report: Report, lora: str | None) -> None:
-    from pathlib import Path
-
     if lora is None or not Path(lora).exists():
         return
     try:
