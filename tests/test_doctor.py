@@ -248,6 +248,15 @@ class TestSettings:
         assert status == 1 and "no_such_tracker" in texts(findings, "problem", "tracker")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_rewards_by_name(self, examine, prompts):
+        arguments = [*MODEL, "--num_inference_steps", "10", "--branch_start_step", "2", "--report_to", "none"]
+        status, findings, _ = examine(
+            *arguments, "--dataset_name", prompts, "--reward", "clip_score=0.5", "aesthetic=0.5"
+        )
+        assert status == 0 and "is not counted" in texts(findings, "-", "reward")
+        status, findings, _ = examine(*arguments, "--dataset_name", prompts, "--reward", "clip_scor")
+        assert status == 1 and "did you mean clip_score?" in texts(findings, "problem", "reward")
+
     def test_half_precision_without_a_gpu(self, examine, prompts):
         arguments = [*RUN, "--dataset_name", prompts, "--bf16", "true"]
         status, findings, _ = examine(*arguments)

@@ -46,7 +46,7 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
     Everything that can be said about an SPO run before it loads weights.
 
     Args:
-        model_args (`DiffusionModelArguments`), reward_args (`RewardModelArguments`), data_args
+        model_args (`DiffusionModelArguments`), reward_args (`RewardArguments`), data_args
             (`EvaluationDataArguments`), config ([`SPOConfig`]): as `trl-spo spo` has them.
         where ([`Circumstances`]): where it is planned.
     """
@@ -64,6 +64,10 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
 
     # The networks, without weights: settings, memory, work.
     report.extend(check_settings(config))
+    try:
+        reward_args.check()
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        report.add(SETTINGS, PROBLEM, "reward", str(error))
     try:
         model, note = read_shapes(model_args, config.model_init_kwargs, where.hub)
     except NoConfiguration as reason:
@@ -176,7 +180,9 @@ def describe_trained(pipeline: SPOPipeline, adapter: Any) -> str:
 
 def _reward(report: Report, reward_args, pipeline: SPOPipeline, where: Circumstances):
     if getattr(reward_args, "reward", None):
-        report.add(MEMORY, NOTE, "reward", "is a function, whose memory and time are not known and not counted")
+        report.add(
+            MEMORY, NOTE, "reward", "is given by name; what such rewards take in memory and time is not counted"
+        )
         return None, ""
     try:
         return reward_on_paper(reward_args, pipeline, where.hub.online)
