@@ -87,7 +87,11 @@ def table(results: dict[str, dict]) -> str:
     cards = list(next(iter(results.values())))
     lines = ["| preset | " + " | ".join(f"{card} GiB" for card in cards) + " |", "|---|" + "---|" * len(cards)]
     for preset, found in results.items():
-        lines.append(f"| `spo_{preset}.yaml` | " + " | ".join(cell(found[card]) for card in cards) + " |")
+        lines.append(
+            f"| [spo_{preset}](../examples/configs/spo_{preset}.yaml) | "
+            + " | ".join(cell(found[card]) for card in cards)
+            + " |"
+        )
     return "\n".join(lines)
 
 

@@ -227,7 +227,8 @@ def report_time(report: Report, works: list[Work], networks: Networks, config, w
         speed = matrix_tflops(config.device) / MEASURED["matrix_tflops"]
         source = f"on this card, whose matrix products were measured now at {speed:.2f} times the speed of a {MEASURED['gpu']}"
     times = [seconds(work, costs, speed) / where.world_size for work in works]
-    text = f"{duration(min(times))} to {duration(max(times))} {source}"
+    least, most = duration(min(times)), duration(max(times))
+    text = f"{least} {source}" if least == most else f"{least} to {most} {source}"
     text += f", {where.world_size} of them" if where.world_size > 1 else ""
     report.add(WORK, NOTE, "time", text)
     how = "predicted: arithmetic of these networks, counted, over the rates that Stable Diffusion 1.5 reached on that card "
