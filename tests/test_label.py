@@ -409,7 +409,7 @@ def test_one_program_per_port_and_folder(tmp_path):
 @needs_gradio
 def test_a_host_for_everybody_is_warned_about(caplog, capsys, monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
-    listener = SimpleNamespace(getsockname=lambda: ("0.0.0.0", 80))
+    listener = SimpleNamespace(getsockname=lambda: ("0.0.0.0", 80), listen=lambda backlog: None)
     script.serve(None, listener, script.LabelArguments(host="0.0.0.0", open_browser=False))
     assert "the page asks for no password" in caplog.text
     script.serve(None, listener, script.LabelArguments(open_browser=False))

@@ -153,7 +153,7 @@ def test_the_wheel_has_each_file_once_and_nothing_else(wheel):
     for folder, prefix in (("examples/shapes", "trl_spo_shapes"), ("examples/configs", "trl_spo/configs")):
         own = [path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file()]
         own = sorted(f"{prefix}/{path.as_posix()}" for path in own if "__pycache__" not in path.parts)
-        assert own == sorted(name for name in names if name.startswith(f"{prefix}/"))
+        assert own == sorted(name for name in names if name.startswith(f"{prefix}/")), folder
     assert wheel.stat().st_size < 12 * 2**20
 
 

@@ -398,7 +398,7 @@ class TestEvaluate:
             (["--metrics", "pick_score"], "no metric 'pick_score'; did you mean pickscore.* There are pickscore, "),
             (
                 ["--metrics", "pickscore", "--metric_options", '{"pickscore": {"modle": "x"}}'],
-                "`metric_options` of pickscore has 'modle'; it takes model, processor",
+                "'pickscore' has no option 'modle'; did you mean model\\? It takes model, processor",
             ),
             (["--lora", "./spo-shape"], "no LoRA at './spo-shape': the path does not exist"),
             (["--seed", "1", "2"], "An evaluation has one --seed"),

@@ -209,8 +209,12 @@ def read_image_folder(folder: str | Path) -> list[dict[str, Any]]:
     """
     folder = Path(folder)
     found: dict[tuple[str, str], Path] = {}
+    sheets = set()  # files in which `trl-spo sample` shows several images at once
+    for record in folder.rglob(SAMPLES):
+        for run in _sample_runs(record.parent):
+            sheets |= {record.parent / name for name in run.get("grids", [])}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_FILES or not path.is_file():
+        if path.suffix.lower() not in IMAGE_FILES or not path.is_file() or path in sheets:
             continue
         name, role = _name_and_role(path.relative_to(folder))
         if role is None:
@@ -227,6 +231,15 @@ def read_image_folder(folder: str | Path) -> list[dict[str, Any]]:
         if (name, PARTNERS[role]) not in found:
             raise ValueError(f"{str(path)!r} has no partner: there is no {name}_{PARTNERS[role]}.")
     return [_folder_row(name, role, found) for name, role in found if role in ("chosen", "0")]
+
+
+def _sample_runs(folder: Path) -> list[dict[str, Any]]:
+    """What calls of `trl-spo sample` wrote about the images that they made in this folder; empty if it made none."""
+    record = folder / SAMPLES
+    if not record.is_file():
+        return []
+    last = json.loads(read_text(record))
+    return [last, *last.get("earlier", [])]
 
 
 def _name_and_role(path: Path) -> tuple[str, str | None]:
@@ -253,10 +266,10 @@ def _prompt_beside(image: Path, stem: str) -> str:
     text = next((path for path in texts if path.is_file()), None)
     if text is not None:
         return " ".join(read_text(text).split())
-    record = image.parent / SAMPLES
-    if record.is_file():
-        made = json.loads(read_text(record))["images"]
-        return next(entry["prompt"] for entry in made if entry["file"] == image.name)
+    for run in _sample_runs(image.parent):
+        for entry in run["images"]:
+            if entry["file"] == image.name:
+                return entry["prompt"]
     return " ".join(re.sub(r"[ _-]+\d+$", "", stem).replace("_", " ").split())
 
 

@@ -206,6 +206,7 @@ def serve(app, listener: socket.socket, label_args: LabelArguments) -> None:
         logger.warning(
             "Everybody who reaches %s can see the images and add labels: the page asks for no password.", address
         )
+    listener.listen(128)  # from here on a browser that comes at once waits instead of being turned away
     print(f"Label at {address}  (Ctrl-C ends; every click is already saved)", flush=True)
     if label_args.open_browser:
         with contextlib.suppress(Exception):  # a server without a desktop
