@@ -1,4 +1,7 @@
-.PHONY: demo test test-ddpo test-gpu compare compare-quick reliability coverage mutation docs upstream quality house style clean
+# `make` without a target lists them.
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test test-ddpo test-gpu compare compare-quick reliability coverage mutation docs upstream quality house style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,10 +12,21 @@ DDPO_STAMP := .venv-ddpo/.installed
 MUTATION_BIN := .venv-mutation/bin
 MUTATION_STAMP := .venv-mutation/.installed
 
+# Which build of torch: on Linux a package index offers the one with CUDA first, some gigabytes that no target here needs.
+# TORCH_INDEX names an index with another build, such as PyTorch's own for the CPU: make demo TORCH_INDEX=ADDRESS
+TORCH_INDEX ?=
+TORCH_OPTIONS = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c $(1))
+
+help:  ## this list
+	@echo "usage: make TARGET [PYTHON=python3.11] [TORCH_INDEX=address of a package index with the torch you want]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
 # A fresh machine needs nothing but Python 3.11: every target installs the pinned set first.
 $(STAMP): constraints.txt setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@echo "Installing torch and the packages of constraints.txt into .venv; this takes some minutes."
+	$(BIN)/python -m pip install --quiet $(call TORCH_OPTIONS,constraints.txt) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
@@ -23,10 +37,10 @@ test coverage: export OMP_NUM_THREADS := 1
 test coverage: export TRL_SPO_TEST_DEVICE := cpu
 test-ddpo: export OMP_WAIT_POLICY := PASSIVE
 
-demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world; writes demo_output/
+demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world: about 5 minutes once installed; writes demo_output/
 	$(BIN)/python examples/shapes/demo.py --output_dir demo_output
 
-test: $(STAMP)  ## the whole test suite
+test: $(STAMP)  ## the whole test suite: 10 minutes or more on two cores
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # A machine with a GPU has a torch of its own, and perhaps no network: nothing is installed.
@@ -35,7 +49,7 @@ test-gpu:  ## both trainers on the GPU of this machine: under four minutes; with
 
 $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 	test -x $(DDPO_BIN)/python || $(PYTHON) -m venv .venv-ddpo
-	$(DDPO_BIN)/python -m pip install --quiet -c constraints-ddpo.txt "$$(grep '^torch==' constraints-ddpo.txt)"
+	$(DDPO_BIN)/python -m pip install --quiet $(call TORCH_OPTIONS,constraints-ddpo.txt) "$$(grep '^torch==' constraints-ddpo.txt)"
 	$(DDPO_BIN)/python -m pip install --quiet -c constraints-ddpo.txt -e ".[test,ddpo]"
 	$(DDPO_BIN)/python -c "from trl import DDPOTrainer"
 	touch $@
@@ -84,10 +98,10 @@ quality: $(STAMP)  ## what CI asks of the style
 house: $(STAMP)  ## numbers about how the code is written; REV=<commit> measures another version
 	$(BIN)/python reliability/house.py $(if $(REV),--rev $(REV))
 
-style: $(STAMP)
+style: $(STAMP)  ## repairs of the style that need no thought
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## removes what was generated
 	rm -rf demo_output demo_output_flow compare_quick reliability_output docs/_build docs/api build dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -not -path "./.venv*/*" -exec rm -rf {} +

@@ -154,7 +154,8 @@ def label_agreement(reward_folder: Path, name: str, vae, num_prompts: int) -> di
         batch = prompts[start : start + 32]
         pairs = exact.rollout(batch, seed=5000 + start, return_trajectory=True)
         scorer = Scorer(other.pipeline, other.reward, batch, 64, 64, image_size=settings.get("scoring_image_size"))
-        scores = scorer([(branch.pred_original_samples, branch.scored_timestep) for branch in pairs.branches])
+        judged = scorer([(branch.pred_original_samples, branch.scored_timestep) for branch in pairs.branches])
+        scores = [step.selection for step in judged]
         rows = torch.arange(len(batch))
         orders = []
         equal = []

@@ -30,52 +30,30 @@ results; pairs do, and hours are given for several shares of valid pairs.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory import GUIDANCE_SCALE, Models
+from trl_spo.branch_plan import BranchPlan
+from trl_spo.checkup import work
+from trl_spo.checkup.rates import MEASURED, rate_of
+from trl_spo.checkup.work import SHARES, count_tflop
 
 
 PAPER_HOURS = {"sd15": {"reward": 32, "spo": 48, "dpo": 384}, "sdxl": {"reward": 116, "spo": 118, "dpo": 4800}}
 """A100 hours: https://huggingface.co/papers/2406.04314, the table of training cost."""
 
-MEASURED = {
-    "gpu": "NVIDIA H100 80GB HBM3",
-    "date": "2026-11-28",
-    "matrix_tflops": 790.0,  # of a large product in bfloat16
-    "tflops": {"unet": 171.0, "decode": 146.0, "reward_image": 268.0, "reward_text": 47.0, "training": 144.0},
-    "other_seconds_per_prompt": 0.2,
-    "sdxl_pairs_per_second": 1.16,
-}
-"""
-SD1.5, bfloat16, exact loop, 160 pairs of 10 prompts in 25.5 s, before blocks were compiled: TFLOP as counted here over
-seconds by phase (rollout UNet 6.1, decode 11.0, reward images 0.8 and text 0.01, policy forward and backward and reference
-5.6, the rest 2.0). The SDXL preset made 1.16 pairs per second.
-"""
-SAME_RATE = {"encode": "decode", "reward_training": "training"}  # not measured: the nearest that was
 STEPS = 20
 START = 4
 PROMPTS = 4000
 EPOCHS = 10
 REWARD_PAIRS = {"sd15": 8000 * 64, "sdxl": 7000 * 64}
 EVALUATION_PROMPTS = 500
-SHARES = (1.0, 0.5, 0.25)  # of the branches whose pair passes the threshold
 DEVICES = (1, 4, 8)
-
-
-def count(function: Callable) -> float:
-    """TFLOP of `function()`, a multiply-add counted as two; attention as its matrix products."""
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        function()
-    return counter.get_total_flops() / 1e12
 
 
 def network_costs(name: str) -> dict[str, float]:
@@ -112,35 +90,26 @@ def network_costs(name: str) -> dict[str, float]:
     # Count each network once, training with its backward pass.
     with torch.no_grad():
         costs = {
-            "unet": count(lambda: pipeline.predict(latents, steps, embeds, 1.0)),
-            "decode": count(lambda: vae.decode(latents)),
-            "encode": count(lambda: vae.encode(images)),
-            "reward_image": count(lambda: reward.get_image_features(pixels, steps)),
-            "reward_text": count(lambda: reward.get_text_features(tokens)),
+            "unet": count_tflop(lambda: pipeline.predict(latents, steps, embeds, 1.0)),
+            "decode": count_tflop(lambda: vae.decode(latents)),
+            "encode": count_tflop(lambda: vae.encode(images)),
+            "reward_image": count_tflop(lambda: reward.get_image_features(pixels, steps)),
+            "reward_text": count_tflop(lambda: reward.get_text_features(tokens)),
         }
     models.model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        costs["training"] = count(training)
+        costs["training"] = count_tflop(training)
     reward.requires_grad_(True)
-    costs["reward_training"] = count(lambda: reward.get_image_features(pixels, steps).sum().backward())
+    costs["reward_training"] = count_tflop(lambda: reward.get_image_features(pixels, steps).sum().backward())
     return costs
 
 
 def rollout_samples(num_candidates: int, num_inner_steps: int) -> dict[str, int]:
-    """
-    Evaluations of one prompt's rollout: UNet predictions (guidance not yet counted), decodes, and branches.
-
-    Each branch takes K samples j steps on, which needs a prediction at each, and a prediction of x_0 at its end, except at
-    the last step. The prediction of the candidate that goes on is the next branch's own first.
-    """
-    branches = -(-(STEPS - START) // num_inner_steps)
-    predictions = START + 1  # up to and including the first branching latent
-    for branch in range(branches):
-        first = START + branch * num_inner_steps
-        last = min(first + num_inner_steps, STEPS)
-        predictions += num_candidates * (last - first - 1)  # inner steps go on from each candidate
-        predictions += num_candidates if last < STEPS else 0
-    return {"predictions": predictions, "decodes": branches * num_candidates, "branches": branches}
+    """Evaluations of one prompt's rollout in the paper's runs: see [`trl_spo.checkup.work.rollout_samples`]."""
+    starts = range(START, STEPS, num_inner_steps)
+    plan = BranchPlan({start: min(num_inner_steps, STEPS - start) for start in starts}, STEPS)
+    samples = work.rollout_samples(plan, num_candidates, STEPS)
+    return {name: samples[name] for name in ("predictions", "decodes", "branches")}
 
 
 def samples_of_stages(name: str) -> dict[str, dict[str, dict[str, int]]]:
@@ -189,7 +158,7 @@ def rates_of(name: str, costs: dict[str, float], tflops: float | None = None) ->
     """TFLOP/s of every network: as measured, or `tflops` for all."""
     if tflops is not None:
         return dict.fromkeys(costs, tflops)
-    rates = {network: MEASURED["tflops"][SAME_RATE.get(network, network)] for network in costs}
+    rates = {network: rate_of(network) for network in costs}
     if name != "sdxl":
         return rates
     found = samples_of_stages(name)

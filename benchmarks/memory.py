@@ -34,7 +34,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,10 +45,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.models import PRESETS, Preset, build_pipeline, clip_config
-from trl_spo import StepAwareRewardModel, StepAwareRewardModelConfig, spo_loss, wrap_pipeline
+from trl_spo import StepAwareRewardModel, StepAwareRewardModelConfig, wrap_pipeline
 from trl_spo.pipelines.base import SPOPipeline
 from trl_spo.pipelines.conditioning import PromptEmbeds
-from trl_spo.step_distribution import gaussian_log_prob
 from trl_spo.training.memory import (
     GIB,
     denoiser_bytes,
@@ -58,35 +57,18 @@ from trl_spo.training.memory import (
     samples_within,
     scoring_bytes,
 )
+from trl_spo.training.memory_plan import (
+    autocast_of,
+    frozen_bytes,
+    give_gradients,
+    make_fake,
+    set_checkpointing,
+    spo_training_step,
+    trained_bytes,
+)
 
 
 GUIDANCE_SCALE = 5.0
-
-
-@contextlib.contextmanager
-def normalisation_as_on_cuda() -> Iterator[None]:
-    """
-    Normalisation layers as autocast runs them on CUDA, in float32; on the CPU it leaves them in half precision. Their
-    outputs are among the largest tensors of a training step. For predicting the memory of a GPU on fake CPU tensors.
-    """
-    classes = {torch.nn.LayerNorm: torch.nn.LayerNorm.forward, torch.nn.GroupNorm: torch.nn.GroupNorm.forward}
-
-    def forward(self, hidden_states):
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled("cpu"):
-            hidden_states = hidden_states.float()
-            weight, bias = (None if value is None else value.float() for value in (weight, bias))
-        if isinstance(self, torch.nn.LayerNorm):
-            return torch.nn.functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
-        return torch.nn.functional.group_norm(hidden_states, self.num_groups, weight, bias, self.eps)
-
-    try:
-        for layer in classes:
-            layer.forward = forward
-        yield
-    finally:
-        for layer, original in classes.items():
-            layer.forward = original
 
 
 def measured_peak_bytes(function: Callable, device: str = "cpu") -> int:
@@ -145,8 +127,7 @@ class Models:
             if real:
                 module.to(device)
             elif device != "meta":
-                with self.fake_mode:
-                    module.to_empty(device=device)
+                make_fake(self.fake_mode, module, device=device)
         self.pipeline.set_timesteps(20)
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -162,70 +143,35 @@ class Models:
         pooled = torch.zeros(num_prompts, self.preset.text_2["projection_dim"], **options)
         return PromptEmbeds(prompt, prompt, pooled, pooled, torch.zeros(num_prompts, 6, **options))
 
-    def autocast(self, like_cuda: bool) -> contextlib.ExitStack:
+    def autocast(self, like_cuda: bool):
         """The context of a trainer with `bf16=True` or `fp16=True`; none for float32."""
-        stack = contextlib.ExitStack()
-        if self.dtype != torch.float32:
-            stack.enter_context(torch.autocast(self.device, dtype=self.dtype))
-            if like_cuda and self.device == "cpu":
-                stack.enter_context(normalisation_as_on_cuda())
-        return stack
+        return autocast_of(self.dtype, self.device, like_cuda)
 
     def training_step(self, num_pairs: int) -> Callable:
-        """
-        Reference forward, policy forward and backward, as `SPOTrainer.compute_loss` does them. Pairs of a multi-step
-        branch may have an x_t each, so they count as two samples.
-        """
-        num_samples = num_pairs * (2 if self.preset.rollout["num_inner_steps"] > 1 else 1)
-        shape = (num_samples, *self.pipeline.latent_shape())
-
-        def step():
-            latents, previous = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            timesteps = torch.full((num_samples,), 501, device=self.device)
-            embeds = self.embeds(num_samples)
-
-            def distribution(denoiser):
-                output = self.pipeline.predict(latents, timesteps, embeds, GUIDANCE_SCALE, denoiser)
-                return self.pipeline.step_distribution(output, timesteps, latents, 1.0)
-
-            with torch.no_grad(), self.pipeline.reference() as reference:
-                ref_mean, std, _ = distribution(reference)
-            mean = distribution(self.model).prev_sample_mean
-            log_probs = gaussian_log_prob(previous, mean, std)
-            ref_log_probs = gaussian_log_prob(previous, ref_mean, std)
-            rejected = slice(num_samples // 2, None) if num_samples > num_pairs else slice(None)
-            chosen = slice(num_pairs)
-            losses = spo_loss(log_probs[chosen], log_probs[rejected], ref_log_probs[chosen], ref_log_probs[rejected])
-            losses.losses.mean().backward()
-
-        return step
-
-    def make_gradients(self):
-        """As they are from the first micro-batch of an accumulation on; so they count among the weights."""
-        with self.fake_mode:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-
-
-def gradient_checkpointing(models: Models, enabled: bool):
-    denoiser = models.pipeline.denoiser
-    (denoiser.enable_gradient_checkpointing if enabled else denoiser.disable_gradient_checkpointing)()
-    models.model.train(enabled)  # diffusers checkpoints in training mode only
+        """Pairs of a multi-step branch may have an x_t each, so they count as two samples."""
+        return spo_training_step(
+            self.pipeline,
+            self.model,
+            self.embeds,
+            num_pairs,
+            num_samples=num_pairs * (2 if self.preset.rollout["num_inner_steps"] > 1 else 1),
+            guidance_scale=GUIDANCE_SCALE,
+            latent_shape=self.pipeline.latent_shape(),
+            latent_dtype=self.dtype,
+            timestep=501,
+            device=self.device,
+        )
 
 
 def weight_table(models: Models) -> dict[str, int]:
     """Bytes that are there all the time."""
-    pipeline = models.pipeline
-    trained = sum(p.numel() * p.element_size() for p in pipeline.denoiser.parameters() if p.requires_grad)
-    frozen = pipeline.frozen_modules()
+    trained = trained_bytes(models.pipeline.denoiser)
     return {
-        "UNet": module_bytes(pipeline.denoiser) - trained,
+        "UNet": module_bytes(models.pipeline.denoiser) - trained,
         "LoRA, float32": trained,
         "LoRA gradients": trained,
         "AdamW states": 2 * trained,
-        "VAE": module_bytes(frozen["vae"]),
-        "text encoders": module_bytes(*(module for name, module in frozen.items() if name.startswith("text_encoder"))),
+        **frozen_bytes(models.pipeline),
         "reward model": module_bytes(models.reward_model),
     }
 
@@ -240,7 +186,7 @@ def phases(models: Models, budget: float, like_cuda: bool) -> dict[str, tuple[in
     candidates = preset.prompts * preset.rollout["num_candidates"]
     embeds = models.embeds(1)
     start = time.process_time()
-    models.make_gradients()
+    give_gradients(models.model, fake_mode)
     with models.autocast(like_cuda):
         denoiser, scoring = rollout_chunk_sizes(
             pipeline, models.reward_model, embeds, shape, GUIDANCE_SCALE, budget / GIB, candidates, device
@@ -259,7 +205,7 @@ def phases(models: Models, budget: float, like_cuda: bool) -> dict[str, tuple[in
             ),
         }
         for name, checkpointing in (("training step", False), ("training step, checkpointing", True)):
-            gradient_checkpointing(models, checkpointing)
+            set_checkpointing(pipeline, models.model, checkpointing)
 
             def step_bytes(num_pairs):
                 return peak_activation_bytes(models.training_step(num_pairs), fake_mode=fake_mode)
@@ -299,7 +245,7 @@ def measure(models: Models, found: dict[str, tuple[int, int]]) -> dict[str, int]
                 x = latents(name, torch.float32)
                 measured[name] = measured_peak_bytes(lambda function=function, x=x: function(x), device)
         for name in ("training step", "training step, checkpointing"):
-            gradient_checkpointing(models, name.endswith("checkpointing"))
+            set_checkpointing(pipeline, models.model, name.endswith("checkpointing"))
             step = models.training_step(found[name][0])
             step()  # makes the gradients
             measured[name] = measured_peak_bytes(step, device)

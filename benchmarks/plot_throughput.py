@@ -48,12 +48,21 @@ PHASES = {  # in the order of the loop, from the bottom up: the rollout in cold 
 }
 
 
+PRESETS = {  # of `models.py`, in words
+    "tiny": "tiny networks",
+    "mid": "mid-sized networks of 41M parameters in the UNet",
+    "sd15": "Stable Diffusion 1.5",
+    "sdxl": "Stable Diffusion XL",
+}
+
+
 def conditions(result: dict) -> tuple:
     """What files must share for their bars to stand side by side: preset, hardware, precision, threads."""
     hardware = result.get("versions", {}).get("gpu", result.get("device"))
+    hardware = "on the CPU" if hardware == "cpu" else hardware
     threads = result.get("threads") if result.get("device") == "cpu" else None
     threads = f"{threads} thread{'s' if threads > 1 else ''}" if threads else None
-    return result.get("preset"), hardware, result.get("dtype"), threads
+    return PRESETS.get(result.get("preset"), result.get("preset")), hardware, result.get("dtype"), threads
 
 
 def read_arms(paths: list[Path]) -> list[dict]:
@@ -91,7 +100,7 @@ def plot(arms: list[dict], output: Path) -> None:
             textwrap.fill(", ".join(str(part) for part in key if part), 13 * max(2, len(group))), fontsize=10
         )
     all_axes[0][0].set_ylabel("seconds per pair")
-    figure.suptitle("Time per pair by phase")
+    figure.suptitle("Time to make one pair and train on it, by phase; compared with the first bar")
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -108,13 +117,20 @@ def draw_panel(axes, arms: list[dict]) -> None:
         axes.bar(range(len(arms)), heights, 0.62, bottoms, color=colour, label=label, edgecolor="white", linewidth=0.4)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for i, (total, top) in enumerate(zip(totals, bottoms, strict=True)):
-        text = f"{total:.3g} s" if i == 0 else f"{total:.3g} s\n{totals[0] / total:.2g}x the speed"
+        text = f"{total:.3g} s" if i == 0 else f"{total:.3g} s\n{in_words(totals[0] / total)}"
         axes.annotate(text, (i, top), (0, 4), textcoords="offset points", ha="center", va="bottom")
-    names = [textwrap.fill(arm["label"], 18) + f"\n{arm['peak_memory_mib']:,.0f} MiB" for arm in arms]
+    names = [textwrap.fill(arm["label"], 18) + f"\npeak {arm['peak_memory_mib']:,.0f} MiB" for arm in arms]
     axes.set_xticks(range(len(arms)), names)
     axes.set_xlim(-0.6, len(arms) - 0.4)
     axes.set_ylim(0, 1.15 * max(*bottoms, *totals))
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def in_words(ratio: float) -> str:
+    """How the speed compares with that of the first bar."""
+    if ratio < 1:
+        return f"{1 / ratio:.2g} times as long"
+    return f"{ratio:.2g} times as fast"
 
 
 def main():

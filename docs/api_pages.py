@@ -37,6 +37,13 @@ SECTIONS = (*ITEM_SECTIONS, "Returns", "Example", "Examples", "Side effects")
 EXTERNAL = ("transformers.", "diffusers.", "torch.", "peft.", "accelerate.", "trl.", "datasets.")
 MANY_PARAMETERS = 24  # a signature with more, such as that of a `TrainingArguments`, is no help
 PACKAGE = Path(trl_spo.__file__).parent
+FOLDERS = {  # folder -> its heading in the index
+    "": "SPO itself",
+    "evaluation": "Evaluation",
+    "pipelines": "Pipelines",
+    "rewards": "Rewards",
+    "training": "Training",
+}
 
 
 @dataclass
@@ -231,7 +238,7 @@ def _default(value):
 
 def page(module: Module, resolve: Callable[[str], str]) -> str:
     """The page of a module."""
-    lines = [f"# `{module.name}`", "", f"```{{py:module}} {module.name}", "```", ""]
+    lines = [f"# {short_name(module)}", "", f"```{{py:module}} {module.name}", "```", ""]
     lines += [*to_markdown(module.doc, resolve), ""]
     for name, value in module.members.items():
         is_class = inspect.isclass(value)
@@ -249,6 +256,37 @@ def page(module: Module, resolve: Callable[[str], str]) -> str:
     return "\n".join(lines)
 
 
+def short_name(module: Module) -> str:
+    """The name without that of the package, which all of them share."""
+    return module.name.partition(".")[2]
+
+
+def first_sentence(doc: str) -> str:
+    """What a module says about itself first, on one line."""
+    paragraph = " ".join(inspect.cleandoc(doc).split("\n\n")[0].split())
+    sentence = re.match(r".*?[.:](?= [A-Z]|$)", paragraph)
+    return (sentence[0] if sentence else paragraph).rstrip(":.").replace("|", "\\|") + "."
+
+
+def index_page(modules: list[Module], resolve: Callable[[str], str]) -> str:
+    """The table of contents: a section for the package itself and one for each folder, with a sentence per module."""
+    public = ", ".join(f"`{name}`" for name in public_names())
+    lines = ["# API reference", "", "Every public class and function, by module, from the docstrings. These can be"]
+    lines += [f"imported from `trl_spo` itself: {public}."]
+    folders: dict[str, list[Module]] = {}
+    for module in modules:
+        folders.setdefault(short_name(module).rpartition(".")[0], []).append(module)
+    for folder, members in folders.items():
+        lines += ["", f"## {FOLDERS.get(folder, folder)}", "", "| module | what it is |", "|---|---|"]
+        for module in members:
+            doc = module.doc or next(value.__doc__ for value in module.members.values())
+            sentence = _inline(first_sentence(doc), resolve)
+            lines.append(f"| [{short_name(module)}]({module.name}.md) | {sentence} |")
+    names = "\n".join(module.name for members in folders.values() for module in members)
+    lines += ["", "```{toctree}", ":hidden:", "", names, "```", ""]
+    return "\n".join(lines)
+
+
 def write(folder: Path) -> dict[str, str]:
     """Writes the pages to `folder`, those that changed; returns the index of names."""
     modules = read_modules()
@@ -257,15 +295,9 @@ def write(folder: Path) -> dict[str, str]:
     for module in modules:
         own = index | {name: f"{module.name}.{name}" for name in module.members}
         pages[f"{module.name}.md"] = page(module, resolver(own))
-    names = "\n".join(module.name for module in modules)
-    public = ", ".join(f"`{name}`" for name in public_names())
-    pages["index.md"] = (
-        "# API reference\n\nEvery public class and function, by module, from the docstrings. These can be imported from "
-        f"`trl_spo` itself: {public}.\n\n"
-        f"```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
-    )
+    pages["index.md"] = index_page(modules, resolver(index))
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.md"):
+    for old in folder.glob(f"{trl_spo.__name__}.*.md"):
         if old.name not in pages:
             old.unlink()
     for name, text in pages.items():

@@ -23,6 +23,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import api_pages  # noqa: E402
+import command_pages  # noqa: E402
 
 import trl_spo  # noqa: E402
 
@@ -32,14 +33,16 @@ author = "The trl_spo authors"
 copyright = author
 version = release = trl_spo.__version__
 
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.mathjax", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-html_theme = "alabaster"
-html_theme_options = {"page_width": "1200px", "description": "Step-aware Preference Optimization of diffusion models"}
-html_sidebars = {"**": ["about.html", "searchfield.html", "navigation.html"]}
+html_theme = "furo"
+html_title = f"trl_spo {version}"
+html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 add_module_names = False
 toc_object_entries = False
@@ -49,6 +52,7 @@ CODE_SPAN = re.compile(r"(?<![\[`])`([A-Za-z_][\w.]*)`(?![\]`])")
 
 def write_api_pages(app):
     app.api_index = api_pages.write(DOCS / "api")
+    command_pages.write(DOCS / "api")
 
 
 def link_code_spans(app, docname, source):

@@ -195,9 +195,9 @@ def digest(value) -> str:
 
 
 def without_times(logs):
-    """Log entries without seconds; sums of metrics in a state file alike."""
+    """Log entries without seconds; sums of metrics in a state file alike. Two runs have two identities, too."""
     if isinstance(logs, dict):
-        return {k: without_times(v) for k, v in logs.items() if not k.startswith(TIMES)}
+        return {k: without_times(v) for k, v in logs.items() if not k.startswith((*TIMES, "run_id", "started"))}
     return [without_times(entry) for entry in logs] if isinstance(logs, list) else logs
 
 

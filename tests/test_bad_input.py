@@ -560,8 +560,8 @@ IMAGES = [
     handled("image-none", collate(None), skipped),
     handled("image-empty-record", collate({}), skipped),
     refused("image-array", ValueError, "Column `jpg_0` does not hold images. .* got ndarray", lambda world: world.reward_trainer([pair(np.zeros((8, 8, 3)))])),
-    refused("image-text", ValueError, "Column `jpg_0` does not hold images. .* got str", lambda world: world.reward_trainer([pair("a.png")])),
-    refused("image-number", ValueError, "An image must be a PIL image, bytes or a `datasets` image, got int", lambda world: read_image(3)),
+    refused("image-text", ValueError, "Column `jpg_0` does not hold images, or their paths: 'a.png' is not a file", lambda world: world.reward_trainer([pair("a.png")])),
+    refused("image-number", ValueError, "An image must be a PIL image, bytes, a path or a `datasets` image, got int", lambda world: read_image(3)),
     refused("images-all-broken", ValueError, "3 of the 3 rows checked .* have an unreadable image", lambda world: world.reward_trainer([pair(b"no image")] * 3)),
 ]  # fmt: skip
 

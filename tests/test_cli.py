@@ -69,8 +69,9 @@ def test_entry_point():
     assert getattr(importlib.import_module(module), function) is cli.main
     packages = {package.strip() for package in config["options"]["packages"].split(",")}
     folders = {path.parent.name for path in (ROOT / "trl_spo").glob("*/__init__.py")}
-    assert packages == {"trl_spo", *(f"trl_spo.{folder}" for folder in folders)}
-    assert config["options.package_data"]["trl_spo"] == "accelerate_configs/*.yaml"
+    carried = {"trl_spo.configs", "trl_spo_shapes"}  # from `examples`, see tests/test_package.py
+    assert packages == {"trl_spo", *(f"trl_spo.{folder}" for folder in folders)} | carried
+    assert config["options.package_data"]["trl_spo"] == "accelerate_configs/*.yaml, label_page/*"
 
 
 class TestHelp:
@@ -100,7 +101,9 @@ class TestHelp:
             cli.main([command, "--help"])
         assert stop.value.code == 0
         text = capsys.readouterr().out
-        assert text.startswith(f"usage: trl-spo {command} ") and "--model_name_or_path" in text
+        assert text.startswith(f"usage: trl-spo {command} ")
+        own = {"demo": "--output_dir", "data": "build"}
+        assert own.get(command, "--model_name_or_path") in text
 
     def test_unknown_commands(self, capsys):
         assert cli.main(["train"]) == 2
@@ -258,7 +261,7 @@ class TestSample:
     def sample(self, model, folder, *arguments) -> list[Path]:
         arguments = ["--model_name_or_path", model / "pipe", "--num_inference_steps", 3, *arguments]
         assert cli.main(["sample", *map(str, arguments), "--output_dir", str(folder), "--device", "cpu"]) == 0
-        return sorted(folder.glob("*.png"))
+        return sorted(folder.glob("0*.png"))  # without the grid
 
     def test_images_are_those_of_plain_diffusers(self, model, tmp_path, capsys):
         files = self.sample(
@@ -361,7 +364,7 @@ class TestEvaluate:
     def test_unknown_metrics(self, model, tmp_path):
         (tmp_path / "prompts.txt").write_text("a cat\n")
         arguments = ["--model_name_or_path", str(model / "pipe"), "--prompts", str(tmp_path / "prompts.txt")]
-        with pytest.raises(SystemExit, match="no metric 'beauty'; there are pickscore, .* and step_reward"):
+        with pytest.raises(SystemExit, match="no metric 'beauty'. There are pickscore, .*, step_reward; one"):
             cli.main(["evaluate", *arguments, "--metrics", "beauty"])
         with pytest.raises(ValueError, match=r"`metric_options` names \['aesthetic'\]"):
             self.parse("--metrics", "pickscore", "--metric_options", '{"aesthetic": {}}')

@@ -62,12 +62,14 @@ def test_page_has_the_bounds_of_setup_cfg_and_the_pins_of_the_constraints():
 
 
 def test_command_for_the_lowest_versions_installs_them():
-    """All but those of which other versions were run: torch (one build) and ruff (no part of the tests)."""
+    """All but those of which other versions were run: torch (one build), ruff (no part of the tests), and the page's."""
     command = PAGE.split("<!-- lowest -->")[1].split("```")[1]
     installed = dict(re.findall(r"([\w-]+)==([\w.]+)", command))
     bounds = lower_bounds()
     assert installed.pop("torch") == pins("constraints.txt")["torch"]
-    assert installed == {name: bounds[name] for name in bounds if name not in ("torch", "ruff")}
+    assert installed == {
+        name: bounds[name] for name in bounds if name not in ("torch", "ruff", "gradio", "playwright")
+    }
 
 
 def test_constraints_beside_ddpo_differ_in_trl_alone():

@@ -109,8 +109,10 @@ def words_of_the_code() -> set[str]:
     folders = ("trl_spo", "examples", "benchmarks", "reliability")
     files = [path for folder in folders for path in (ROOT / folder).glob("**/*.py")]
     files += [ROOT / "tests" / "testing_utils.py", ROOT / "tests" / "test_imports.py", ROOT / "docs" / "api_pages.py"]
-    files += (ROOT / "examples" / "configs").glob("*.yaml")
-    return {word for path in files for word in re.findall(r"[A-Za-z_]\w*", read(path))}
+    configs = [*(ROOT / "examples" / "configs").glob("*.yaml"), *(ROOT / "trl_spo").glob("**/*.yaml")]
+    files += configs
+    names = {part for path in configs for part in (path.stem, path.stem.partition("_")[2])}
+    return names | {word for path in files for word in re.findall(r"[A-Za-z_]\w*", read(path))}
 
 
 WORDS = words_of_the_code()
@@ -331,8 +333,19 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     }
 
 
+def options_of_parser(parser: argparse.ArgumentParser) -> set[str]:
+    """Its options, and those of its subcommands."""
+    options = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            options |= {name for command in action.choices.values() for name in command._option_string_actions}
+    return options
+
+
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
+LAUNCHER |= {"--dry_run", "--card_memory", "--json"}  # of `trl-spo doctor`
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
+MADE |= {"demo_output/train.txt", "demo_output/heldout.txt"}  # by the demo
 
 
 @every_page
@@ -345,8 +358,9 @@ def test_shell_commands_exist(page, parsers):
         if words[0] == "make":
             assert words[1] in targets, f"{NAMES[page]}: there is no target in {words}"
         elif words[0] == "trl-spo":
+            words = [words[0], *words[2:]] if words[1] == "doctor" else words  # it takes the arguments of a command
             assert words[1] in parsers, f"{NAMES[page]}: there is no command in {words}"
-            options = set(parsers[words[1]]._option_string_actions) | LAUNCHER
+            options = options_of_parser(parsers[words[1]]) | LAUNCHER
         else:
             scripts = [word for word in words if word.endswith(".py")]
             for script in scripts:

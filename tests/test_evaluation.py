@@ -284,24 +284,30 @@ def test_what_is_written(tmp_path):
     assert SHORT.in_words() in report and result.table() in report and "4 images of 3 prompts" in report
     s = result.statistics["redness"]
     assert f"| {s['difference']:+.4f} ({s['difference_low']:+.4f} to {s['difference_high']:+.4f}) |" in report
+    rows = [0, 1, 2]  # three of four, spread evenly
+    assert result.sheet_rows == rows
     expected = before_after_sheet(
         result.base_images,
         result.images,
-        prompts[:3],
-        {"redness": result.base_scores["redness"][:3]},
-        {"redness": result.scores["redness"][:3]},
+        [prompts[row] for row in rows],
+        {"redness": result.base_scores["redness"][rows]},
+        {"redness": result.scores["redness"][rows]},
         title="short: DDIM, 3 steps, guidance 2, eta 0",
+        sides=("base model", "model"),
     )
     assert np.array_equal(np.asarray(Image.open(folder / "contact_sheet.png")), np.asarray(expected))
 
 
-def test_without_a_base_the_sheet_is_a_grid(tmp_path, pipeline):
+def test_without_a_base_the_sheet_has_captions_and_large_cells(tmp_path, pipeline):
+    """Regression: a bare grid in native size, 40 pixels wide for one image of 32."""
     result = evaluate_pipeline(pipeline, PROMPTS[:2], {"redness": redness}, SHORT, output_dir=tmp_path)
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png"))
-    assert sheet.shape == (20 + 4, 2 * 20 + 4, 3)
-    for i, left in enumerate((4, 24)):
-        image = torch.from_numpy(sheet[4:20, left : left + 16].copy()).permute(2, 0, 1) / 255
-        torch.testing.assert_close(image, result.images[i])
+    side = 16 * 12  # pixels become squares of 12
+    for i, left in enumerate((12, 12 + side + 12)):
+        cell = torch.from_numpy(sheet[40 : 40 + side, left : left + side].copy()).permute(2, 0, 1) / 255
+        torch.testing.assert_close(cell[:, ::12, ::12], result.images[i])
+        below = sheet[40 + side + 4 :, left : left + side]
+        assert (below != 255).any(), "no caption"
     nine = image_grid(torch.zeros(9, 3, 16, 16))  # eight in a row, the ninth below
     assert nine.size == (8 * 20 + 4, 2 * 20 + 4) and np.asarray(nine)[24:40, 4:20].max() == 0
 

@@ -58,10 +58,12 @@ def test_samples_of_a_rollout(tmp_path, num_candidates, num_inner_steps, known):
 
 def test_arithmetic_of_known_layers():
     linear, convolution = torch.nn.Linear(5, 7, bias=False), torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    assert full_size.count(lambda: linear(torch.ones(2, 5))) == pytest.approx(2 * 2 * 5 * 7 / 1e12)
-    assert full_size.count(lambda: convolution(torch.ones(1, 3, 8, 8))) == pytest.approx(2 * 64 * 27 * 4 / 1e12)
+    assert full_size.count_tflop(lambda: linear(torch.ones(2, 5))) == pytest.approx(2 * 2 * 5 * 7 / 1e12)
+    assert full_size.count_tflop(lambda: convolution(torch.ones(1, 3, 8, 8))) == pytest.approx(2 * 64 * 27 * 4 / 1e12)
     queries = torch.ones(1, 2, 6, 4)
-    attention = full_size.count(lambda: torch.nn.functional.scaled_dot_product_attention(queries, queries, queries))
+    attention = full_size.count_tflop(
+        lambda: torch.nn.functional.scaled_dot_product_attention(queries, queries, queries)
+    )
     assert attention == pytest.approx(2 * 2 * 2 * 6 * 6 * 4 / 1e12)
 
 

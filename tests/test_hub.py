@@ -177,6 +177,8 @@ def test_a_pushed_lora_is_what_was_trained(hub, tmp_path):
     assert f'load_lora_weights("{REPO}")' in card and str(tmp_path) not in card
     pictures = re.findall(r"images/[\w.]+png", card)
     assert len(set(pictures)) == 4 and set(pictures) <= set(files)  # two samples, first and last strip
+    sampler = json.loads(files["sampler.json"])  # of the training, and what is found beside the LoRA on the Hub
+    assert sampler["num_inference_steps"] == 3 and sampler == json.loads((tmp_path / "fetched.json").read_text())
     # Pushed at every save and at the end: the first commit already has the LoRA, of the step it was made at.
     assert len(hub.commits) >= 2 and "pytorch_lora_weights.safetensors" in hub.commits[0]["files"]
 
@@ -233,6 +235,7 @@ def test_a_reward_model_pushes_itself_whole(hub, tmp_path):
 
 def _push_spo(folder: Path):
     from trl_spo import SPOTrainer
+    from trl_spo.sampler_file import read_sampler
 
     from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
 
@@ -249,6 +252,8 @@ def _push_spo(folder: Path):
     trainer.train()
     trainer.push_to_hub()
     torch.save({k: v for k, v in trainer.model.state_dict().items() if "lora_" in k}, folder / "trained.pt")
+    os.environ["HF_TOKEN"] = SECRET
+    (folder / "fetched.json").write_text(json.dumps(read_sampler(REPO)))
 
 
 def _push_reward(folder: Path):

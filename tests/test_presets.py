@@ -295,7 +295,7 @@ def test_the_page_asks_for_nf4_in_words_that_diffusers_knows():
         ["sh", "-c", "\n".join([*lines, 'printf %s "$NF4"'])], capture_output=True, text=True
     ).stdout
     _, _, config = parse("spo_flux", "--model_init_kwargs", words)
-    assert config.model_init_kwargs["torch_dtype"] == "bfloat16"
+    assert config.model_init_kwargs["dtype"] == "bfloat16"
     (settings,) = config.model_init_kwargs["quantization_config"].values()
     known = inspect.signature(BitsAndBytesConfig.__init__).parameters
     assert set(settings) <= set(known) and settings["load_in_4bit"] and settings["bnb_4bit_quant_type"] == "nf4"

@@ -38,7 +38,8 @@ from safetensors.torch import load_file
 from trl_spo import LatentRewardModel, StepAwareRewardModel
 from trl_spo.prompts import load_prompts
 from trl_spo.scripts import cli
-from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group, resume_from
+from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group
+from trl_spo.scripts.training import resume_from
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 
@@ -175,8 +176,10 @@ class TestTraining:
         process needs two steps for it.
         """
         command = ["-m", "trl_spo.scripts.cli", "step-reward", "--accelerate_config", "cpu_2proc"]
-        output = run(*command, *step_reward_arguments(toy), "--output_dir", tmp_path / "two")
-        assert "'epoch': '2'" in output.replace("'epoch': 2.0", "'epoch': '2'")
+        arguments = [*step_reward_arguments(toy), "--output_dir", tmp_path / "two", "--save_strategy", "steps"]
+        output = run(*command, *arguments)
+        state = json.loads((tmp_path / "two" / "checkpoint-2" / "trainer_state.json").read_text())
+        assert state["epoch"] == 2 and output.count("Saved the reward model") == output.count("Next: ") == 1
         one, two = (load_file(folder / "model.safetensors") for folder in (reward_model, tmp_path / "two"))
         assert one.keys() == two.keys()
         assert not all(torch.equal(one[name], two[name]) for name in one)
@@ -206,7 +209,7 @@ class TestEvaluate:
         arguments = ["--model_name_or_path", toy / "sd", "--lora", lora, "--base", "--prompts", toy / "prompts.txt"]
         arguments += ["--metrics", "clip_score", "step_reward", "--metric_options", json.dumps(options)]
         arguments += ["--reward_model_name_or_path", reward_model, "--num_inference_steps", 3, "--num_prompts", 5]
-        output = run(SCRIPTS / "evaluate.py", *arguments, "--output_dir", tmp_path)
+        output = run(SCRIPTS / "evaluate.py", *arguments, "--protocol", "spo-paper", "--output_dir", tmp_path)
         table = [line for line in output.splitlines() if line.startswith("|")]
         assert [row.split("|")[1].strip() for row in table[2:]] == ["clip_score", "step_reward"]
         assert "spo-paper with num_inference_steps=3" in output

@@ -577,6 +577,7 @@ class TestSaving:
             "checkpoint-1",
             "pytorch_lora_weights.safetensors",
             "README.md",
+            "sampler.json",
         }
         state = json.loads((tmp_path / "out" / "checkpoint-1" / "spo_state.json").read_text())
         assert state["num_pairs_seen"] == 4

@@ -520,15 +520,15 @@ class TestLoading:
 
     def test_a_hub_id_reaches_load_dataset(self, monkeypatch):
         calls = []
-        monkeypatch.setattr(
-            "trl_spo.preference_dataset.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs))
-        )
+        monkeypatch.setattr("trl_spo.prompts.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)))
         load_preference_dataset("yuvalkirstain/pickapic_v1", "test_unique", streaming=True)
         assert calls == [(("yuvalkirstain/pickapic_v1",), {"split": "test_unique", "streaming": True})]
 
-    @pytest.mark.parametrize("name", ["nowhere.parquet", "./nowhere", "/nowhere/pairs", "data/of/nowhere"])
+    @pytest.mark.parametrize(
+        "name", ["nowhere.parquet", "nowhere.csv", "./nowhere", "/nowhere/pairs", "data/of/nowhere"]
+    )
     def test_a_missing_path_is_not_sought_on_the_hub(self, name, monkeypatch):
-        monkeypatch.setattr("trl_spo.preference_dataset.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
+        monkeypatch.setattr("trl_spo.prompts.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
         with pytest.raises(FileNotFoundError, match="nowhere"):
             load_preference_dataset(name)
 

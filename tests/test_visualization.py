@@ -26,17 +26,12 @@ import torch
 from PIL import Image, ImageColor, ImageFont
 
 from trl_spo import SPOTrainer, stepwise_rollout, wrap_pipeline
+from trl_spo.captions import can_draw, fit_lines, font, font_file, font_files, printable
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
 from trl_spo.evaluation.sheets import (
     BETTER,
     NEXT,
     WORSE,
-    _can_draw,
-    _fit_lines,
-    _font,
-    _font_file,
-    _font_files,
-    _printable,
     before_after_sheet,
     candidate_tree,
 )
@@ -88,10 +83,10 @@ PROMPTS_THAT_HURT = [
 
 @pytest.mark.parametrize("prompt", PROMPTS_THAT_HURT, ids=["empty", "words", "word", "chinese", "mixed", "lines"])
 def test_texts_of_any_kind_stay_in_their_place(prompt):
-    font = _font(12, _printable(prompt))
-    lines = _fit_lines(_printable(prompt), font, 200, 2)
-    assert len(lines) <= 2 and all(font.getlength(line) <= 200 for line in lines)
-    assert len(prompt) < 30 or lines[-1].endswith("…") == (font.getlength(_printable(prompt)) > 400)
+    face = font(12, printable(prompt))
+    lines = fit_lines(printable(prompt), face, 200, 2)
+    assert len(lines) <= 2 and all(face.getlength(line) <= 200 for line in lines)
+    assert len(prompt) < 30 or lines[-1].endswith("…") == (face.getlength(printable(prompt)) > 400)
     images = solid(1, 0, 0, count=2)
     sheet = before_after_sheet(images, images, [prompt, "a red cat"], title=prompt or None, columns=2, size=64)
     column = np.asarray(sheet)[45:, 12 + 2 * 64 + 8 : 12 + 2 * 64 + 22]
@@ -99,33 +94,49 @@ def test_texts_of_any_kind_stay_in_their_place(prompt):
 
 
 def test_lines_break_between_words_and_lose_nothing_that_fits():
-    font = _font(12)
-    assert _fit_lines("a red cat", font, 500, 2) == ["a red cat"]
-    width = font.getlength("a red cat on")
-    assert _fit_lines("a red cat on a blue dog", font, width, 3) == ["a red cat on", "a blue dog"]
-    assert _fit_lines("a red cat on a blue dog", font, width, 1)[0].endswith("…")
+    face = font(12)
+    assert fit_lines("a red cat", face, 500, 2) == ["a red cat"]
+    width = face.getlength("a red cat on")
+    assert fit_lines("a red cat on a blue dog", face, width, 3) == ["a red cat on", "a blue dog"]
+    assert fit_lines("a red cat on a blue dog", face, width, 1)[0].endswith("…")
+
+
+def test_a_prompt_without_end_is_not_measured_to_its_end():
+    """Regression: letters were taken away one by one, each time measuring all that was left: minutes for a prompt of 100,000."""
+    face = font(12)
+    measured = []
+
+    class Counting:
+        def getlength(self, text):
+            measured.append(len(text))
+            return face.getlength(text)
+
+    lines = fit_lines("word " * 100_000, Counting(), 200, 2)
+    assert len(lines) == 2 and all(face.getlength(line) <= 200 for line in lines)
+    assert face.getlength(lines[0] + " word") > 200  # no room is left
+    assert sum(measured) < 20_000
 
 
 def test_a_font_is_found_for_what_dejavu_lacks_or_it_stays(monkeypatch):
-    assert _font(12, "naïve Ж").getname()[0] == "DejaVu Sans"
-    has_chinese = [file for file in _font_files() if _can_draw(file, "猫")]
-    assert (_font(12, "猫").getname()[0] == "DejaVu Sans") == (not has_chinese)
-    assert isinstance(_font(12, "\U000e0001"), ImageFont.FreeTypeFont)  # in no font
+    assert font(12, "naïve Ж").getname()[0] == "DejaVu Sans"
+    has_chinese = [file for file in font_files() if can_draw(file, "猫")]
+    assert (font(12, "猫").getname()[0] == "DejaVu Sans") == (not has_chinese)
+    assert isinstance(font(12, "\U000e0001"), ImageFont.FreeTypeFont)  # in no font
     # Pillow's own font is left where there is no other; it has fewer characters, and texts are drawn all the same.
-    monkeypatch.setattr("trl_spo.evaluation.sheets._font_files", lambda: ())
-    _font_file.cache_clear()
-    assert isinstance(_font(12, "naïve 猫 again"), ImageFont.FreeTypeFont)
-    _font_file.cache_clear()
+    monkeypatch.setattr("trl_spo.captions.font_files", lambda: ())
+    font_file.cache_clear()
+    assert isinstance(font(12, "naïve 猫 again"), ImageFont.FreeTypeFont)
+    font_file.cache_clear()
 
 
 def test_a_font_can_draw_what_its_table_of_characters_lists():
     """Judged by the glyphs, so compared with what the font file itself says (fontTools comes with matplotlib)."""
     from fontTools.ttLib import TTFont
 
-    file = _font_files()[0]
+    file = font_files()[0]
     listed = TTFont(file).getBestCmap()
     for character in "aßЖ…“猫あ\u0e01\U0001f408":
-        assert _can_draw(file, character) == (ord(character) in listed), character
+        assert can_draw(file, character) == (ord(character) in listed), character
 
 
 def test_sheets_need_no_matplotlib():
@@ -193,7 +204,7 @@ def test_all_curves_share_panels_by_prefix():
         {"step": 2, "epoch": 0.2, "loss": 0.6, "rewards/chosen": 0.2, "eval_reward_mean": float("nan")},
         {"step": 2, "train_runtime": 3.0, "train_loss": 0.5, "total_flos": 0.0},
     ]
-    figure = plot_curves(history, title="all")
+    figure = plot_curves(history, "all", title="all")
     assert [axes.get_title() for axes in figure.axes] == ["loss", "rewards", "eval_reward_mean"]
     assert [line.get_label() for line in figure.axes[1].lines] == ["chosen", "rejected"]
     assert Image.open(io.BytesIO(figure._repr_png_())).width == 1200  # what a notebook shows

@@ -23,14 +23,19 @@ __version__ = "0.1.0"
 _import_structure = {
     "training.decline": ["StopOnDecline"],
     "training.ema": ["EMACallback"],
+    "training.log_lines": ["LogLineCallback"],
+    "training.stopping": ["StopOnSignalCallback"],
     "ddpo_interop": ["prompts_from_ddpo", "reward_from_ddpo", "spo_config_from_ddpo"],
-    "evaluation.evaluate": ["PROTOCOLS", "EvaluationProtocol", "evaluate_pipeline"],
+    "evaluation.evaluate": ["evaluate_pipeline"],
+    "evaluation.protocols": ["PROTOCOLS", "EvaluationProtocol"],
     "export": ["merge_lora"],
     "kohya": ["export_comfyui", "export_kohya"],
     "evaluation.metrics": ["load_metric"],
+    "evaluation.named": ["load_metrics", "load_reward"],
     "rewards.latent": ["LatentRewardModel"],
     "rewards.latent_config": ["LatentRewardModelConfig"],
     "rewards.base": ["Reward", "wrap_reward"],
+    "rewards.weighted": ["WeightedReward"],
     "rewards.step_aware_clip": ["StepAwareRewardModel"],
     "rewards.step_aware_config": ["StepAwareRewardModelConfig"],
     "pair_selection": ["PairSelection", "select_pairs"],
@@ -57,8 +62,10 @@ _import_structure = {
 
 if TYPE_CHECKING:
     from .ddpo_interop import prompts_from_ddpo, reward_from_ddpo, spo_config_from_ddpo
-    from .evaluation.evaluate import PROTOCOLS, EvaluationProtocol, evaluate_pipeline
+    from .evaluation.evaluate import evaluate_pipeline
     from .evaluation.metrics import load_metric
+    from .evaluation.named import load_metrics, load_reward
+    from .evaluation.protocols import PROTOCOLS, EvaluationProtocol
     from .export import merge_lora
     from .kohya import export_comfyui, export_kohya
     from .losses import spo_loss, step_preference_loss
@@ -76,6 +83,7 @@ if TYPE_CHECKING:
     from .rewards.latent_config import LatentRewardModelConfig
     from .rewards.step_aware_clip import StepAwareRewardModel
     from .rewards.step_aware_config import StepAwareRewardModelConfig
+    from .rewards.weighted import WeightedReward
     from .rollout import stepwise_rollout
     from .rollout_settings import RolloutSettings
     from .scheduling_ddim import ddim_step_stats
@@ -88,6 +96,8 @@ if TYPE_CHECKING:
     from .step_reward_trainer import StepRewardTrainer
     from .training.decline import StopOnDecline
     from .training.ema import EMACallback
+    from .training.log_lines import LogLineCallback
+    from .training.stopping import StopOnSignalCallback
 
 _module_of = {name: module for module, names in _import_structure.items() for name in names}
 __all__ = [*_module_of, "__version__"]

@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
 from .hub_files import load_diffusers_pipeline, locate_checkpoint, require_existing
+from .notices import without_lora_notices
 from .pipelines.adapters import LORA_NAME
 from .pipelines.base import SPOPipeline
 from .pipelines.components import plain_pipeline
@@ -67,7 +68,7 @@ def merge_lora(
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Strength of the LoRA; 0 is the base model.
         from_pretrained_kwargs:
-            Passed to `from_pretrained` for a path or Hub id, such as `torch_dtype` (also by name).
+            Passed to `from_pretrained` for a path or Hub id, such as `dtype` (also by name).
 
     Returns:
         `Path`: the folder.
@@ -163,7 +164,8 @@ def load_lora_whole(pipeline, source: Path, with_text_encoders: bool = False, **
         ValueError: if the file does not fit, or is read in part.
     """
     layers = check_lora(pipeline, source, with_text_encoders)
-    pipeline.load_lora_weights(str(source.parent), weight_name=source.name, **kwargs)
+    with without_lora_notices():
+        pipeline.load_lora_weights(str(source.parent), weight_name=source.name, **kwargs)
     denoiser = getattr(pipeline, denoiser_of(pipeline))
     loaded = {layer for layer, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
     lost = sorted(layers - loaded)
@@ -189,14 +191,31 @@ def locate_lora(lora: str | Path) -> Path:
         names = sorted(file.name for file in path.glob("*.safetensors"))
     else:
         require_existing(lora, "LoRA", "Pass the folder that `SPOTrainer.save_model()` wrote, a file, or a Hub id.")
+        if "/" not in str(lora):  # a misspelt folder, most likely; there is no need to ask the Hub for it
+            raise FileNotFoundError(
+                f"There is no LoRA at {str(lora)!r}: no file or folder here has this name, and a repository on the Hub is named "
+                "owner/name."
+            )
         with contextlib.suppress(FileNotFoundError):
             return Path(locate_checkpoint(str(lora), LORA_NAME))
-        names = [name for name in list_repo_files(str(lora)) if name.endswith(".safetensors")]
+        names = _weights_on_the_hub(str(lora))
     if LORA_NAME not in names and len(names) != 1:
         found = f"several .safetensors files ({', '.join(names[:5])})" if names else "no .safetensors file"
         raise FileNotFoundError(f"{str(lora)!r} has {found}, so there is no LoRA to load. Name the file.")
     name = LORA_NAME if LORA_NAME in names else names[0]
     return path / name if path.is_dir() else Path(locate_checkpoint(str(lora), name))
+
+
+def _weights_on_the_hub(repository: str) -> list[str]:
+    """The safetensors files of a repository."""
+    try:
+        return [name for name in list_repo_files(repository) if name.endswith(".safetensors")]
+    except Exception as error:  # of the Hub's client or of whatever it uses for the network
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"There is no LoRA at {repository!r}: it is no file or folder here, and the Hub has no such repository that can be "
+            f"read ({reason[0]}). Pass the folder that `SPOTrainer.save_model()` wrote, a file, or a Hub id."
+        ) from error
 
 
 def find_lora(path: str | Path) -> Path:

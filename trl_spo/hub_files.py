@@ -24,12 +24,14 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -38,6 +40,8 @@ from transformers.utils import cached_file
 
 
 LOCAL_SUFFIXES = (".parquet", ".safetensors")  # no repository on the Hub is called like a file
+# What `from_pretrained` of diffusers calls the dtype: the other name is unknown to old versions and deprecated in new ones.
+DTYPE_ARGUMENT = "dtype" if Version(version("diffusers")) >= Version("0.42") else "torch_dtype"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -206,23 +210,20 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
 
     Args:
         path (`str` or `Path`): the folder that `pipeline.save_pretrained(...)` wrote, or a Hub id.
-        kwargs: passed to `DiffusionPipeline.from_pretrained`. `torch_dtype` may be the name of a dtype, and `vae` a
-            folder or Hub id of another VAE, of the class of the pipeline's own. `quantization_config` may be a dictionary:
-            component -> its quantization as diffusers writes it into a `config.json`.
+        kwargs: passed to `DiffusionPipeline.from_pretrained`. `dtype`, which diffusers before 0.42 calls `torch_dtype`, may
+            have either name and be the name of a dtype; `vae` may be a folder or Hub id of another VAE, of the class of the
+            pipeline's own. `quantization_config` may be a dictionary: component -> its quantization as diffusers writes it
+            into a `config.json`.
 
     Raises:
-        ValueError: if there is no pipeline, it is incomplete or broken, `torch_dtype` does not name a dtype, or diffusers does
-            not know the quantization.
+        ValueError: if there is no pipeline, it or the other VAE is incomplete or broken, `dtype` does not name a dtype, or
+            diffusers does not know the quantization.
         ImportError: if the library of a quantization is not installed.
     """
     from diffusers import DiffusionPipeline
 
     # Refuse what is wrong before a weight is read.
-    dtype = kwargs.get("torch_dtype")
-    if isinstance(dtype, str):
-        kwargs["torch_dtype"] = getattr(torch, dtype, None)
-        if not isinstance(kwargs["torch_dtype"], torch.dtype):
-            raise ValueError(f"`torch_dtype` must name a dtype such as 'float16' or 'bfloat16', got {dtype!r}.")
+    kwargs = _with_dtype(kwargs)
     local = Path(path)
     if local.suffix.lower() in (".safetensors", ".ckpt", ".gguf"):
         raise ValueError(
@@ -252,28 +253,48 @@ def load_diffusers_pipeline(path: str | Path, **kwargs):
         except Exception as error:
             raise _not_loaded(path, error) from error
         kwargs["quantization_config"] = _quantization(kwargs["quantization_config"], components)
+    loaded, what = path, "a diffusers pipeline"
     try:
         if isinstance(kwargs.get("vae"), (str, Path)):
             vae_class = _vae_class(path, kwargs)
+            loaded, what = kwargs["vae"], f"the other VAE ({vae_class.__name__})"
             with whole_networks():
-                kwargs["vae"] = vae_class.from_pretrained(kwargs["vae"], torch_dtype=kwargs.get("torch_dtype"))
+                kwargs["vae"] = vae_class.from_pretrained(loaded, **{DTYPE_ARGUMENT: kwargs.get(DTYPE_ARGUMENT)})
+            loaded, what = path, "a diffusers pipeline"
         with whole_networks():
             return DiffusionPipeline.from_pretrained(path, **kwargs)
     except (ImportError, torch.OutOfMemoryError):  # these say what to do, and the folder is not at fault
         raise
     except Exception as error:  # diffusers reports whatever part of a broken folder fails first
-        raise _not_loaded(path, error) from error
+        raise _not_loaded(loaded, error, what) from error
 
 
-def _not_loaded(path: str | Path, error: Exception) -> ValueError:
-    """What to say when diffusers cannot load a pipeline."""
+def _with_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Arguments of `from_pretrained` with the dtype as torch's, under the name that this version of diffusers wants.
+
+    Raises:
+        ValueError: for a name that is no dtype, or two dtypes.
+    """
+    given = {name: value for name, value in kwargs.items() if name in ("dtype", "torch_dtype")}
+    if not given:
+        return kwargs
+    if len(given) == 2:
+        raise ValueError(f"`dtype` and `torch_dtype` are one argument; give `dtype` alone, got {given}.")
+    ((name, value),) = given.items()
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if isinstance(value, str) and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"`{name}` must name a dtype such as 'float16' or 'bfloat16', got {value!r}.")
+    return {**{key: kwargs[key] for key in kwargs if key not in given}, DTYPE_ARGUMENT: dtype}
+
+
+def _not_loaded(path: str | Path, error: Exception, what: str = "a diffusers pipeline") -> ValueError:
+    """What to say when diffusers cannot load a pipeline or a part of it."""
     found = "the folder is incomplete or broken"
     if not Path(path).exists():
         found = "it is neither an existing folder nor a Hub id that can be reached"
     reason = (str(error).splitlines() or [""])[0]
-    return ValueError(
-        f"Could not load a diffusers pipeline from {str(path)!r}: {found} ({type(error).__name__}: {reason})."
-    )
+    return ValueError(f"Could not load {what} from {str(path)!r}: {found} ({type(error).__name__}: {reason}).")
 
 
 def load_pretrained(loader, path: str | Path, what: str):

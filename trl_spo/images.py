@@ -21,6 +21,7 @@ rounded alike.
 
 import functools
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,18 @@ from PIL import Image, ImageColor, ImageOps
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 WHITE = "white"  # what web pages and most viewers show behind a transparent image
 LARGEST_ASPECT_RATIO = 8  # longer images lose their ends before they are resized
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", flags=re.IGNORECASE)
 
 
 @functools.cache
 def _image_formats() -> list[str]:
     Image.init()
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]  # older versions of PIL know fewer
+
+
+def is_address(path: str) -> bool:
+    """Whether a text is an address such as `https://...` or `s3://...`, and not the path of a file."""
+    return ADDRESS.match(path) is not None
 
 
 def parse_colour(colour: str) -> tuple[int, int, int]:
@@ -69,8 +76,8 @@ def read_image(image: Any, background: str = WHITE) -> Image.Image:
     pixels files hold any colour, which nobody sees.
 
     Args:
-        image (`PIL.Image.Image`, `bytes` or `dict`):
-            A decoded image, an encoded one, or the record `{"bytes": ..., "path": ...}` of an undecoded
+        image (`PIL.Image.Image`, `bytes`, `str`, `Path` or `dict`):
+            A decoded image, an encoded one, the path of a file, or the record `{"bytes": ..., "path": ...}` of an undecoded
             `datasets.Image` feature.
         background (`str`, *optional*, defaults to `"white"`):
             Colour that shows through transparent images.
@@ -81,19 +88,25 @@ def read_image(image: Any, background: str = WHITE) -> Image.Image:
     Raises:
         `OSError`: If there is no image, its bytes cannot be decoded, or it has more than PIL's `MAX_IMAGE_PIXELS`
             pixels: a small file may unpack to gigabytes.
-        `ValueError`: If it is of another type, or the background is not an opaque colour.
+        `ValueError`: If it is of another type or an address, or the background is not an opaque colour.
     """
     background = parse_colour(background)
+    if isinstance(image, str) and is_address(image):
+        raise ValueError(
+            f"An image must be here, got the address {image[:200]!r}. Nothing is downloaded: name a file."
+        )
     if isinstance(image, dict):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-        if isinstance(image, str):
-            if not Path(image).is_file():  # devices and pipes have no end
-                raise OSError(f"{image!r} is not a file")
-            image = Path(image).read_bytes()
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():  # devices and pipes have no end
+            raise OSError(f"{str(image)!r} is not a file")
+        image = Path(image).read_bytes()
     if image is None:
         raise OSError("there is no image")
     if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
-        raise ValueError(f"An image must be a PIL image, bytes or a `datasets` image, got {type(image).__name__}.")
+        raise ValueError(
+            f"An image must be a PIL image, bytes, a path or a `datasets` image, got {type(image).__name__}."
+        )
     try:
         if not isinstance(image, Image.Image):  # reads the header only; beyond twice the limit PIL itself refuses
             image = Image.open(io.BytesIO(image), formats=_image_formats())

@@ -34,11 +34,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from .hub_files import require_existing
-from .images import read_image
-from .prompts import check_parquet, is_unicode
+from .images import is_address, read_image
+from .label_folder import is_label_folder, label_rows
+from .pair_files import TABLES, pair_dataset, read_pair_table
+from .prompts import check_parquet, is_unicode, load_from_hub
 
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,8 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
 
     Args:
         name (`str` or `Path`):
-            A `.parquet` file; a folder of parquet files, in which `datasets.load_dataset` finds the splits (such as
+            A `.parquet` file; a `.jsonl`, `.json`, `.csv` or `.tsv` file with paths of images ([`read_pair_table`]); a folder that
+            `trl-spo label` wrote ([`label_rows`]); a folder of parquet files, in which `datasets.load_dataset` finds the splits (such as
             `data/train-00000-of-00645.parquet`, as the Hub names them; files whose names say nothing are `"train"`);
             a folder that `save_to_disk` wrote; or anything else that `load_dataset` knows, such as the Hub id
             `"yuvalkirstain/pickapic_v1"`.
@@ -128,26 +131,53 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`.
 
     Raises:
-        `FileNotFoundError`: If `name` is plainly a path and does not exist.
-        `ValueError`: If there is no such split, or a parquet file is broken.
+        `FileNotFoundError`: If `name` is plainly a path and does not exist, or the Hub has no such dataset.
+        `ValueError`: If there is no such split, a file is of another kind or broken, or a label folder has no labels yet.
     """
     path = Path(name)
-    if path.is_file() and path.suffix.lower() == ".parquet":
-        check_parquet(path)
-        return load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+    if path.is_file():
+        return _load_file(path, split, streaming)
+    if is_label_folder(path):
+        return _as_asked(_load_labels(path), streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         dataset = load_from_disk(str(path))
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
                 raise ValueError(f"{str(path)!r} has no split {split!r}; it has {sorted(dataset)}.")
             dataset = dataset[split]
-        return dataset.to_iterable_dataset() if streaming else dataset
+        return _as_asked(dataset, streaming)
     if path.is_dir():
         # Without the checks, a few shards of a large dataset load as well: its README.md counts the rows of all.
         return load_dataset(str(path), split=split, streaming=streaming, verification_mode="no_checks")
     hint = "Pass a `.parquet` file, a folder of them, or a Hub id such as 'yuvalkirstain/pickapic_v1'."
+    if path.suffix.lower() in TABLES:
+        raise FileNotFoundError(f"There is no file {str(path)!r}. {hint}")
     require_existing(name, "preference dataset", hint)
-    return load_dataset(str(name), split=split, streaming=streaming)
+    return load_from_hub(str(name), split, streaming=streaming)
+
+
+def _load_file(path: Path, split: str, streaming: bool) -> Any:
+    """The pairs of a file. One that exists is never looked up on the Hub."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        check_parquet(path)
+        return load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=streaming)
+    if suffix not in TABLES:
+        raise ValueError(
+            f"{str(path)!r} is not a file of preference pairs: these end in .parquet, {', '.join(TABLES)}."
+        )
+    return _as_asked(pair_dataset(read_pair_table(path), path), streaming)
+
+
+def _load_labels(folder: Path) -> Dataset:
+    rows = label_rows(folder)
+    if not rows:
+        raise ValueError(f"{str(folder)!r} has no labels yet. `trl-spo label --output_dir {folder}` goes on with it.")
+    return pair_dataset(rows, folder)
+
+
+def _as_asked(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
+    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 # --- check a sample of the images ------------------------------------------------------------------------------------
@@ -302,6 +332,10 @@ def prepare_preference_dataset(
         for num_examples in _column(dataset, "num_example_per_prompt"):
             read_weight(num_examples)
     for name in columns.images:
+        if isinstance(first[name], str) and not is_address(first[name]) and not Path(first[name]).is_file():
+            raise ValueError(
+                f"Column `{name}` does not hold images, or their paths: {first[name][:80]!r} is not a file."
+            )
         try:
             read_image(first[name])
         except OSError:

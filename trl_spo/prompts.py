@@ -16,9 +16,11 @@
 
 import codecs
 import csv
+import difflib
 import functools
 import io
 import json
+import logging
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -28,12 +30,16 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from .prompt_suites import SUITES, PromptSuite, find_suite, locate_suite
+
 
 try:
     from datasets import Column
 except ImportError:  # before version 4 a column was a list
     Column = ()
 
+
+logger = logging.getLogger(__name__)
 
 SAVED_MARKS = ("dataset_info.json", "dataset_dict.json")  # files of `save_to_disk`
 LINE_END = re.compile(r"\r\n|\n|\r")
@@ -45,6 +51,12 @@ BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's spaces, control and format characters
+OF_OTHER_PROGRAMS = {  # what other programs read as more than text
+    "a comment": re.compile(r"^# "),
+    "a LoRA": re.compile(r"<(lora|lyco|hypernet):[^<>]*>"),
+    "a weight": re.compile(r"\([^()]*:\s*\d+(\.\d+)?\s*\)"),
+}
+WHOLE_SUITE = ("train", "validation", "test")  # a suite has no such splits: each means all of its prompts
 
 
 def is_unicode(text: str) -> bool:
@@ -66,24 +78,30 @@ def load_prompts(name: str, split: str = "train"):
     Args:
         name (`str`):
             A `.txt` file with one prompt per line, a `.json` file that holds a list of strings, a `.csv`, `.tsv`, `.json`,
-            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, a folder that `Dataset.save_to_disk` wrote, or
-            the folder or Hub id of a dataset.
+            `.jsonl` or `.parquet` file with a `prompt` or `caption` column, a folder that `Dataset.save_to_disk` wrote, the
+            folder or Hub id of a dataset, or the name of a suite in `SUITES`, which is downloaded. What exists under that
+            name in the working directory goes first.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of a dataset; files have none.
+            Split of a dataset; files have none. Of a suite a category, such as `"anime"` of `hpdv2`; `"train"`,
+            `"validation"` and `"test"` are all of it.
 
     Returns:
-        `list[str]` or `datasets.Dataset`: as `SPOTrainer(train_dataset=...)` takes it.
+        `list[str]` or `datasets.Dataset`: as `SPOTrainer(train_dataset=...)` takes it. Of a suite, a dataset with the
+        columns `prompt` and `category`.
 
     Raises:
-        FileNotFoundError: if the name ends like a file and there is none.
+        FileNotFoundError: if the name ends like a file and there is none, or a suite cannot be downloaded.
         ValueError: if a file is in another encoding or of another kind, or breaks the rules of its kind; says where.
     """
     path = Path(name)
     suffix = path.suffix.lower()
+    suite, folder = find_suite(str(name))
+    if suite is not None:
+        return _read_suite(path.name, suite, locate_suite(path.name, suite, folder), split)
     if path.is_dir() and any((path / mark).is_file() for mark in SAVED_MARKS):
         return _saved_dataset(path, split)
     if suffix not in READERS and not path.is_file():
-        return load_dataset(str(name), split=split)
+        return _dataset_by_name(str(name), split)
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file {str(name)!r}. Name a file of prompts, or a dataset by folder or Hub id."
@@ -91,6 +109,56 @@ def load_prompts(name: str, split: str = "train"):
     if suffix not in READERS:
         raise ValueError(f"{str(name)!r} is not a file of prompts: these end in {', '.join(READERS)}.")
     return READERS[suffix](path)
+
+
+def _dataset_by_name(name: str, split: str) -> Dataset:
+    """A dataset by its folder or Hub id."""
+    if Path(name).is_dir():
+        return load_dataset(name, split=split)
+    try:
+        return load_from_hub(name, split)
+    except FileNotFoundError as error:
+        close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.6)
+        hint = f" Did you mean the suite {close[0]!r}?" if close else ""
+        raise FileNotFoundError(
+            f"There are no prompts under the name {name!r}: it is no file or folder here, no suite ({', '.join(SUITES)}), and no "
+            f"dataset of the Hub that can be reached.{hint}"
+        ) from error
+
+
+def _read_suite(name: str, suite: PromptSuite, files: dict[Path, str | None], split: str) -> Dataset:
+    """Prompts and categories of all files of a suite, or of one category."""
+    prompts = []
+    categories = []
+    for path, category in files.items():
+        content = READERS[path.suffix](path)
+        if isinstance(content, list):
+            prompts += content
+            categories += [category] * len(content)
+        else:
+            prompts += content[suite.prompt_column]
+            categories += content[suite.category_column]
+    if split not in WHOLE_SUITE:
+        if split not in categories:
+            raise ValueError(f"The suite {name!r} has no category {split!r}; it has {sorted(set(categories))}.")
+        prompts = [prompt for prompt, category in zip(prompts, categories, strict=True) if category == split]
+        categories = [split] * len(prompts)
+    return Dataset.from_dict({"prompt": prompts, "category": categories})
+
+
+def load_from_hub(name: str, split: str, **kwargs):
+    """
+    A dataset of the Hub.
+
+    Raises:
+        FileNotFoundError: if there is none, or the Hub cannot be reached; says that there is no such file or folder, either.
+    """
+    try:
+        return load_dataset(name, split=split, **kwargs)
+    except (ConnectionError, FileNotFoundError) as error:  # of datasets, which derives its own from these
+        raise FileNotFoundError(
+            f"There is no file or folder {name!r}, and no dataset of that name came from the Hub ({error})."
+        ) from error
 
 
 def _saved_dataset(path: Path, split: str) -> Dataset:
@@ -177,13 +245,25 @@ def _dataset(path: Path, rows: Any) -> Dataset:
         )
     try:
         return Dataset.from_list(rows)
-    except Exception as error:  # of pyarrow, for columns whose values have no common kind
-        raise ValueError(f"The rows of {str(path)!r} do not form a table: {error}") from error
+    except Exception:  # of pyarrow, for columns whose values have no common kind, such as the objects of GenEval
+        texts = [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
+    if not any(texts):
+        raise ValueError(f"The rows of {str(path)!r} do not form a table, and none of them holds a text.")
+    return Dataset.from_list(texts)
 
 
-def _read_table(path: Path, delimiter: str) -> Dataset:
+def _read_tab_separated(path: Path) -> Dataset:
+    """Cells with quotes around them, as spreadsheets write them, or quotes that are part of the text, as in PartiPrompts."""
+    try:
+        return _read_table(path, "\t")
+    except ValueError:
+        return _read_table(path, "\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_table(path: Path, delimiter: str, **dialect) -> Dataset:
     """Every cell is text: nothing such as "null" or "1" is taken for more. A row that is too long has a comma too many."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, restval="", strict=True)
+    file = io.StringIO(read_text(path), newline="")
+    reader = csv.DictReader(file, delimiter=delimiter, restval="", strict=True, **dialect)
     rows = []
     try:
         for row in reader:
@@ -224,7 +304,7 @@ READERS = {  # ending of a file, in small letters -> how it is read
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".csv": functools.partial(_read_table, delimiter=","),
-    ".tsv": functools.partial(_read_table, delimiter="\t"),
+    ".tsv": _read_tab_separated,
     ".parquet": _read_parquet,
 }
 
@@ -269,9 +349,21 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
     else:
         prompts = list(dataset)
 
-    # Check every prompt now: a bad one would otherwise stop the run when its turn comes.
+    check_prompts(prompts, name)
+    return prompts
+
+
+def check_prompts(prompts: Sequence[str], name: str) -> None:
+    """
+    Check every prompt now: a bad one would otherwise stop the run when its turn comes. Warn of what other programs read as
+    more than text.
+
+    Raises:
+        ValueError: see [`read_prompts`].
+    """
     if not len(prompts):
         raise ValueError(f"`{name}` has no prompts.")
+    special: dict[str, list[str]] = {}
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"`{name}` must hold strings, but item {i} is a `{type(prompt).__name__}`.")
@@ -282,7 +374,20 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
                 f"`{name}` has a prompt at position {i} that is not valid Unicode, {prompt[:60]!r}: half of a surrogate "
                 "pair, which no file can hold. Read the prompts with the encoding they were written in."
             )
-    return prompts
+        for what, pattern in OF_OTHER_PROGRAMS.items():
+            if pattern.search(prompt):
+                special.setdefault(what, []).append(prompt)
+    for what, found in special.items():
+        warn_once(
+            f"{len(found)} of {len(prompts)} prompts of `{name}` hold what other programs read as {what}, such as "
+            f"{found[0][:60]!r}. Here every character is part of the prompt, and the text encoder reads it."
+        )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Prompts are read whenever they are evaluated."""
+    logger.warning(message)
 
 
 class PromptColumn(Sequence):

@@ -51,7 +51,7 @@ from .pair_selection import (
 from .pipelines.base import SPOPipeline
 from .pipelines.conditioning import PromptEmbeds
 from .rewards.base import Reward, wrap_reward
-from .rewards.scoring import Scorer, even_slices
+from .rewards.scoring import CandidateScores, Scorer, even_slices
 from .rollout_settings import RolloutSettings
 from .step_distribution import sample_candidates
 from .step_pairs import BranchRecord, NonFinite, StepPairs
@@ -77,7 +77,7 @@ class Branch:
         pair_candidates (`torch.Tensor`, *optional*): the two candidates of `pair="random"`.
         ends_rollout (`bool`): whether its candidates are finished images.
         next_index (`torch.Tensor` of shape `(B,)`, *optional*): the candidate that went on.
-        scores (`torch.Tensor` of shape `(K, B)`, *optional*): NaN where something is not finite.
+        judged_as ([`CandidateScores`], *optional*): NaN where something is not finite.
     """
 
     step: int
@@ -90,7 +90,12 @@ class Branch:
     pair_candidates: torch.Tensor | None
     ends_rollout: bool
     next_index: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
+    judged_as: CandidateScores | None = None
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """What the pairs are selected by, `(K, B)`."""
+        return self.judged_as.selection
 
     @property
     def candidates(self) -> torch.Tensor:
@@ -266,7 +271,7 @@ def choose_next(branch: Branch, scorer: Scorer, settings: RolloutSettings, gener
         num_candidates, batch_size = branch.candidates.shape[:2]
         branch.next_index = random_index(num_candidates, batch_size, generator)
         return
-    branch.scores = scorer([(branch.judged, branch.scored_timestep)])[0]
+    branch.judged_as = scorer([(branch.judged, branch.scored_timestep)])[0]
     branch.next_index = resample_index(branch.select(), settings.num_candidates, settings.resample, generator)
 
 
@@ -275,12 +280,13 @@ def choose_next(branch: Branch, scorer: Scorer, settings: RolloutSettings, gener
 
 def score_the_rest(
     scorer: Scorer, branches: list[Branch], latents: torch.Tensor, finished: bool, deferred: bool
-) -> torch.Tensor | None:
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """
     Fill in the scores of branches that were deferred, together with those of finished images.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, *optional*: scores of the finished images, if they are finished.
+        `tuple` of the scores `(B,)` of the finished images, `None` if they are not finished, and of several rewards the
+        scores of each.
     """
     # Collect everything that needs a score, so that the reward sees it in one call.
     waiting = branches if deferred else []
@@ -290,7 +296,7 @@ def score_the_rest(
         to_score.append((latents[None], 0))
     scores = scorer(to_score) if to_score else []
     for branch, values in zip(waiting, scores, strict=False):
-        branch.scores = values
+        branch.judged_as = values
 
     # The device has no work left, so one copy can bring the choices of all branches to the CPU, where the scores are.
     choices = torch.stack([branch.next_index for branch in branches]).cpu()
@@ -299,10 +305,15 @@ def score_the_rest(
 
     # Finished images that were the candidates of a branch have been scored with it.
     if not finished:
-        return None
+        return None, {}
     if last.ends_rollout:
-        return gather_candidates(last.scores, last.next_index)
-    return scores[-1][0]
+        judged_as = last.judged_as
+        index = last.next_index
+    else:
+        judged_as = scores[-1]  # one image per prompt
+        index = torch.zeros_like(last.next_index)
+    parts = {name: gather_candidates(values, index) for name, values in judged_as.parts.items()}
+    return gather_candidates(judged_as.total, index), parts
 
 
 def name_nonfinite(
@@ -415,6 +426,7 @@ def record_of(branch: Branch, selection: PairSelection, with_latents: bool) -> B
         scores=branch.scores,
         selection=selection,
         next_index=branch.next_index,
+        parts=branch.judged_as.parts,
     )
     if with_latents:
         record.latents = branch.trajectory[0][0]
@@ -517,7 +529,7 @@ def stepwise_rollout(
 
     # 3. Score what has no score yet, in full batches, and report what is not finite: it never becomes a pair.
     finished = plan.stop == settings.num_inference_steps
-    final_scores = score_the_rest(scorer, branches, latents, finished, settings.deferred)
+    final_scores, final_parts = score_the_rest(scorer, branches, latents, finished, settings.deferred)
     nonfinite = name_nonfinite(scorer, branches, plain_steps, sampler.timesteps, final_scores, plan.stop - 1)
     if nonfinite and on_nonfinite == "raise":
         more = f", and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""
@@ -539,4 +551,5 @@ def stepwise_rollout(
     if finished:
         pairs.final_latents = latents
         pairs.final_scores = final_scores
+        pairs.final_parts = final_parts
     return pairs

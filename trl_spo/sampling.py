@@ -14,7 +14,8 @@
 
 """Sample images with one fixed seed per prompt, and score clean images."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from tqdm.auto import tqdm
@@ -37,6 +38,7 @@ def generate_images(
     width: int | None = None,
     guidance_rescale: float | None = None,
     clip_skip: int | None = None,
+    sampler: str | None = None,
     batch_size: int = 8,
     progress: str | None = None,
 ) -> torch.Tensor:
@@ -52,6 +54,8 @@ def generate_images(
             number you report.
         guidance_rescale (`float`, *optional*), clip_skip (`int`, *optional*): see [`SPOPipeline.configure`]; what the
             pipeline is set to by default.
+        sampler (`str`, *optional*): kind of stochastic steps, see `sampler` of [`SPOConfig`]; what the pipeline is set to
+            by default.
         batch_size (`int`, *optional*, defaults to `8`): images sampled together.
         progress (`str`, *optional*): show a progress bar with this title.
 
@@ -72,7 +76,7 @@ def generate_images(
     pipeline.denoiser.eval()  # an adapter that was just loaded is in training mode, with the dropout of its file
     images = []
     bar = tqdm(total=len(prompts), desc=progress, unit="image", disable=progress is None)
-    with pipeline.configured(**options):
+    with pipeline.configured(**options), stochastic_steps(pipeline, sampler):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
@@ -83,6 +87,25 @@ def generate_images(
             bar.update(len(batch))
     bar.close()
     return torch.cat(images) if images else torch.empty(0, 3, 0, 0)
+
+
+@contextlib.contextmanager
+def stochastic_steps(pipeline: SPOPipeline, sampler: str | None) -> Iterator[None]:
+    """
+    A context in which the pipeline takes the steps of `sampler`; `None` changes nothing.
+
+    Raises:
+        ValueError: if the pipeline's step rule does not know the sampler.
+    """
+    if sampler is None:
+        yield
+        return
+    before = getattr(pipeline.step_rule, "sampler", "ddim")  # the rule of models with betas has one kind only
+    pipeline.step_rule.set_sampler(sampler)
+    try:
+        yield
+    finally:
+        pipeline.step_rule.set_sampler(before)
 
 
 def given_size(height: int | None, width: int | None) -> dict[str, int]:

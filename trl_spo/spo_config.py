@@ -93,8 +93,9 @@ class SPOConfig(StepTrainingArguments):
         reward_batch_size (`int`, *optional*):
             Maximum number of images in one call of the reward model.
         memory_budget (`float`, *optional*):
-            GiB that activations of rollout and scoring may take, beside the weights. The three sizes above that are
-            `None` are then computed from the networks. Without a budget they depend on the image size and, on CUDA, on
+            GiB that activations of rollout and scoring may take, beside the weights; it does not bound the training step, which
+            `per_device_train_batch_size` and `gradient_checkpointing` do. The three sizes above that are `None` are then
+            computed from the networks. Without a budget they depend on the image size and, on CUDA, on
             the memory that is free before the first rollout. Either way activations do not grow with K or the number of
             prompts; what is kept of each candidate (two latents) does.
         defer_scoring (`bool`, *optional*, defaults to `True`):
@@ -161,7 +162,7 @@ class SPOConfig(StepTrainingArguments):
             copy of it.
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
-            `{"torch_dtype": "float16", "vae": "madebyollin/sdxl-vae-fp16-fix"}`. A `quantization_config` may be a
+            `{"dtype": "float16", "vae": "madebyollin/sdxl-vae-fp16-fix"}`. A `quantization_config` may be a
             dictionary of components, see docs/flow_models.md.
 
         > Parameters that control the data
@@ -180,6 +181,9 @@ class SPOConfig(StepTrainingArguments):
             Log sample images every this many optimizer steps, to `output_dir/images` and to the trackers. 0: never.
         eval_seed (`int`, *optional*, defaults to `0`):
             The evaluation image of prompt i starts from seed `eval_seed + i`, whatever the batch or number of devices.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own. Otherwise the commands
+            refuse that, and the trainer warns.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -276,7 +280,9 @@ class SPOConfig(StepTrainingArguments):
     )
 
     # Parameters that control the data
-    dataset_name: str | None = _field(None, "File of prompts, or folder or Hub id of a dataset.")
+    dataset_name: str | None = _field(
+        None, "File of prompts, folder or Hub id of a dataset, or a suite such as parti."
+    )
     dataset_prompt_column: str | None = _field(None, "Column with the prompts.")
 
     # Parameters that control logging and evaluation

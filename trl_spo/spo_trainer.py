@@ -49,13 +49,14 @@ from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import stepwise_rollout
 from .rollout_settings import RolloutSettings
+from .sampler_file import SAMPLER_NAME, sampler_settings
 from .sampling import generate_images, given_size, score_images
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback, PairEpochCallback
-from .training.checkpointing import CheckpointFiles, global_step_of
+from .training.checkpointing import CheckpointFiles, global_step_of, write_text
 from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.model_card import describe_reward, read_samples, spo_model_card
@@ -132,6 +133,7 @@ class SPOTrainer(StepTrainer):
         weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"),
         state=(STATE_NAME, PAIRS_NAME),
         foreign=("step_reward_state.json",),
+        record=STATE_NAME,
     )
 
     def __init__(
@@ -214,13 +216,17 @@ class SPOTrainer(StepTrainer):
         check_reward_timesteps(config, self.reward, self._set_timesteps(config))
         vae = config.scoring_vae if scoring_vae is None else scoring_vae
         self.pipeline.scoring_vae = load_scoring_vae(vae, self.pipeline)  # `None` also ends that of an earlier run
-        self.reward_model = reward_model if self.reward.module is None else self.reward.module
+        self.reward_model = reward_model if self.reward.module is None else self._network_of_the_reward()
+
+    def _network_of_the_reward(self) -> torch.nn.Module | Reward:
+        """Of several rewards, none of the networks is the reward model."""
+        return self.reward if self.reward.parts else self.reward.module
 
     def _prepare(self, config: SPOConfig, peft_config) -> torch.nn.Module:
         """Freeze what is not trained, make the denoiser trainable, move everything. Returns what is trained."""
         if config.reward_dtype is not None and self._reward_is_the_users:
             self.reward = copy.deepcopy(self.reward)  # it is cast
-            self.reward_model = self.reward.module
+            self.reward_model = self._network_of_the_reward()
         self.reward.prepare(config.device, config.reward_dtype and getattr(torch, config.reward_dtype))
         self.pipeline.offload_text_encoders = config.offload_text_encoders
         set_seed(config.seed)  # the adapter is drawn here
@@ -589,12 +595,21 @@ class SPOTrainer(StepTrainer):
             )
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Scores `(N,)` of clean images under the reward model (`reward`) and the trainer's metrics."""
+        """
+        Scores `(N,)` of clean images under the reward (`reward`, and of several rewards `reward/{name}` of each) and the
+        trainer's metrics.
+        """
+        rewards = {f"reward/{name}": part for name, part in self.reward.parts.items()} or {"reward": self.reward}
         if not prompts:  # a process without a share of the prompts
-            return {name: torch.empty(0) for name in ("reward", *self.metrics)}
+            return {name: torch.empty(0) for name in ("reward", *rewards, *self.metrics)}
         size, device = self.args.per_device_eval_batch_size, self.args.device
-        own = score_images(images, prompts, self.reward, batch_size=size, device=device, pipeline=self.pipeline)
-        scores = {"reward": own}
+        scores = {"reward": torch.empty(0)}
+        for name, reward in rewards.items():
+            scores[name] = score_images(
+                images, prompts, reward, batch_size=size, device=device, pipeline=self.pipeline
+            )
+        if self.reward.parts:
+            scores["reward"] = self.reward.total({name: scores[f"reward/{name}"] for name in self.reward.parts})
         for name, metric in self.metrics.items():
             scores[name] = torch.as_tensor(metric(images, prompts)).float().cpu()
         return scores
@@ -657,7 +672,7 @@ class SPOTrainer(StepTrainer):
     # --- saving and loading ------------------------------------------------------------------------------------------
 
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
-        """The adapter in diffusers' format, or the whole denoiser in its folder, and a model card."""
+        """The adapter in diffusers' format, or the whole denoiser in its folder, its sampler, and a model card."""
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -667,6 +682,7 @@ class SPOTrainer(StepTrainer):
             self.pipeline.save_lora(folder, state_dict, fold_alpha=not self._staging)
         else:
             self.pipeline.denoiser.save_pretrained(folder / self.pipeline.denoiser_name)
+        write_text(folder / SAMPLER_NAME, json.dumps(sampler_settings(self.args, self.pipeline), indent=2) + "\n")
         self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:
@@ -755,6 +771,7 @@ class SPOTrainer(StepTrainer):
             global_step=self.state.global_step,
             num_pairs=self.pair_loader.num_pairs_seen,
             log_history=self.state.log_history,
+            parts=self.run_record.parts if self.run_record is not None else (),
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )

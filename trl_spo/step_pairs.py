@@ -31,9 +31,10 @@ class BranchRecord:
         step (`int`): index of the (first) step of the branch in the schedule.
         timestep (`int`): t of the latents that branch.
         scored_timestep (`int`): timestep at which the candidates were scored; 0 for final images.
-        scores (`torch.Tensor` of shape `(K, B)`): float32.
+        scores (`torch.Tensor` of shape `(K, B)`): float32; what the pairs were selected by.
         selection ([`PairSelection`]): chosen, rejected and validity per prompt.
         next_index (`torch.Tensor` of shape `(B,)`): the candidate that went on.
+        parts (`dict[str, torch.Tensor]`): of several rewards ([`WeightedReward`]) the scores `(K, B)` of each.
         latents (`torch.Tensor` of shape `(B, ...)`, *optional*): x_t; only with `return_trajectory=True`.
         candidates (`torch.Tensor` of shape `(K, B, ...)`, *optional*): what was scored, as latents.
         pred_original_samples (`torch.Tensor` of shape `(K, B, ...)`, *optional*): their predicted x_0.
@@ -45,6 +46,7 @@ class BranchRecord:
     scores: torch.Tensor
     selection: PairSelection
     next_index: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
     latents: torch.Tensor | None = None
     candidates: torch.Tensor | None = None
     pred_original_samples: torch.Tensor | None = None
@@ -90,6 +92,7 @@ class StepPairs:
         branches (list of [`BranchRecord`]): every branching step of the rollout, valid or not.
         final_latents (`torch.Tensor` of shape `(B, ...)`, *optional*): x_0 of the trajectories, if they were finished.
         final_scores (`torch.Tensor` of shape `(B,)`, *optional*): their scores at timestep 0.
+        final_parts (`dict[str, torch.Tensor]`): of several rewards the scores `(B,)` of each.
         nonfinite (list of [`NonFinite`]): pairs that were given up, one entry per prompt and branch.
     """
 
@@ -106,6 +109,7 @@ class StepPairs:
     branches: list[BranchRecord] = field(default_factory=list)
     final_latents: torch.Tensor | None = None
     final_scores: torch.Tensor | None = None
+    final_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     nonfinite: list[NonFinite] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -114,7 +118,7 @@ class StepPairs:
     @classmethod
     def tensor_names(cls) -> list[str]:
         """Names of the per-pair tensors."""
-        of_rollout = ("prompts", "branches", "final_latents", "final_scores", "nonfinite")
+        of_rollout = ("prompts", "branches", "final_latents", "final_scores", "final_parts", "nonfinite")
         return [f.name for f in fields(cls) if f.name not in of_rollout]
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -103,7 +103,7 @@ class StepRewardConfig(StepTrainingArguments):
 
         model_init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when the pipeline is given as a path or Hub id, such as
-            `{"torch_dtype": "float16", "variant": "fp16"}`.
+            `{"dtype": "float16", "variant": "fp16"}`.
 
         > Parameters that control the training
 
@@ -124,6 +124,12 @@ class StepRewardConfig(StepTrainingArguments):
             Number of equal ranges of timesteps for which training logs `accuracy/t_{lo}_{hi}`.
         eval_timesteps (`list[int]`, *optional*, defaults to `[0, 251, 501, 701, 951]`):
             Timesteps at which evaluation measures `eval_accuracy/t_{t}`. At 0 the clean images are judged as they are.
+
+        > Parameters that control the output
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own. Otherwise the commands
+            refuse that, and the trainer warns.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:

@@ -151,7 +151,7 @@ class StepRewardTrainer(StepTrainer):
 
     _tag_names = ["trl", "spo", "step-aware-reward-model"]
     _name = "SPO step-aware reward model"
-    checkpoint_files = CheckpointFiles(foreign=("spo_state.json",))
+    checkpoint_files = CheckpointFiles(foreign=("spo_state.json",), record=STATE_NAME)
     _nonfinite_metric = "nonfinite_pairs"
 
     def __init__(
@@ -581,6 +581,7 @@ class StepRewardTrainer(StepTrainer):
             pipeline=None if self._base_is_changed() else getattr(diffusion, "name_or_path", None),
             global_step=self.state.global_step,
             log_history=self.state.log_history,
+            parts=self.run_record.parts if self.run_record is not None else (),
             tags=self._tag_names,
         )
 

@@ -41,11 +41,11 @@ TRL_LICENSE = "# Copyright 2020-2026 The HuggingFace Team. All rights reserved.\
 PACKAGE_PATH = "trl/experimental/spo"
 # TRL's experimental methods are flat: `pipelines/flux.py` here is `pipeline_flux.py` there. Programs keep their folder.
 FOLDERS = {"pipelines": "pipeline", "rewards": "reward", "training": "training", "evaluation": "evaluation"}
-# TRL has no DDPO any more, and its own command line.
-LEFT_OUT = ("ddpo_interop.py", "scripts/cli.py")
+# TRL has no DDPO any more, and its own command line, without which there is no doctor; the shapes world stays here.
+LEFT_OUT = re.compile(r"ddpo_interop\.py|scripts/(cli|demo|doctor)\.py|checkup/.*|training/memory_plan\.py")
 # A test that reads the rest of this repository, or asks about what is left out, stays here.
 STAYS = re.compile(
-    r"ddpo_interop|DDPOTrainer|scripts import cli|scripts\.cli|setup\.cfg|constraints\.txt|Makefile|test_imports"
+    r"ddpo_interop|DDPOTrainer|scripts import (cli|doctor)|scripts\.(cli|doctor)|\bcheckup\b|memory_plan|setup\.cfg|constraints\.txt|Makefile|test_imports"
     r"|[\"']examples[\"']|[\"']docs[\"']|[\"']benchmarks[\"']|(from|import) (benchmarks|examples|reliability)\b|[\"']upstream[\"']"
 )
 EXAMPLES = {  # here -> there
@@ -112,7 +112,7 @@ def rewrite(text: str) -> str:
     """Names, commands and paths of this project, as they are called in TRL."""
     text = flatten_imports(text.replace(LICENSE, TRL_LICENSE))
     text = re.sub(r"\bfrom tests\.", "from tests.experimental.spo.", text)
-    text = re.sub(r"\btrl-spo (spo|step-reward|evaluate|sample)\b", _command, text)
+    text = re.sub(r"\btrl-spo (spo|step-reward|evaluate|sample|label|data)\b", _command, text)
     text = text.replace("trl-spo[", "trl[").replace('"trl-spo"', '"trl"')
     # A path stays a path: `trl_spo/...`, and "trl_spo" beside a slash that joins paths.
     text = re.sub(rf"\btrl_spo/({'|'.join(FOLDERS)})/(\w+)", lambda m: f"{PACKAGE_PATH}/{FOLDERS[m[1]]}_{m[2]}", text)
@@ -246,7 +246,7 @@ def package_files() -> dict[str, str]:
     source, files = ROOT / "trl_spo", {}
     for path in sorted(source.glob("**/*.py")):
         name = path.relative_to(source).as_posix()
-        if name in LEFT_OUT:
+        if LEFT_OUT.fullmatch(name):
             continue
         folder = name.rpartition("/")[0]
         if folder in FOLDERS and path.name == "__init__.py":  # of a folder that is gone there
@@ -258,7 +258,8 @@ def package_files() -> dict[str, str]:
         if name == "scripts/__init__.py":
             text = re.sub(r",? and the console command.*?starts\s+them", "", text, flags=re.DOTALL)
         files[f"{PACKAGE_PATH}/{flat_name(name)}"] = rewrite(text)
-    for path in sorted(source.glob("**/*.yaml")):  # configurations of accelerate
+    # Configurations of accelerate, and the page for labelling.
+    for path in sorted([*source.glob("**/*.yaml"), *source.glob("label_page/*")]):
         files[f"{PACKAGE_PATH}/{path.relative_to(source).as_posix()}"] = path.read_text(encoding="utf-8")
     return files
 

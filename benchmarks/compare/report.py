@@ -18,11 +18,13 @@ Tables and figures of the comparison from the JSON files that `run.py` left; tra
 ```shell
 python benchmarks/compare/report.py --output compare_output
 python benchmarks/compare/report.py --output compare_output --report benchmarks/results/compare --page docs/results.md
+python benchmarks/compare/report.py --figures benchmarks/results/compare/report.json --page docs/results.md
 ```
 
 Writes `report.md`, `report.json` (every number of it) and the figures. What is missing is left out and named. With `--page`
 the tables replace those between `<!-- table NAME -->` and `<!-- end -->` of a page, the figures go to `images/compare`
-beside it, and `report.md` is not kept.
+beside it, and `report.md` is not kept. With `--figures` the figures are drawn again from a `report.json` alone, all but
+the sheet of samples, and no table is changed.
 """
 
 import argparse
@@ -37,8 +39,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its modules would hide others
 
 import torch
-from PIL import Image, ImageDraw
 
+from benchmarks.compare import figures
 from benchmarks.compare import run as study
 from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, two_way
 
@@ -46,17 +48,6 @@ from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, tw
 NAN = float("nan")
 REFERENCE = "spo"
 RIVAL = "dpo"
-CURVES = ("spo", "spo_clean", "spo_mended", "spo_exact", "dpo", "ddpo", "sft")
-GROUPS = {
-    "methods": ["spo", "spo_mended", "spo_published", "dpo", "ddpo", "sft"],
-    "reward": ["spo", "spo_plain", "spo_clean", "spo_mixed", "spo_exact"],
-    "what the next step starts from, which pair": ["spo", "spo_winner", "spo_loser", "spo_random_pair"],
-    "number of candidates": ["spo_k2", "spo", "spo_k8"],
-    "steps that branch": ["spo", "spo_0_10", "spo_2_10", "spo_4_8"],
-    "timestep weights": ["spo", "spo_2_10", "spo_2_10_even"],
-    "weight of the KL term": ["spo", "spo_kl0", "spo_demo"],
-}
-"""Arms that differ in one thing, for the figures with a panel each."""
 GAINS = (0.02, 0.04, 0.06, 0.08)
 
 
@@ -474,180 +465,6 @@ def guidance_table(results: Results) -> tuple[str, dict]:
     return markdown(["model", "score", *(f"guidance {scale}" for scale in base)], rows), data
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-def _on_grid(x: list[float], y: list[float], grid: list[float]) -> list[float]:
-    """The values of a curve at the points of a grid."""
-    return [interpolate(x, y, at) for at in grid]
-
-
-def _changes_of(values: list[float]) -> list[float]:
-    """Differences from the first value."""
-    return [value - values[0] for value in values]
-
-
-def _mean_over_seeds(seeds: list[list[float]]) -> list[float]:
-    """Mean of several curves point by point, as far as all of them go."""
-    return [sum(column) / len(column) for column in zip(*seeds, strict=False)]
-
-
-def figures(results: Results, folder: Path) -> list[str]:
-    """Draw all figures of the report into `folder`; returns the names of their files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # What all figures share: colours of methods, saving, and the mean of curves over seeds with its standard error.
-    names = []
-    colours = dict(zip(CURVES, plt.get_cmap("tab10").colors, strict=False))
-
-    def save(figure, name, bottom=0.0):
-        figure.tight_layout(rect=(0, bottom, 1, 1))
-        figure.savefig(folder / name, dpi=110)
-        plt.close(figure)
-        names.append(name)
-
-    def thousands(axis):
-        axis.xaxis.set_major_locator(plt.MaxNLocator(5))
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
-
-    def band(axis, curves, **style):
-        longest = max(max(x) for x, _ in curves)
-        grid = [longest * k / 60 for k in range(61)]
-        shortest = min(max(x) for x, _ in curves)
-        grid = [at for at in grid if at <= shortest]
-        table = torch.tensor([_on_grid(x, y, grid) for x, y in curves], dtype=torch.float64)
-        mean = table.mean(0)
-        axis.plot(grid, mean, **style)
-        if len(curves) > 1:
-            error = table.std(0) / math.sqrt(len(curves))
-            axis.fill_between(grid, mean - error, mean + error, color=style["color"], alpha=0.2, linewidth=0)
-
-    # Scores over compute, in both currencies: UNet evaluations and CPU time.
-    shown = [arm for arm in CURVES if arm in results.runs]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5))
-    for row, (compute, label) in enumerate((("evaluations", "UNet evaluations"), ("cpu_seconds", "CPU seconds"))):
-        for axis, score in zip(axes[row], EXACT, strict=True):
-            for arm in shown:
-                band(axis, results.curves(arm, score, compute), color=colours[arm], label=study.ARMS[arm].title)
-            axis.set(xlabel=label, ylabel=f"{score}, validation captions")
-            if compute == "evaluations":
-                thousands(axis)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
-    save(figure, "curves.png", bottom=0.07)
-
-    # Ablations, a panel per group: utility over compute, and alignment against aesthetics.
-    groups = {}
-    for title, arms in GROUPS.items():
-        present = [arm for arm in arms if arm in results.runs]
-        if present:
-            groups[title] = present
-
-    def panels(name, draw, xlabel, ylabel):
-        rows = math.ceil(len(groups) / 4)
-        figure, axes = plt.subplots(rows, 4, figsize=(17, 4.2 * rows), sharex=True, sharey=True, squeeze=False)
-        for axis, (title, arms) in zip(axes.flat, groups.items(), strict=False):
-            for k, arm in enumerate(arms):
-                draw(axis, arm, {"color": f"C{k}", "label": study.ARMS[arm].title})
-            axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
-        for axis in axes.flat[len(groups) :]:
-            axis.set_visible(False)
-        if xlabel == "UNet evaluations":
-            thousands(axes[0, 0])  # the axes are shared
-        save(figure, name)
-
-    def within_budget(arm, score):
-        limit = 1.1 * results.plan["budget"]
-        found = []
-        for x, y in results.curves(arm, score):
-            count = sum(at <= limit for at in x)
-            found.append((x[:count], [value - y[0] for value in y[:count]]))
-        return found
-
-    def draw_front(axis, arm, style):
-        paths = [_mean_over_seeds(seeds) for seeds in changes(results, arm)]
-        axis.plot(*paths, "o-", markersize=3, **style)
-
-    panels(
-        "ablations.png",
-        lambda axis, arm, style: band(axis, within_budget(arm, "utility"), **style),
-        "UNet evaluations",
-        "utility, change (validation captions)",
-    )
-    panels("front.png", draw_front, "aesthetics, change", "alignment, change (validation captions)")
-
-    # Reward hacking: does the learned reward still rise while the exact utility falls?
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for arm in shown:
-        for axis, score in zip(axes, ("reward", "utility"), strict=True):
-            curves = [(x, _changes_of(y)) for x, y in results.curves(arm, score)]
-            band(axis, curves, color=colours[arm], label=study.ARMS[arm].title)
-            axis.set(xlabel="UNet evaluations", ylabel=f"{'learned reward' if score == 'reward' else score}, change")
-            thousands(axis)
-    axes[0].legend(fontsize=7)
-    save(figure, "hacking.png")
-
-    # How often the reward models order pairs correctly, by timestep.
-    if results.rewards:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-        for axis, against in zip(axes, ("utility", "labels"), strict=True):
-            for kind, found in results.rewards.items():
-                curves = [
-                    ([int(s) for s in r["accuracy"]], [v[against] for v in r["accuracy"].values()])
-                    for r in found.values()
-                ]
-                mean = [sum(y[i] for _, y in curves) / len(curves) for i in range(len(curves[0][0]))]
-                axis.plot(curves[0][0], mean, "o-", markersize=3, label=kind)
-            axis.set(
-                xlabel="timestep",
-                title=f"agreement with {'exact utility' if against == 'utility' else 'noisy labels'}",
-            )
-        axes[0].legend()
-        save(figure, "reward_accuracy.png")
-
-    # Scores over the guidance scale of sampling, with the base model for comparison.
-    if "base" in results.guidance:
-        figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
-        table = guidance_table(results)[1]
-        for axis, metric in zip(axes, EXACT, strict=True):
-            for arm, values in table.items():
-                scales = [float(scale) for scale in values[metric]]
-                means = [value["mean"] for value in values[metric].values()]
-                errors = [value["se"] for value in values[metric].values()]
-                title = "base model" if arm == "base" else study.ARMS[arm].title
-                axis.errorbar(scales, means, errors, marker="o", markersize=3, capsize=2, label=title)
-            axis.set(xlabel="guidance scale", ylabel=metric)
-        axes[0].legend(fontsize=7)
-        save(figure, "guidance.png")
-
-    names += sheet(results, folder)
-    return names
-
-
-def sheet(results: Results, folder: Path) -> list[str]:
-    """The same captions and noise under every model: one row each, of the lowest seed at the common budget."""
-    rows = [("base model", results.output / "samples.png")]
-    for arm, runs in results.runs.items():
-        rows.append((study.ARMS[arm].title, results.output / "run" / arm / str(min(runs)) / "final" / "samples.png"))
-    rows = [(title, Image.open(path).convert("RGB")) for title, path in rows if path.is_file()]
-    if not rows:
-        return []
-    scale = 2
-    left = 260
-    width, height = rows[0][1].width * scale, rows[0][1].height * scale
-    picture = Image.new("RGB", (left + width, (height + 4) * len(rows)), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (title, strip) in enumerate(rows):
-        draw.text((6, i * (height + 4) + height // 2 - 6), title, fill="black")
-        picture.paste(strip.resize((width, height), Image.NEAREST), (left, i * (height + 4)))
-    picture.save(folder / "samples.png")
-    return ["samples.png"]
-
-
 def for_json(value):
     """Six digits after the point; no infinity and no nan, which JSON does not have."""
     if isinstance(value, dict):
@@ -720,11 +537,12 @@ def write_report(output: Path, folder: Path) -> str:
         data["curves"][arm] = {str(seed): [run["base"], *run["points"]] for seed, run in runs.items()}
 
     # Figures, what is missing, and the same numbers as JSON.
-    parts += [f"![{name}]({name})" for name in figures(results, folder)]
+    data = json.loads(json.dumps(for_json(data), allow_nan=False))
+    parts += [f"![{name}]({name})" for name in figures.draw_all(data, folder, output)]
     if results.missing:
         parts.append("Not run: " + ", ".join(results.missing) + ".")
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
-    (folder / "report.json").write_text(json.dumps(for_json(data), indent=1, allow_nan=False))
+    (folder / "report.json").write_text(json.dumps(data, indent=1))
     return f"{protocol}\n\n{tables['final']}"
 
 
@@ -744,21 +562,32 @@ def fill_page(page: str, tables: dict[str, str]) -> str:
     return TABLE.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}", page)
 
 
+def images_of(page: Path) -> Path:
+    """The folder of a page's figures, made if it is not there."""
+    images = page.parent / "images" / "compare"
+    images.mkdir(parents=True, exist_ok=True)
+    return images
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("compare_output"), help="What run.py wrote.")
     parser.add_argument("--report", type=Path, help="Where the report goes. Default: OUTPUT/report.")
     parser.add_argument("--page", type=Path, help="A Markdown page whose tables and figures are replaced.")
+    parser.add_argument("--figures", type=Path, metavar="REPORT.json", help="Draw the figures of this report again.")
     args = parser.parse_args()
+    if args.figures:
+        data = json.loads(args.figures.read_text())
+        folder = images_of(args.page) if args.page else args.figures.parent
+        print(*figures.draw_all(data, folder, args.output), sep="\n")
+        return
     folder = args.report or args.output / "report"
     print(write_report(args.output, folder))
     if args.page:
         tables = json.loads((folder / "report.json").read_text())["tables"]
         args.page.write_text(fill_page(args.page.read_text(), tables))
-        images = args.page.parent / "images" / "compare"
-        images.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.png"):
-            path.replace(images / path.name)
+            path.replace(images_of(args.page) / path.name)
         (folder / "report.md").unlink()  # the page is the report now
 
 

@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-Writes and executes `spo_shapes.ipynb`. Run it from anywhere, with nbformat, nbclient and ipykernel installed:
+Writes and executes `spo_shapes.ipynb`. Run it from anywhere, with the package (`pip install -e ".[eval]"`), nbformat, nbclient
+and ipykernel installed:
 
     python examples/notebooks/make_spo_shapes.py
 """
@@ -33,24 +34,33 @@ CELLS = [
 
 A text-to-image model small enough for a CPU learns what people like about its pictures, step by step. The world is exact:
 a program scores how clean and vivid an image is (*aesthetics*) and whether it shows its caption (*alignment*), so we can
-see what SPO does without asking anybody. For the whole way, with a reward model learnt from preferences, run `make demo`.
+see what SPO does without asking anybody. For the whole way, with a reward model learnt from preferences, run `trl-spo demo`.
 
-Everything here runs in a few minutes on two CPU cores.""",
+Everything here runs in a few minutes on two CPU cores. The first cell installs the package where it is not there yet, as on
+Colab: from the checkout around this notebook, or else from the package index.""",
     ),
     (
         "code",
-        """import sys
-import tempfile
+        """import importlib.util
+from pathlib import Path
+
+
+if importlib.util.find_spec("trl_spo") is None or importlib.util.find_spec("trl_spo_shapes") is None:
+    package = "../.." if Path("../../setup.cfg").is_file() else "trl-spo"
+    %pip install --quiet "{package}[eval]\"""",
+    ),
+    (
+        "code",
+        """import tempfile
 
 import torch
 from peft import LoraConfig
 from transformers import PrinterCallback
 from transformers.utils import logging
+from trl_spo_shapes import world
+from trl_spo_shapes.base_scores import load_pipeline
+from trl_spo_shapes.report import CURVES, readable
 
-
-sys.path.insert(0, "../..")  # the repository, for `examples.shapes`
-from examples.shapes import world
-from examples.shapes.base_scores import load_pipeline
 from trl_spo import SPOConfig, SPOTrainer
 from trl_spo.evaluation.curves import plot_curves
 from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
@@ -140,7 +150,7 @@ a random candidate, marked blue, starts the next step.""",
         "code",
         """pairs = trainer.rollout(held_out[:8], seed=1, return_trajectory=True)
 row = int(torch.bincount(pairs.prompt_index, minlength=8).argmax())  # the prompt with most pairs
-candidate_tree(trainer.pipeline, pairs, row, title=held_out[row])""",
+candidate_tree(trainer.pipeline, pairs, row, title=readable(held_out[row]))""",
     ),
     (
         "markdown",
@@ -167,7 +177,13 @@ ln 2 = 0.693.""",
 trainer.save_model()
 print(f"{result.metrics['train_runtime']:.0f} seconds, {trainer.pair_loader.num_pairs_seen} pairs")""",
     ),
-    ("code", """plot_curves(trainer.state.log_history, title="Everything that was logged")"""),
+    (
+        "markdown",
+        """Above, what the validation captions gain. Below, how the pairs are learnt: the share of new pairs that the model orders
+rightly before it has trained on them (.5 is chance), how much more than the base model it prefers winners to losers, and the
+mean reward of the candidates. Everything else that was logged is in `trainer.state.log_history`.""",
+    ),
+    ("code", """plot_curves(trainer.state.log_history, CURVES, title="SPO in the shapes world")"""),
     (
         "markdown",
         """## After
@@ -191,7 +207,7 @@ Markdown(statistics_table(statistics))""",
 before_after_sheet(
     images_before[shown],
     images_after[shown],
-    [held_out[i] for i in shown],
+    [readable(held_out[i]) for i in shown],
     {name: values[shown] for name, values in before.items()},
     {name: values[shown] for name, values in after.items()},
     columns=3,

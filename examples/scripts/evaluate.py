@@ -21,8 +21,8 @@
 Score the images of a model, alone or against its base with the same prompts and seeds, under a stated protocol.
 
 ```bash
-# a LoRA against its base, with the metrics of the paper's tables
-python examples/scripts/evaluate.py --lora spo-sd15 --base --prompts validation.txt --output_dir evaluation
+# a LoRA against its base, with the metrics and the sampler of the paper's tables
+python examples/scripts/evaluate.py --lora spo-sd15 --base --prompts validation.txt --protocol spo-paper
 
 # under the reward model that trained it, on fewer prompts
 python examples/scripts/evaluate.py --lora spo-sd15 --base --prompts validation.txt --num_prompts 100 \
@@ -33,8 +33,8 @@ python examples/scripts/evaluate.py --model_name_or_path my-sd15 \
     --base_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts validation.txt
 ```
 
-Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_sheet.png`. `--protocol` fixes the sampler;
-options such as `--num_inference_steps` or `--guidance_scale` change it, and the report says so. `trl-spo evaluate` is the
+Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_sheet.png`. `--protocol` fixes the sampler,
+which is that of the training by default; options such as `--num_inference_steps` or `--guidance_scale` change it, and the report says so. `trl-spo evaluate` is the
 same program, `trl-spo sample` makes images only.
 """
 

@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from examples.shapes import world
-from examples.shapes.preferences import sample_images
-from examples.shapes.train_flow import FLOW_PIPELINE, NUM_T5_TOKENS
 from trl_spo import SPOStableDiffusion3Pipeline
+
+from . import world
+from .preferences import sample_images
+from .train_flow import FLOW_PIPELINE, NUM_T5_TOKENS
 
 
 PIPELINE = Path(__file__).parent / "weights" / "pipeline"

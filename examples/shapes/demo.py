@@ -17,6 +17,7 @@ The whole method in a world small enough for two CPU cores: noisy preferences ->
 of held-out prompts before and after, with pictures.
 
 ```shell
+trl-spo demo
 python examples/shapes/demo.py --output_dir demo_output
 ```
 """
@@ -30,18 +31,32 @@ from pathlib import Path
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stall a shared machine
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what is imported below has notices about nothing
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script from anywhere
+if not __package__:  # run as a file, from anywhere: its neighbours are those of the checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    __package__ = "examples.shapes"
 
-from examples.shapes import world
-from examples.shapes.base_scores import evaluation_set, load_flow_pipeline, load_pipeline
-from examples.shapes.preferences import make_preferences
-from examples.shapes.settings import (
+from trl_spo import (
+    LatentRewardModel,
+    SPOConfig,
+    SPOTrainer,
+    StepAwareRewardModel,
+    StepRewardConfig,
+    StepRewardTrainer,
+)
+from trl_spo.evaluation.statistics import statistics_table
+from trl_spo.training.log_lines import SPO_COLUMNS, STEP_REWARD_COLUMNS, log_in_lines
+
+from . import report, world
+from .base_scores import evaluation_set, load_flow_pipeline, load_pipeline
+from .preferences import make_preferences
+from .settings import (
     CLIP,
     FLOW_REWARD_SETTINGS,
     FLOW_SPO_SETTINGS,
@@ -54,27 +69,23 @@ from examples.shapes.settings import (
     latent_spo_settings,
     lora_config,
 )
-from trl_spo import (
-    LatentRewardModel,
-    SPOConfig,
-    SPOTrainer,
-    StepAwareRewardModel,
-    StepRewardConfig,
-    StepRewardTrainer,
-)
-from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
-from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
-from trl_spo.evaluation.statistics import paired_statistics, statistics_table
 
 
 METRICS = {
     "aesthetics": lambda images, prompts: world.aesthetics_score(images),
     "alignment": world.alignment_score,
 }
+EVALUATE_EVERY = 7  # steps of SPO
+HOW_TO_READ = {
+    "reward model": "  accuracy: share of noisy labels it agrees with; .5 is chance, and some three in four labels are right",
+    "SPO": """  accuracy: share of new pairs that it orders rightly before it trains on them; .5 is chance
+  kl: how far it is from the base model; evaluation: scores of the validation captions""",
+}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def make_parser(**kwargs) -> argparse.ArgumentParser:
+    """The options of the demo; `kwargs` are those of `argparse.ArgumentParser`."""
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()), **kwargs)
     parser.add_argument(
         "--model", choices=["unet", "flow"], default="unet", help="A UNet with DDIM, or an SD3 of the world."
     )
@@ -87,12 +98,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help="demo_output, demo_output_flow, demo_output_latent, ...")
     parser.add_argument("--num_pairs", type=int, default=2400, help="Preference pairs for the reward model.")
     parser.add_argument("--reward_steps", type=int, help="Optimizer steps of the reward model.")
-    parser.add_argument("--spo_steps", type=int, default=28)
+    parser.add_argument("--spo_steps", type=int, default=28, help="Optimizer steps of SPO, at least 7.")
     parser.add_argument("--spo_lr", type=float, help="Learning rate of SPO.")
     parser.add_argument("--kl_coef", type=float, help="Weight of the KL divergence.")
     parser.add_argument("--eval_repeats", type=int, default=3, help="Samples per held-out caption.")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the preferences and of both trainings.")
+    return parser
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """
+    The options with what depends on other options filled in.
+
+    Raises:
+        SystemExit: if there are too few steps for a checkpoint.
+    """
+    if args.spo_steps < EVALUATE_EVERY:
+        raise SystemExit(
+            f"--spo_steps must be at least {EVALUATE_EVERY}, the steps between two checkpoints; got {args.spo_steps}."
+        )
     if args.output_dir is None:
         parts = ["demo_output", *(part for part in (args.model, args.reward) if part not in ("unet", "pixel"))]
         args.output_dir = Path("_".join(parts))
@@ -133,32 +157,6 @@ class BestCheckpoint(TrainerCallback):
             self.best = max(self.best, (utility, str(self.output_dir / f"checkpoint-{state.global_step}")))
 
 
-class OneLineLog(TrainerCallback):
-    """Prints the few numbers one watches during training; all of them are in the log history."""
-
-    def __init__(self, keys: list[str]):
-        self.keys = keys
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = [f"{key} {logs[key]:.3f}" for key in self.keys if key in logs]
-        if shown:
-            print(f"  step {state.global_step:4d}  " + "  ".join(shown), flush=True)
-
-
-def quiet(trainer, keys: list[str]):
-    """A progress bar and one line per log."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-
-    class Bar(ProgressCallback):
-        def on_log(self, *args, **kwargs):
-            pass
-
-    trainer.add_callback(Bar)
-    trainer.add_callback(OneLineLog(keys))
-    return trainer
-
-
 def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict]:
     """The reward model to be trained, and the settings of its training."""
     # Heads and the embedding of timesteps are random, and torch gives every process a seed of its own.
@@ -172,7 +170,9 @@ def fresh_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
 def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardModel, dict, dict]:
     """Returns the reward model, and its accuracy by timestep before and after training."""
     preferences = make_preferences(pipe, args.num_pairs, split="train", seed=args.seed, progress="train pairs")
-    evaluation = make_preferences(pipe, 256, split="validation", seed=args.seed + 1, progress="fresh pairs")
+    evaluation = make_preferences(
+        pipe, report.FRESH_PAIRS, split="validation", seed=args.seed + 1, progress="fresh pairs"
+    )
     reward_model, reward_settings = fresh_reward_model(args, pipe)
     config = StepRewardConfig(
         output_dir=str(args.output_dir / "reward_model"),
@@ -187,7 +187,8 @@ def train_reward_model(args, pipe) -> tuple[StepAwareRewardModel | LatentRewardM
         seed=args.seed,
     )
     trainer = StepRewardTrainer(config, pipe, reward_model, train_dataset=preferences, eval_dataset=evaluation)
-    quiet(trainer, ["loss", "accuracy", "margin"])
+    log_in_lines(trainer, STEP_REWARD_COLUMNS, "reward model")
+    print(HOW_TO_READ["reward model"])
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -211,10 +212,10 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
         max_steps=args.spo_steps,
         logging_steps=2,
         eval_strategy="steps",
-        eval_steps=7,
+        eval_steps=EVALUATE_EVERY,
         eval_on_start=True,
         save_strategy="steps",
-        save_steps=7,
+        save_steps=EVALUATE_EVERY,
         report_to="none",
         use_cpu=True,
         seed=args.seed,
@@ -233,13 +234,14 @@ def make_spo_trainer(args, pipe, reward_model) -> tuple[SPOTrainer, BestCheckpoi
     )
     chooser = BestCheckpoint(args.output_dir)
     trainer.add_callback(chooser)
-    shown = ["loss", "pairs/fresh_accuracy", "kl", "step_reward/mean", "eval_aesthetics_mean", "eval_alignment_mean"]
-    return quiet(trainer, shown), chooser
+    log_in_lines(trainer, SPO_COLUMNS, "SPO")
+    return trainer, chooser
 
 
-def main():
-    args = parse_args()
+def main(args: argparse.Namespace):
+    args = complete(args)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of files that are written in no time
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pipe = load_flow_pipeline() if args.model == "flow" else load_pipeline()
     pipe.vae.to(memory_format=torch.channels_last)
@@ -247,12 +249,13 @@ def main():
 
     kind = {"pixel": "Step-aware", "latent": "Latent"}[args.reward]
     with Stage(f"{kind} reward model from {args.num_pairs} noisy preference pairs"):
-        reward_model, fresh_accuracy, reward_accuracy = train_reward_model(args, pipe)
+        reward_model, *accuracy = train_reward_model(args, pipe)
     trainer, chooser = make_spo_trainer(args, pipe, reward_model)
     with Stage(f"Base model on {len(prompts)} held-out prompts"):
         images_before = trainer.generate(prompts, seeds, progress="sampling")
         before = trainer.score(images_before, prompts)
     with Stage("SPO"):
+        print(HOW_TO_READ["SPO"])
         trainer.train()
         print(f"  best on the validation captions: {Path(chooser.best[1]).name}")
         trainer.load_model(chooser.best[1])
@@ -260,67 +263,37 @@ def main():
     with Stage(f"Trained model on the same {len(prompts)} prompts and seeds"):
         images_after = trainer.generate(prompts, seeds, progress="sampling")
         after = trainer.score(images_after, prompts)
-    write_results(
-        args, trainer, prompts, (images_before, before), (images_after, after), fresh_accuracy, reward_accuracy
-    )
+    sides = report.Comparison(prompts, images_before, before, images_after, after)
+    write_results(args, trainer, sides, accuracy)
 
 
-def write_results(args, trainer, prompts, before, after, fresh_accuracy, reward_accuracy):
-    (images_before, scores_before) = before
-    (images_after, scores_after) = after
-    names = ("aesthetics", "alignment", "reward")
-    # Numbers: the samples of one caption are averaged before anything is compared.
-    statistics = {name: paired_statistics(scores_after[name], prompts, scores_before[name]) for name in names}
+def write_results(args, trainer, sides: report.Comparison, accuracy: list[dict[int, float]]):
+    """Numbers, pictures and words: the samples of one caption are averaged before anything is compared."""
+    statistics = sides.statistics()
     table = statistics_table(statistics)
     sampler = trainer.pipeline.step_rule.description(trainer.args.eta)
-    settings = {**SAMPLER, "scheduler": sampler}
-    metrics = {"statistics": statistics, "sampler": settings, "seconds": Stage.seconds}
+    metrics = {"statistics": statistics, "sampler": {**SAMPLER, "scheduler": sampler}, "seconds": Stage.seconds}
+    metrics["reward_accuracy"] = dict(zip(("before", "after"), accuracy, strict=True))
     (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
     (args.output_dir / "metrics.md").write_text(table + "\n")
+    for split in ("train", "heldout"):
+        (args.output_dir / f"{split}.txt").write_text("\n".join(world.captions(split)) + "\n")
 
-    # Pictures.
-    shown = torch.linspace(0, len(prompts) // args.eval_repeats - 1, 24).long().tolist()
-    before_after_sheet(
-        images_before[shown],
-        images_after[shown],
-        [prompts[i] for i in shown],
-        {n: scores_before[n][shown] for n in names},
-        {n: scores_after[n][shown] for n in names},
-        title=f"Held-out prompts before and after SPO, same seeds ({sampler}, 10 steps, guidance 1)",
-    ).save(args.output_dir / "before_after.png")
-    pairs = trainer.rollout(prompts[:16], seed=12345, return_trajectory=True)
-    row = int(torch.bincount(pairs.prompt_index, minlength=16).argmax())  # the prompt with most pairs
-    candidate_tree(trainer.pipeline, pairs, row).save(args.output_dir / "candidate_tree.png")
-    plot_curves(
-        trainer.state.log_history,
-        [
-            "eval_aesthetics_mean",
-            "eval_alignment_mean",
-            "eval_reward_mean",
-            "step_reward/mean",
-            "pairs/fresh_accuracy",
-            "pairs/valid_fraction",
-            "loss",
-            "kl",
-            "grad_norm",
-        ],
-        title="SPO in the shapes world (eval: validation captions)",
-    ).savefig(args.output_dir / "curves.png", dpi=120)
-    labels = ("CLIP, before training", "step-aware reward model")
-    if args.reward == "latent":
-        labels = ("before training", "latent reward model")
-    plot_accuracy_by_timestep(
-        dict(zip(labels, (fresh_accuracy, reward_accuracy), strict=True)),
-        title="Agreement with noisy labels, fresh pairs",
-    ).savefig(args.output_dir / "reward_accuracy.png", dpi=120)
-    captions = len(set(prompts))
+    report.draw_pairs(sides, args.output_dir, f"{sampler}, 10 steps, guidance 1")
+    report.draw_tree(trainer, sides.prompts[:16]).save(args.output_dir / "candidate_tree.png")
+    report.draw_curves(trainer.state.log_history).savefig(args.output_dir / "curves.png", dpi=120)
+    report.draw_accuracy(args.reward, *accuracy).savefig(args.output_dir / "reward_accuracy.png", dpi=120)
+
+    captions = len(set(sides.prompts))
     print(
-        f"\n{len(prompts)} images of {captions} held-out captions, base model and SPO, ± standard error over captions\n"
+        f"\n{len(sides.prompts)} images of {captions} held-out captions, base model and SPO, ± standard error over captions\n"
     )
     print(f"{table}\n")
+    print(f"{report.interpret(statistics)}\n")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in Stage.seconds.items()))
-    print(f"Pictures, metrics and the LoRA are in {args.output_dir}/")
+    print(f"Pictures, metrics and the LoRA are in {args.output_dir}/; look at before_after.png first.")
+    print(f"\n{report.next_commands(args.model, args.output_dir)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(make_parser().parse_args())

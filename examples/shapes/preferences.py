@@ -29,8 +29,9 @@ from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
 
-from examples.shapes import world
 from trl_spo.pipelines.flow import SPOFlowPipeline
+
+from . import world
 
 
 ANNOTATOR_TEMPERATURE = 0.1  # labels of pairs of the base model agree with the truth about three times in four

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from examples.shapes import world
+from . import world
 
 
 CLIP = Path(__file__).parent / "weights" / "clip"

@@ -35,7 +35,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection
 
-from examples.shapes.train_base import (
+from .train_base import (
     WEIGHTS,
     Average,
     load,

@@ -21,11 +21,8 @@ same prompts and seeds, and writes numbers, a table and pictures. The unit of ev
 """
 
 import dataclasses
-import importlib.metadata
-import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -41,218 +38,15 @@ from ..pipelines.base import SPOPipeline
 from ..rewards.base import is_reward_model, wrap_reward
 from ..sampling import generate_images, score_images
 from ..training.checkpointing import check_output_dir
-from .sheets import before_after_sheet, image_grid
-from .statistics import paired_statistics, statistics_table
+from .protocols import PROTOCOLS as PROTOCOLS  # also found here
+from .protocols import EvaluationProtocol, find_protocol, protocol_of_pipeline
+from .provenance import describe_pipeline, describe_prompts, describe_versions, weights_of
+from .result import EvaluationResult, scores_of_image
+from .sheets import evenly_spaced
+from .statistics import paired_statistics
 
 
-OPTIONS = ("guidance_rescale", "clip_skip")  # settings of some families only; 0 is off
-
-
-# --- a stated protocol -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationProtocol:
-    """
-    Everything a number depends on besides the model, the prompts and the metric.
-
-    Attributes:
-        name (`str`): what to call it in reports.
-        scheduler (`str`, *optional*, defaults to `"DDIM"`): name of the sampler; must be the `sampler_name` of the
-            pipeline's step rule.
-        num_inference_steps (`int`, *optional*, defaults to `20`): sampling steps, at least 1.
-        guidance_scale (`float`, *optional*, defaults to `5.0`): classifier-free guidance; values up to 1 disable it.
-        eta (`float`, *optional*, defaults to `0.0`): noise of each step; 0 is deterministic.
-        guidance_rescale (`float`, *optional*, defaults to `0.0`), clip_skip (`int`, *optional*, defaults to `0`): as in
-            diffusers, see [`SPOPipeline.configure`]; 0 is off.
-        negative_prompt (`str`, *optional*, defaults to `""`): the same for every prompt.
-        height, width (`int`, *optional*): pixels; the model's own size by default.
-        seed (`int`, *optional*, defaults to `0`): image number i is drawn from seed `seed + i`.
-    """
-
-    name: str
-    scheduler: str = "DDIM"
-    num_inference_steps: int = 20
-    guidance_scale: float = 5.0
-    eta: float = 0.0
-    negative_prompt: str = ""
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    guidance_rescale: float = 0.0
-    clip_skip: int = 0
-
-    def __post_init__(self):
-        if self.num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
-        if not self.eta >= 0:
-            raise ValueError(f"`eta` must not be negative, got {self.eta}.")
-        if self.seed < 0:
-            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
-
-    def sampler(self) -> dict[str, Any]:
-        """The arguments of [`generate_images`] that this protocol fixes."""
-        names = ("num_inference_steps", "guidance_scale", "eta", "negative_prompt", "height", "width")
-        return {name: getattr(self, name) for name in (*names, *OPTIONS)}
-
-    def in_words(self) -> str:
-        """One sentence for reports."""
-        size = "the model's own size"
-        if self.height or self.width:
-            size = f"{self.height or 'default'} x {self.width or 'default'} pixels (height x width)"
-        negative = f"negative prompt {self.negative_prompt!r}" if self.negative_prompt else "empty negative prompt"
-        options = "".join(f"{name} {getattr(self, name):g}, " for name in OPTIONS if getattr(self, name))
-        return (
-            f"Protocol `{self.name}`: {self.scheduler}, {self.num_inference_steps} steps, guidance scale "
-            f"{self.guidance_scale:g}, {options}eta {self.eta:g}, {negative}, {size}, image i from seed {self.seed} + i."
-        )
-
-
-def _flow_protocol(name: str, num_inference_steps: int, guidance_scale: float) -> EvaluationProtocol:
-    return EvaluationProtocol(
-        name,
-        scheduler="FlowMatchEuler",
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        eta=0.0,
-    )
-
-
-# Protocols by name. For another, make an [`EvaluationProtocol`] and give it a name of its own.
-PROTOCOLS = {
-    # Steps and guidance of the paper's tables. It does not state eta, and no evaluation code is public; wherever the
-    # public code makes finished images (its validation, its inference scripts) it leaves diffusers' default of 0.
-    "spo-paper": EvaluationProtocol("spo-paper"),
-    # The sampler of the rollouts, which `generate_images` and the trainers' evaluation use by default.
-    "spo-rollout": EvaluationProtocol("spo-rollout", eta=1.0),
-    # The ODE of flow-matching models, as they are used: SD3 with the 40 steps of the reinforcement-learning papers and of the
-    # model's card (Flow-GRPO, DiffusionNFT), the others with the defaults of their diffusers pipelines.
-    "sd3": _flow_protocol("sd3", 40, 4.5),
-    "flux": _flow_protocol("flux", 28, 3.5),
-    "flux2-klein": _flow_protocol("flux2-klein", 50, 4.0),
-    "z-image": _flow_protocol("z-image", 50, 5.0),
-    "qwen-image": _flow_protocol("qwen-image", 50, 4.0),
-}
-
-
-# --- the whole evaluation --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class EvaluationResult:
-    """
-    What [`evaluate_pipeline`] found.
-
-    Attributes:
-        protocol ([`EvaluationProtocol`]): how the images were sampled.
-        prompts (`list[str]`), seeds (`list[int]`): what each of the N images was made from.
-        scores (`dict[str, torch.Tensor]`): per metric, `(N,)` scores.
-        base_scores (`dict[str, torch.Tensor]`, *optional*): the same for the base model's images.
-        statistics (`dict[str, dict[str, float]]`): per metric, what [`paired_statistics`] returns.
-        metric_descriptions (`dict[str, str]`): per metric, what it is.
-        versions (`dict[str, str]`): versions of the packages that made the numbers.
-        images, base_images (`torch.Tensor` of shape `(K, 3, H, W)`, *optional*): the first K images, for pictures.
-    """
-
-    protocol: EvaluationProtocol
-    prompts: list[str]
-    seeds: list[int]
-    scores: dict[str, torch.Tensor]
-    base_scores: dict[str, torch.Tensor] | None
-    statistics: dict[str, dict[str, float]]
-    metric_descriptions: dict[str, str]
-    versions: dict[str, str]
-    images: torch.Tensor
-    base_images: torch.Tensor | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, ready for JSON; an undefined number (a standard error of one prompt) is `None`."""
-        rows = []
-        for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
-            row = {"prompt": prompt, "seed": seed, "scores": _scores_of_image(self.scores, i)}
-            if self.base_scores is not None:
-                row["base_scores"] = _scores_of_image(self.base_scores, i)
-            rows.append(row)
-        return {
-            "protocol": dataclasses.asdict(self.protocol),
-            "metrics": self.metric_descriptions,
-            "statistics": {name: _without_nan(values) for name, values in self.statistics.items()},
-            "versions": self.versions,
-            "images": rows,
-        }
-
-    def table(self) -> str:
-        """The statistics as a Markdown table."""
-        return statistics_table(self.statistics)
-
-    def report(self) -> str:
-        """Protocol, table and what its columns mean, in Markdown."""
-        first = next(iter(self.statistics.values()))
-        text = [
-            "# Evaluation",
-            self.protocol.in_words(),
-            f"{first['num_images']} images of {first['num_prompts']} prompts. Higher is better.",
-            self.table(),
-            "± is the standard error over prompts.",
-        ]
-        if self.base_scores is not None:
-            text[-1] += (
-                " The base model had the same prompts and seeds; the difference is paired, with Student's t interval "
-                "over prompts. Win rate: share of images above the base model's, ties one half, Wilson's interval."
-            )
-        text.append("\n".join(f"- `{name}`: {what}" for name, what in self.metric_descriptions.items()))
-        text.append("Made with " + ", ".join(f"{name} {version}" for name, version in self.versions.items()) + ".")
-        return "\n\n".join(text) + "\n"
-
-    def save(self, output_dir: str | Path) -> None:
-        """
-        Write `metrics.json`, `metrics.md` and `contact_sheet.png`.
-
-        With a base model the sheet shows its images beside the model's, with prompts and scores; without one it is a
-        plain grid.
-
-        Args:
-            output_dir (`str` or `Path`): made if it does not exist.
-        """
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        (folder / "metrics.md").write_text(self.report())
-        if len(self.images):
-            self.contact_sheet().save(folder / "contact_sheet.png")
-
-    def contact_sheet(self):
-        """The images that were kept for it, as a `PIL.Image.Image`."""
-        if self.base_images is None:
-            return image_grid(self.images)
-        shown = len(self.images)
-        p = self.protocol  # a heading has no room for `in_words`
-        return before_after_sheet(
-            self.base_images,
-            self.images,
-            self.prompts[:shown],
-            {name: values[:shown] for name, values in self.base_scores.items()},
-            {name: values[:shown] for name, values in self.scores.items()},
-            title=f"{p.name}: {p.scheduler}, {p.num_inference_steps} steps, guidance {p.guidance_scale:g}, eta {p.eta:g}",
-        )
-
-
-def _scores_of_image(scores: dict[str, torch.Tensor], i: int) -> dict[str, float]:
-    return {name: values[i].item() for name, values in scores.items()}
-
-
-def _without_nan(values: dict[str, float]) -> dict[str, float | None]:
-    return {key: None if math.isnan(value) else value for key, value in values.items()}
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("trl-spo", "torch", "diffusers", "transformers", "accelerate", "peft", "pillow"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
-            versions[name] = "not installed"
-    return versions
+NO_LORA = "no_lora"
 
 
 def _apply_metric(
@@ -281,19 +75,6 @@ def _describe_metric(metric: Any) -> str:
     return described if isinstance(described, str) and described else type(metric).__name__
 
 
-def _check_sampler(pipeline: SPOPipeline, protocol: EvaluationProtocol) -> None:
-    sampler = pipeline.step_rule.sampler_name
-    if sampler != protocol.scheduler:
-        raise ValueError(
-            f"Protocol {protocol.name!r} asks for {protocol.scheduler}, but this pipeline samples with {sampler}. Give "
-            f"a protocol with scheduler={sampler!r} and a name of its own."
-        )
-    pipeline.step_rule.check_eta(protocol.eta)
-    pipeline.check_negative_prompt(protocol.negative_prompt)
-    with pipeline.configured(**{name: getattr(protocol, name) for name in OPTIONS}):
-        pass  # refused before the first image is sampled
-
-
 def evaluate_pipeline(
     pipeline: Any,
     prompts: list[str],
@@ -306,6 +87,7 @@ def evaluate_pipeline(
     seeds: Iterable[int] | None = None,
     num_sheet_images: int = 16,
     progress: str | None = None,
+    subject: dict[str, Any] | None = None,
 ) -> EvaluationResult:
     r"""
     Sample images, score them, compare them with a base model, and report.
@@ -321,16 +103,19 @@ def evaluate_pipeline(
         metrics (`dict[str, Callable]` or `list[str]`): by name, callables `(images (n, 3, H, W) in [0, 1], prompts) ->
             (n,)` such as those of `trl_spo.evaluation.metrics`, or reward models, which judge at timestep 0; a latent one
             judges what the pipeline's VAE makes of the images.
-            A list of names loads them with `metrics.load_metric`.
+            A list of names loads them with `named.load_metrics`.
         protocol ([`EvaluationProtocol`] or `str`, *optional*, defaults to `"spo-paper"`): or the name of one in
             `PROTOCOLS`.
         base (*optional*): what to compare with on the same prompts and seeds: another pipeline, or its images, a
-            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
+            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1]; or `"no_lora"`, the pipeline itself with its LoRA off.
         output_dir (`str` or `Path`, *optional*): where to write `metrics.json`, `metrics.md` and `contact_sheet.png`.
         batch_size (`int`, *optional*, defaults to `8`): images sampled together.
         seeds (iterable of `int`, *optional*): N seeds; `protocol.seed + i` by default.
-        num_sheet_images (`int`, *optional*, defaults to `16`): the first images are kept for the contact sheet.
+        num_sheet_images (`int`, *optional*, defaults to `16`): so many images, spread evenly over the prompts, are kept for the
+            contact sheet.
         progress (`str`, *optional*): show a progress bar with this title on the main process.
+        subject (`dict`, *optional*): what the report says about `model`, `base` and `prompts`, instead of what pipelines and
+            prompts say about themselves; such as where a LoRA came from.
 
     Returns:
         [`EvaluationResult`].
@@ -352,41 +137,34 @@ def evaluate_pipeline(
     """
     # Check everything before the first image is sampled.
     if isinstance(protocol, str):
-        protocol = _find_protocol(protocol)
+        protocol = find_protocol(protocol)
     prompts, seeds = _check_prompts(prompts, seeds, protocol)
     _check_the_rest(metrics, base, batch_size, len(prompts))
     if output_dir is not None and int(os.environ.get("RANK", "0")) == 0:
         check_output_dir(output_dir)
     pipeline = wrap_pipeline(pipeline)
-    _check_sampler(pipeline, protocol)
-    if base is not None and not torch.is_tensor(base):
-        base = wrap_pipeline(base)
-        _check_sampler(base, protocol)
+    protocol = protocol_of_pipeline(protocol, pipeline)
+    base = _prepared_base(base, pipeline, protocol)
     if not isinstance(metrics, dict):
-        from .metrics import load_metric
+        from .named import load_metrics
 
-        metrics = {name: load_metric(name, device=pipeline.device) for name in metrics}
+        metrics = load_metrics(metrics, device=pipeline.device)
 
     # A reward model refuses latents of another space before any image is made.
     for metric in filter(is_reward_model, metrics.values()):
         wrap_reward(metric).check_pipeline(pipeline)
 
     # Each process evaluates its share of the images, and gets the records of all.
-    task = _Task(pipeline, base, prompts, seeds, metrics, protocol, num_sheet_images)
+    sheet_rows = evenly_spaced(len(prompts), max(0, num_sheet_images))
+    task = _Task(
+        pipeline, base, prompts, seeds, metrics, protocol, sheet_rows, _subject(pipeline, base, prompts, subject)
+    )
     rank, num_ranks = _rank_and_world_size(pipeline.device)
     records = _evaluate_shares(task, batch_size, progress, rank, num_ranks)
     result = _result(task, records)
     if output_dir is not None and rank == 0:
         result.save(output_dir)
     return result
-
-
-def _find_protocol(name: str) -> EvaluationProtocol:
-    if name not in PROTOCOLS:
-        raise ValueError(
-            f"There is no protocol {name!r}; there are {', '.join(PROTOCOLS)}, or make an `EvaluationProtocol`."
-        )
-    return PROTOCOLS[name]
 
 
 def _check_prompts(prompts, seeds, protocol: EvaluationProtocol) -> tuple[list[str], list[int]]:
@@ -415,6 +193,29 @@ def _check_the_rest(metrics, base, batch_size: int, num_prompts: int) -> None:
         )
 
 
+def _prepared_base(base, pipeline: SPOPipeline, protocol: EvaluationProtocol):
+    """What is compared with: images, a pipeline that can sample under the protocol, or `NO_LORA`."""
+    if base is None or torch.is_tensor(base):
+        return base
+    if isinstance(base, str) and base == NO_LORA:
+        if not getattr(pipeline.denoiser, "peft_config", None):
+            raise ValueError(f"`base={NO_LORA!r}` compares with the pipeline without its LoRA, and it has none.")
+        return base
+    base = wrap_pipeline(base)
+    protocol_of_pipeline(protocol, base)
+    return base
+
+
+def _subject(pipeline: SPOPipeline, base, prompts: list[str], given: dict[str, Any] | None) -> dict[str, Any]:
+    """What is evaluated: what the caller says, and of the rest what is known."""
+    known = {"model": describe_pipeline(pipeline)}
+    if isinstance(base, str):
+        known["base"] = "the same model without the LoRA"
+    elif base is not None:
+        known["base"] = "images that were given" if torch.is_tensor(base) else describe_pipeline(base)
+    return known | {"prompts": describe_prompts(prompts)} | (given or {})
+
+
 def _rank_and_world_size(device: torch.device) -> tuple[int, int]:
     """Rank of this process and number of processes; joins the process group that a launcher asked for."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -429,12 +230,13 @@ class _Task:
     """What is evaluated: the checked arguments of [`evaluate_pipeline`]."""
 
     pipeline: SPOPipeline
-    base: SPOPipeline | torch.Tensor | None
+    base: SPOPipeline | torch.Tensor | str | None
     prompts: list[str]
     seeds: list[int]
     metrics: dict[str, Callable]
     protocol: EvaluationProtocol
-    num_sheet_images: int
+    sheet_rows: list[int]
+    subject: dict[str, Any]
 
 
 def _evaluate_shares(task: _Task, batch_size: int, progress: str | None, rank: int, num_ranks: int) -> list[dict]:
@@ -477,6 +279,12 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
     sides = {"model": sample(task.pipeline)}
     if torch.is_tensor(task.base):
         sides["base model"] = task.base[rows].float().cpu()
+    elif isinstance(task.base, str):
+        task.pipeline.sd_pipeline.disable_lora()
+        try:
+            sides["base model"] = sample(task.pipeline)
+        finally:
+            task.pipeline.sd_pipeline.enable_lora()
     elif task.base is not None:
         sides["base model"] = sample(task.base)
 
@@ -487,8 +295,8 @@ def _evaluate_batch(task: _Task, rows: list[int]) -> list[dict]:
         for name, metric in task.metrics.items():
             scores[name] = _apply_metric(name, metric, images, prompts, side, task.pipeline)
         for i, record in enumerate(records):
-            record["scores"][side] = _scores_of_image(scores, i)
-            if record["row"] < task.num_sheet_images:
+            record["scores"][side] = scores_of_image(scores, i)
+            if record["row"] in task.sheet_rows:
                 record["images"][side] = eight_bits(images[i])
     return records
 
@@ -509,6 +317,10 @@ def _result(task: _Task, records: list[dict]) -> EvaluationResult:
     has_base = task.base is not None
     scores = scores_of("model")
     base_scores = scores_of("base model") if has_base else None
+    metric_weights = {}
+    for name, metric in task.metrics.items():
+        if weights := weights_of(metric):
+            metric_weights[name] = weights
     statistics = {}
     for name, values in scores.items():
         statistics[name] = paired_statistics(values, task.prompts, base_scores[name] if has_base else None)
@@ -520,7 +332,10 @@ def _result(task: _Task, records: list[dict]) -> EvaluationResult:
         base_scores=base_scores,
         statistics=statistics,
         metric_descriptions={name: _describe_metric(metric) for name, metric in task.metrics.items()},
-        versions=_versions(),
+        versions=describe_versions(),
         images=images_of("model"),
         base_images=images_of("base model") if has_base else None,
+        sheet_rows=task.sheet_rows,
+        subject=task.subject,
+        metric_weights=metric_weights,
     )

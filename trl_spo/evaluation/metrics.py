@@ -30,6 +30,7 @@ scorer prepares them (`metric_images`).
 """
 
 import copy
+import inspect
 import os
 
 import torch
@@ -110,6 +111,8 @@ class ImageMetric:
 
     description: str = ""
     """What the score is and which weights it uses, for reports."""
+    weights: dict[str, str] = {}
+    """Folders, files and Hub ids of the weights, by the names of the arguments; [`load_metric`] notes them."""
 
     def __init__(self, device=None, dtype: torch.dtype = torch.float32, batch_size: int = 32):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -120,6 +123,14 @@ class ImageMetric:
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> "ImageMetric":
+        """Moves its networks; trainers do it with a metric that is their reward."""
+        self.device = torch.device(device)
+        for name, value in vars(self).items():
+            if isinstance(value, (nn.Module, torch.Tensor)):
+                setattr(self, name, value.to(self.device))
+        return self
 
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError
@@ -487,4 +498,17 @@ def load_metric(name: str, **kwargs) -> ImageMetric:
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; the metrics are {', '.join(METRICS)}.")
     metric, defaults = METRICS[name]
-    return metric.from_pretrained(**{**defaults, **kwargs})
+    settings = {**defaults, **kwargs}
+    loaded = metric.from_pretrained(**settings)
+    loaded.weights = _sources(metric, settings)
+    return loaded
+
+
+def _sources(metric: type[ImageMetric], settings: dict) -> dict[str, str]:
+    """The folders, files and Hub ids that `from_pretrained` reads with these settings, by the name of the argument."""
+    found = {}
+    for name, parameter in inspect.signature(metric.from_pretrained).parameters.items():
+        value = settings.get(name, parameter.default)
+        if isinstance(value, (str, os.PathLike)):
+            found[name] = os.fspath(value)
+    return found

@@ -13,20 +13,35 @@
 # limitations under the License.
 
 """
-Draw sheets of images with Pillow: before and after training, the candidate tree of a rollout, a plain grid.
+Draw sheets of images with Pillow: before and after training, the candidate tree of a rollout, grids with labelled axes, a
+plain grid.
 
-Each function returns a `PIL.Image.Image`, for a notebook or for `.save(...)`.
+Each function returns a `PIL.Image.Image`, for a notebook or for `.save(...)`. A colour has one meaning on all of them and on
+the curves: green is chosen or better, red rejected or worse, blue the model or what goes on, grey what they are compared with.
 """
 
-import functools
-import importlib.util
-import os
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from ..captions import (
+    CELL_WIDTH,
+    INK,
+    LINE,
+    MARGIN,
+    MUTED,
+    PAPER,
+    caption_lines,
+    cell_picture,
+    fit_lines,
+    font,
+    heading_height,
+    printable,
+    write_heading,
+    write_lines,
+    write_title,
+)
 from ..images import to_pil
 from ..step_pairs import BranchRecord, StepPairs
 
@@ -35,110 +50,27 @@ LEGEND_WIDTH = 360  # pixels that the legend of a candidate tree needs
 BETTER = "#1a9850"
 WORSE = "#d73027"
 NEXT = "#2166ac"
-INK = "#222222"
-PAPER = "#ffffff"
-MUTED = "#777777"
-FONT_FOLDERS = {
-    "linux": ("~/.local/share/fonts", "~/.fonts", "/usr/local/share/fonts", "/usr/share/fonts"),
-    "darwin": ("~/Library/Fonts", "/Library/Fonts", "/System/Library/Fonts"),
-    "win32": ("C:/Windows/Fonts",),
-}
+NOTICEABLE = 0.25  # a change below this share of a metric's standard deviation gets no colour
+TREE_CAPTION = (
+    "A column per step at which the rollout branches, from noise to image. Its images are predictions of the finished image "
+    "(x_0) from candidates that left one and the same latent, the best score first. The chosen and the rejected one are the "
+    "pair that is trained; the bar marks the one from which the next step goes on."
+)
 
 
-# --- fonts and texts -------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _font_files() -> tuple[str, ...]:
-    """DejaVu Sans, if it is somewhere, and then all other fonts of the system."""
-    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS.get(sys.platform, ())]
-    found = []
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            # A font of last resort has one box per script, for every character there is.
-            if path.suffix in (".ttf", ".otf", ".ttc") and "lastresort" not in path.name.lower():
-                found.append(path)
-    # matplotlib brings DejaVu Sans along. It is looked up without importing matplotlib.
-    matplotlib = importlib.util.find_spec("matplotlib")
-    if matplotlib is not None and matplotlib.origin is not None:
-        found.insert(0, Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
-    dejavu = [path for path in found if path.name == "DejaVuSans.ttf" and path.is_file()]
-    return tuple(map(os.fspath, dict.fromkeys([*dejavu[:1], *found])))
-
-
-@functools.lru_cache(maxsize=256)
-def _load(file: str | None, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font, Pillow's own for `None`; `None` if it has no outlines or cannot be read."""
-    try:
-        if file is None:
-            return ImageFont.load_default(size)
-        return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
-    except OSError:
-        return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _can_draw(file: str | None, character: str) -> bool:
-    """Whether a font has a glyph for the character, and not only the box that stands for missing ones."""
-    font = _load(file, 16)
-    if font is None:
-        return False
-    missing = font.getmask("\uffff")  # in no font
-    glyph = font.getmask(character)
-    return glyph.size != missing.size or bytes(glyph) != bytes(missing)
-
-
-@functools.lru_cache(maxsize=256)
-def _font_file(text: str) -> str | None:
-    """The first font, or the one that has most of the text's characters: DejaVu has no Chinese, for example."""
-    characters = {character for character in text if not character.isspace()}
-    best = None
-    fewest = len(characters) + 1
-    for file in (*_font_files(), None):
-        missing = sum(not _can_draw(file, character) for character in characters)
-        if missing < fewest and _load(file, 16) is not None:
-            best = file
-            fewest = missing
-        if not fewest:
-            break
-    return best
-
-
-def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
-    return _load(_font_file(text), size)
-
-
-def _printable(text: str) -> str:
-    """One line without what no font can draw: control characters and halves of surrogate pairs."""
-    text = " ".join(text.split())
-    return "".join(c if c.isprintable() and not 0xD800 <= ord(c) < 0xE000 else "\ufffd" for c in text)
-
-
-def _fit_lines(text: str, font, width: int, max_lines: int) -> list[str]:
+def evenly_spaced(count: int, num_shown: int) -> list[int]:
     """
-    Break text into at most `max_lines` lines of `width` pixels, between words where there are any; an ellipsis marks
-    what is cut.
+    Positions spread evenly over a list, the first one included: what is shown of many images, so that nobody picks.
+
+    Args:
+        count (`int`): length of the list.
+        num_shown (`int`): how many positions are wanted.
+
+    Returns:
+        `list[int]`: `min(count, num_shown)` positions, ascending.
     """
-    lines = []
-    rest = text.strip()
-    while rest and len(lines) < max_lines:
-        if font.getlength(rest) <= width:
-            return [*lines, rest]
-        ellipsis = "…" if len(lines) == max_lines - 1 else ""
-        end = len(rest)
-        while end > 1 and font.getlength(rest[:end] + ellipsis) > width:
-            end -= 1
-        space = -1 if ellipsis else rest.rfind(" ", 0, end + 1)
-        cut = space if space > 0 else end
-        lines.append(rest[:cut].rstrip() + ellipsis)
-        rest = rest[cut:].lstrip()
-    return lines
-
-
-def _write_title(draw: ImageDraw.ImageDraw, title: str, top: int, size: int, width: int) -> None:
-    title = _printable(title)
-    font = _font(size, title)
-    draw.text((12, top), *_fit_lines(title, font, width - 24, 1), font=font, fill=INK)
+    num_shown = min(count, num_shown)
+    return [index * count // num_shown for index in range(num_shown)]
 
 
 # --- grids of images -------------------------------------------------------------------------------------------------
@@ -175,11 +107,13 @@ def before_after_sheet(
     columns: int = 4,
     size: int = 128,
     title: str | None = None,
+    sides: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
     """
     Pairs of images from the same prompt and seed, left before and right after training, with their scores.
 
-    A score that rose is green, one that fell is red.
+    A score that rose is green, one that fell is red, if it moved by at least a quarter of the metric's standard deviation on
+    this sheet: a smaller difference cannot be told from that of another seed.
 
     Args:
         before, after (`torch.Tensor` of shape `(N, 3, H, W)`): in [0, 1].
@@ -188,6 +122,7 @@ def before_after_sheet(
         columns (`int`, *optional*, defaults to `4`): pairs per row.
         size (`int`, *optional*, defaults to `128`): pixels of one image's side.
         title (`str`, *optional*): heading; state the sampler in it.
+        sides (`tuple[str, str]`, *optional*, defaults to `("before", "after")`): what is written above the images.
 
     Texts of any length and script are wrapped and cut to their place; a font of the system is used for characters
     DejaVu Sans does not have.
@@ -210,32 +145,34 @@ def before_after_sheet(
     cell_width = 2 * size + 24
     cell_height = 18 + height + 34 + 15 * len(metrics) + 14
     top = 40 if title else 10
-    sheet = Image.new("RGB", (columns * cell_width + 12, top + rows * cell_height + 8), PAPER)
+    width = columns * cell_width + 12
+    note = caption_lines(_note_on_scores(before_scores, after_scores), width - 2 * MARGIN, 3, size=11)
+    bottom = top + rows * cell_height
+    sheet = Image.new("RGB", (width, bottom + 8 + LINE * len(note)), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        _write_title(draw, title, top=10, size=16, width=sheet.width)
+        write_title(draw, title, top=10, size=16, width=sheet.width)
+    write_lines(draw, note, (MARGIN, bottom), size=11, fill=MUTED)
+    noticeable = {name: _noticeable_change(before_scores.get(name), after_scores.get(name)) for name in metrics}
 
     # Draw the cells: image, prompt and scores of both sides.
-    small = _font(11)
+    small = font(11)
     for i, prompt in enumerate(prompts):
         x = 12 + (i % columns) * cell_width
         y = top + (i // columns) * cell_height
         scores_before = {name: values[i].item() for name, values in before_scores.items()}
         scores_after = {name: values[i].item() for name, values in after_scores.items()}
-        sides = (("before", before[i], scores_before), ("after", after[i], scores_after))
-        for side, (name, image, scores) in enumerate(sides):
+        cells = ((sides[0], before[i], scores_before), (sides[1], after[i], scores_after))
+        for side, (name, image, scores) in enumerate(cells):
             left = x + side * (size + 4)
             draw.text((left, y), name, font=small, fill=MUTED)
             sheet.paste(to_pil(image, size), (left, y + 16))
             for line, metric in enumerate(metrics):
                 if metric in scores:
-                    text = _fit_lines(f"{scores[metric]:.2f} {metric}", small, size, 1)[0]
-                    color = _color_of_change(scores_before.get(metric), scores[metric])
+                    text = fit_lines(f"{scores[metric]:.2f} {metric}", small, size, 1)[0]
+                    color = _color_of_change(scores_before.get(metric), scores[metric], noticeable[metric])
                     draw.text((left, y + 18 + height + 34 + 15 * line), text, font=small, fill=color)
-        prompt = _printable(prompt)
-        font = _font(12, prompt)
-        for line, text in enumerate(_fit_lines(prompt, font, 2 * size, 2)):
-            draw.text((x, y + 19 + height + 15 * line), text, font=font, fill=INK)
+        write_lines(draw, caption_lines(prompt, 2 * size, 2), (x, y + 19 + height))
     return sheet
 
 
@@ -247,12 +184,87 @@ def _check_lengths(before, after, prompts, before_scores, after_scores) -> None:
         raise ValueError(f"A sheet needs as many images before and after, prompts and scores; got {lengths}.")
 
 
-def _color_of_change(before: float | None, after: float) -> str:
-    """Green or red for a score that rose or fell, as far as its two printed digits show it."""
+def _note_on_scores(before_scores: dict[str, torch.Tensor], after_scores: dict[str, torch.Tensor]) -> str:
+    """What numbers and colours of a sheet mean; nothing where there are no numbers."""
+    if not before_scores and not after_scores:
+        return ""
+    note = "Same prompt and seed on both sides. Scores: higher is better."
+    if before_scores and after_scores:
+        note += " Green and red: moved by at least a quarter of the standard deviation of the metric on this sheet."
+    return note
+
+
+def _noticeable_change(before: torch.Tensor | None, after: torch.Tensor | None) -> float:
+    """The smallest change of a metric that gets a colour; its printed digits show none below 0.01."""
+    if before is None or after is None:
+        return 0.01
+    values = torch.cat([torch.as_tensor(before).double(), torch.as_tensor(after).double()])
+    return max(0.01, NOTICEABLE * values.std().item())
+
+
+def _color_of_change(before: float | None, after: float, noticeable: float) -> str:
+    """Green or red for a score that rose or fell noticeably, as far as its two printed digits show it."""
     change = 0 if before is None else round(after, 2) - round(before, 2)
-    if change == 0:
+    if abs(change) < noticeable - 1e-9:
         return INK
     return BETTER if change > 0 else WORSE
+
+
+# --- grids with labelled axes ----------------------------------------------------------------------------------------
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str | None = None,
+    width: int = CELL_WIDTH,
+) -> Image.Image:
+    """
+    A table of images: what changes from column to column is written above, what changes from row to row on the left.
+
+    Args:
+        rows (sequence of sequences of `PIL.Image.Image`): R rows of C images.
+        row_labels (sequence of `str`): R texts, such as prompts or `"checkpoint 100"`.
+        column_labels (sequence of `str`): C texts.
+        title (`str`, *optional*): heading; what follows a line break is written small.
+        width (`int`, *optional*, defaults to `192`): see [`cell_picture`].
+
+    Returns:
+        `PIL.Image.Image`.
+
+    Raises:
+        ValueError: if images and labels do not fit together, or there are none.
+    """
+    if not rows or len(rows) != len(row_labels) or any(len(row) != len(column_labels) or not row for row in rows):
+        raise ValueError(
+            f"A grid needs a label per row and per column, got {len(row_labels)} and {len(column_labels)} labels for rows of "
+            f"{[len(row) for row in rows]} images."
+        )
+
+    # Lay out the sheet: labels of rows are as wide as the longest needs, up to an image.
+    cells = [[cell_picture(picture, width) for picture in row] for row in rows]
+    cell_width = max(cell.width for row in cells for cell in row)
+    cell_height = max(cell.height for row in cells for cell in row)
+    longest = max(font(12, label).getlength(printable(label)) for label in row_labels)
+    label_width = round(min(longest, cell_width)) + MARGIN
+    heads = [caption_lines(label, cell_width, 2) for label in column_labels]
+    top = heading_height(title) + LINE * max(len(head) for head in heads) + 4
+    left = MARGIN + label_width
+    size = (left + len(column_labels) * (cell_width + 4) + MARGIN, top + len(rows) * (cell_height + 4) + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    write_heading(draw, title, sheet.width)
+
+    # Draw the labels, and then the images row by row.
+    for column, head in enumerate(heads):
+        write_lines(draw, head, (left + column * (cell_width + 4), top - 4 - LINE * len(head)))
+    for index, (row, label) in enumerate(zip(cells, row_labels, strict=True)):
+        upper = top + index * (cell_height + 4)
+        write_lines(draw, caption_lines(label, label_width - MARGIN // 2, cell_height // LINE), (MARGIN, upper))
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (left + column * (cell_width + 4), upper))
+    return sheet
 
 
 # --- the candidate tree ----------------------------------------------------------------------------------------------
@@ -266,7 +278,8 @@ def candidate_tree(
     The branches of one prompt's rollout: a column per branching step, its K candidates as predicted clean images.
 
     The chosen candidate is framed green, the rejected one red (both grey where the scores are too close to form a
-    pair), and a blue bar marks the candidate that starts the next step. Scores are printed below.
+    pair), and a blue bar marks the candidate that starts the next step. Scores are printed below, and a caption says what is
+    seen.
 
     Args:
         pipeline ([`SPOPipeline`]): decodes the predictions.
@@ -295,12 +308,16 @@ def candidate_tree(
     column_width = size + 26
     cell_height = round(size * latents.shape[-2] / latents.shape[-1]) + 34
     top = 26 if title else 0
-    legend = top + 58 + num_candidates * cell_height
+    caption_top = top + 58 + num_candidates * cell_height
     width = max(12 + len(pairs.branches) * column_width, LEGEND_WIDTH)
+    caption = caption_lines(TREE_CAPTION, width - 2 * MARGIN, 12, size=11)
+    legend = caption_top + LINE * len(caption) + 6
     sheet = Image.new("RGB", (width, legend + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
-        _write_title(draw, title, top=8, size=14, width=width)
+        write_title(draw, title, top=8, size=14, width=width)
+
+    write_lines(draw, caption, (MARGIN, caption_top), size=11, fill=MUTED)
 
     # Draw the branches, and the meaning of their colours.
     for column, branch in enumerate(pairs.branches):
@@ -308,7 +325,7 @@ def candidate_tree(
         _draw_branch(sheet, branch, prompt_row, images, (12 + column * column_width, top), size, cell_height)
     for x, color, text in ((12, BETTER, "chosen"), (112, WORSE, "rejected"), (202, NEXT, "starts the next step")):
         draw.rectangle((x, legend + 2, x + 12, legend + 14), fill=color)
-        draw.text((x + 18, legend), text, font=_font(12), fill=INK)
+        draw.text((x + 18, legend), text, font=font(12), fill=INK)
     return sheet
 
 
@@ -323,12 +340,12 @@ def _draw_branch(
 ) -> None:
     """One column of the tree: the candidates of a branch, the highest score first."""
     draw = ImageDraw.Draw(sheet)
-    small = _font(11)
+    small = font(11)
     x, top = corner
     scores = branch.scores[:, prompt_row]
     chosen, rejected, valid = (int(part[prompt_row]) for part in branch.selection)
     frames = {chosen: BETTER, rejected: WORSE} if valid else {chosen: MUTED, rejected: MUTED}
-    draw.text((x, top + 10), f"t = {branch.timestep}", font=_font(12), fill=INK)
+    draw.text((x, top + 10), f"t = {branch.timestep}", font=font(12), fill=INK)
     draw.text((x, top + 28), "pair" if valid else "no pair", font=small, fill=INK if valid else MUTED)
     for row, candidate in enumerate(scores.argsort(descending=True).tolist()):
         y = top + 52 + row * cell_height

@@ -32,6 +32,9 @@ except ImportError as error:
     raise ImportError("The statistics of an evaluation need scipy: `pip install trl-spo[eval]`.") from error
 
 
+NO_INTERVAL = "one prompt: no interval"
+
+
 def prompt_means(values: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """
     Mean value of each distinct prompt, in order of first appearance: `(N,)` values of N images -> `(P,)`, float64.
@@ -134,10 +137,18 @@ def statistics_table(statistics: Mapping[str, Mapping[str, float]]) -> str:
         head += ["base", "paired difference (95% CI)", "win rate (95% CI)"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, s in statistics.items():
-        cells = [name, f"{s['mean']:.4f} ± {s['se']:.4f}"]
+        single = s.get("num_prompts") == 1  # says nothing about others: there is no error and no interval
+        cells = [name, _with_error(s["mean"], s["se"])]
         if has_base:
-            cells.append(f"{s['base_mean']:.4f} ± {s['base_se']:.4f}")
-            cells.append(f"{s['difference']:+.4f} ({s['difference_low']:+.4f} to {s['difference_high']:+.4f})")
-            cells.append(f"{s['win_rate']:.1%} ({s['win_rate_low']:.1%} to {s['win_rate_high']:.1%})")
+            cells.append(_with_error(s["base_mean"], s["base_se"]))
+            interval = f"{s['difference_low']:+.4f} to {s['difference_high']:+.4f}"
+            cells.append(f"{s['difference']:+.4f} ({NO_INTERVAL if single else interval})")
+            interval = f"{s['win_rate_low']:.1%} to {s['win_rate_high']:.1%}"
+            cells.append(f"{s['win_rate']:.1%} ({NO_INTERVAL if single else interval})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _with_error(mean: float, error: float) -> str:
+    """A mean and its standard error, a dash where there is none."""
+    return f"{mean:.4f} ± " + ("–" if math.isnan(error) else f"{error:.4f}")

@@ -49,7 +49,7 @@ def wrap_pipeline(pipeline: Any, **from_pretrained_kwargs) -> SPOPipeline:
             `StableDiffusionPipeline`, TRL's `DefaultDDPOStableDiffusionPipeline` (TRL <= 0.23.1), or the path or Hub id
             of a diffusers pipeline.
         from_pretrained_kwargs: passed to `DiffusionPipeline.from_pretrained` for a path or Hub id, such as
-            `torch_dtype` (also by name, as in "float16"), `variant` or `revision`. `vae` may be the path or Hub id of
+            `dtype` (also by name, as in "float16"), `variant` or `revision`. `vae` may be the path or Hub id of
             another VAE, such as `madebyollin/sdxl-vae-fp16-fix`: SDXL's own does not survive half precision.
 
     Raises:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..hub_files import whole_networks
+from ..hub_files import DTYPE_ARGUMENT, whole_networks
 from .components import unwrapped
 
 
@@ -139,7 +139,7 @@ def load_scoring_vae(vae: torch.nn.Module | str | Path | None, pipeline: Any) ->
 
         try:
             with whole_networks():
-                vae = AutoencoderTiny.from_pretrained(vae, torch_dtype=pipeline.compute_dtype)
+                vae = AutoencoderTiny.from_pretrained(vae, **{DTYPE_ARGUMENT: pipeline.compute_dtype})
         except (OSError, ValueError, TypeError) as error:  # the last one for a file
             raise ValueError(
                 f"Could not load an `AutoencoderTiny` for scoring from {str(vae)!r} ({error})."

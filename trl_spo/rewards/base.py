@@ -25,8 +25,10 @@ reward declares what it wants to see:
 | `"noisy_latents"` | the candidates x_{t-1} themselves | latent reward models: nothing is predicted or decoded for scoring |
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,6 +54,8 @@ class Reward:
             can be estimated.
         shares_denoiser (`bool`): whether its network is the policy's, under an adapter of its own.
         name (`str`): what a model card calls it.
+        parts (`Mapping[str, Reward]`): the rewards that it combines, by name; empty for a single one. See
+            [`WeightedReward`].
     """
 
     sees: str = "images"
@@ -60,6 +64,7 @@ class Reward:
     can_be_traced: bool = False
     shares_denoiser: bool = False
     name: str = "reward"
+    parts: Mapping[str, "Reward"] = MappingProxyType({})
 
     def encode_prompts(self, prompts: list[str]) -> Any:
         """Text features of `prompts`, once per rollout: anything of which an index tensor picks rows."""
@@ -75,6 +80,18 @@ class Reward:
         Returns:
             `torch.Tensor` of shape `(B,)`: float32, on the device of the samples. Higher is better.
         """
+        raise NotImplementedError
+
+    def score_parts(self, samples: torch.Tensor, text: Any, timesteps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The scores `(B,)` of each of its `parts`. Arguments as in [`~Reward.score`], which is the total of these."""
+        raise NotImplementedError
+
+    def combine(self, scores: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What pairs are selected by, `(K, B)`, from the scores `(K, B)` of each part at one step."""
+        raise NotImplementedError
+
+    def total(self, scores: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What finished images are compared by, from the scores of each part, of any one shape."""
         raise NotImplementedError
 
     def check_prompts(self, prompts: list[str]) -> None:
@@ -143,6 +160,23 @@ class FunctionReward(Reward):
         return checked_scores(self.function(samples, list(text), timesteps), len(samples), samples.device)
 
 
+class MetricReward(FunctionReward):
+    """
+    A metric `(images (B, 3, H, W) in [0, 1], prompts) -> scores (B,)`, such as those of `trl_spo.evaluation.metrics`, which
+    is asked about images of any timestep.
+    """
+
+    def score(self, samples: torch.Tensor, text: TextRows, timesteps: torch.Tensor) -> torch.Tensor:
+        images = (samples.float() / 2 + 0.5).clamp(0, 1)
+        return checked_scores(self.function(images, list(text)), len(samples), samples.device)
+
+    def prepare(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "MetricReward":
+        super().prepare(device, dtype)
+        if self.module is None and hasattr(self.function, "to"):
+            self.function.to(device)
+        return self
+
+
 class ModelReward(Reward):
     """A model with `encode_prompts(prompts)` and `score(samples, timesteps=..., text_features=...)`."""
 
@@ -207,6 +241,24 @@ def checked_scores(scores: Any, num_samples: int, device: torch.device) -> torch
     return scores.float()
 
 
+def accepts(function: Any, *args, **kwargs) -> bool:
+    """Whether a callable can be called with these arguments; yes where it does not say what it takes."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
+    except (TypeError, ValueError):  # of callables that are written in C
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def takes_timesteps(function: Callable) -> bool:
+    """Whether a callable is a reward, `(images, prompts, timesteps)`, as opposed to a metric, `(images, prompts)`."""
+    return accepts(function, 0, 0, 0) or not accepts(function, 0, 0)
+
+
 def wrap_reward(reward: Any) -> Reward:
     """
     Turn what users have into a [`Reward`].
@@ -214,7 +266,8 @@ def wrap_reward(reward: Any) -> Reward:
     Args:
         reward: a [`Reward`] (returned as it is), a model with `encode_prompts` and `score` such as
             [`StepAwareRewardModel`], the path or Hub id of a saved one, or a callable `(images (B, 3, H, W) in [0, 1],
-            prompts: list[str], timesteps (B,)) -> scores (B,)`.
+            prompts: list[str], timesteps (B,)) -> scores (B,)`. One that takes no timesteps is a metric, see
+            [`MetricReward`].
 
     Raises:
         TypeError: for any other object.
@@ -237,7 +290,7 @@ def wrap_reward(reward: Any) -> Reward:
     if is_reward_model(reward):
         return ModelReward(reward)
     if callable(reward):
-        return FunctionReward(reward)
+        return FunctionReward(reward) if takes_timesteps(reward) else MetricReward(reward)
     raise TypeError(
         "`reward_model` must be a `StepAwareRewardModel` or another reward model, a path or Hub id of one, or a callable "
         f"`(images, prompts, timesteps) -> scores`, got `{type(reward).__name__}`."

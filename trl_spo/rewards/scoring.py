@@ -15,6 +15,7 @@
 """Score candidates in full batches: decode where the reward wants images, ask it in chunks, wait for the device once."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -31,6 +32,22 @@ def even_slices(total: int, size: int | None) -> list[slice]:
     count = max(1, math.ceil(total / size)) if size else 1
     ends = [total * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+class CandidateScores(NamedTuple):
+    """
+    Scores of the K candidates of B prompts at one step. On the CPU, float32; NaN for what is not finite.
+
+    Attributes:
+        selection (`torch.Tensor` of shape `(K, B)`): what pairs are selected by.
+        total (`torch.Tensor` of shape `(K, B)`): on one scale at all steps. The same, but for several rewards, which
+            [`WeightedReward`] brings to a common scale step by step.
+        parts (`dict[str, torch.Tensor]`): of several rewards the scores `(K, B)` of each.
+    """
+
+    selection: torch.Tensor
+    total: torch.Tensor
+    parts: dict[str, torch.Tensor]
 
 
 class Scorer:
@@ -63,17 +80,17 @@ class Scorer:
         self.batch_size = batch_size or decode_batch_size
         self.image_size = image_size
         self.text = reward.encode_prompts(prompts)
-        self.text_is_a_list = isinstance(self.text, list)
+        self.rows_on_cpu = isinstance(self.text, list) or getattr(self.text, "rows_on_cpu", False)
 
-    def __call__(self, candidates: list[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+    def __call__(self, candidates: list[tuple[torch.Tensor, int]]) -> list[CandidateScores]:
         """
         Args:
             candidates: pairs of what is judged, as latents `(K, B, ...)`, and its timestep. What is scored together may
                 come from different steps.
 
         Returns:
-            list of `torch.Tensor` of shape `(K, B)`: float32, on the CPU; NaN for latents and images that are not
-            finite, instead of which the reward sees zeros.
+            list of [`CandidateScores`]: NaN for latents and images that are not finite, instead of which the reward sees
+            zeros.
         """
         # Join the candidates of all steps, with the row of the prompt and the timestep of each.
         shapes = []
@@ -87,25 +104,38 @@ class Scorer:
         latents = torch.cat([latents.flatten(0, 1).float() for latents, _ in candidates])
         timesteps = torch.cat(timesteps).to(latents.device, non_blocking=True)
         rows = torch.cat(rows)
-        if not self.text_is_a_list:  # features are on the device, a list of prompts is not: neither has to wait
+        if not self.rows_on_cpu:  # features are on the device, a list of prompts is not: neither has to wait
             rows = rows.to(latents.device, non_blocking=True)
 
         # Score them in chunks, and split the scores again.
         scores = []
         for chunk in even_slices(len(latents), self.batch_size):
             scores.append(self._score(latents[chunk], rows[chunk], timesteps[chunk]))
-        scores = torch.cat(scores).cpu()  # the one wait for the device
-        parts = scores.split([math.prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        scores = torch.cat(scores, dim=-1).cpu()  # the one wait for the device
+        steps = scores.split([math.prod(shape) for shape in shapes], dim=-1)
+        return [self._of_one_step(step.unflatten(-1, shape)) for step, shape in zip(steps, shapes, strict=True)]
+
+    def _of_one_step(self, scores: torch.Tensor) -> CandidateScores:
+        """`(K, B)`, or `(M, K, B)` of M rewards, as what pairs are selected by."""
+        names = self.reward.parts
+        if not names:
+            return CandidateScores(scores, scores, {})
+        parts = dict(zip(names, scores, strict=True))
+        return CandidateScores(self.reward.combine(parts), self.reward.total(parts), parts)
 
     def _score(self, latents: torch.Tensor, rows: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`(N,)` scores, or `(M, N)` of M rewards."""
         finite = is_finite(latents)
         samples = _blank(latents, finite)
         if self.reward.sees == "images":
             samples = self._decode(samples)
             finite = finite & is_finite(samples)
             samples = _blank(samples, finite)
-        scores = self.reward.score(samples, self.text[rows], timesteps)
+        if self.reward.parts:
+            parts = self.reward.score_parts(samples, self.text[rows], timesteps)
+            scores = torch.stack([parts[name] for name in self.reward.parts])
+        else:
+            scores = self.reward.score(samples, self.text[rows], timesteps)
         return scores.masked_fill(~finite, math.nan)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:

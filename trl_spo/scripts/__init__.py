@@ -13,6 +13,6 @@
 # limitations under the License.
 
 """
-The programs of the package: `spo`, `step_reward`, `evaluate`, `sample`, and the console command `trl-spo` that starts
-them. Nothing else in the package imports from here.
+The programs of the package: `spo`, `step_reward`, `evaluate`, `sample`, `label`, `data`, and the console command `trl-spo` that
+starts them. Nothing else in the package imports from here.
 """

@@ -19,27 +19,14 @@ TRL's own `ModelConfig` and `ScriptArguments` cannot be used: `use_peft` and `da
 a parser takes each name once. All other names are the same as in TRL.
 """
 
+import argparse
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
-def resume_from(config):
-    """`config.resume_from_checkpoint` for `Trainer.train`: on the command line `true` and `last` are words."""
-    value = config.resume_from_checkpoint
-    word = str(value).lower()
-    if word in ("true", "last"):
-        return True
-    return None if word == "false" else value
-
-
-def train_and_save(trainer, config):
-    """Trains from where `config` says, saves to `config.output_dir`, and pushes to the Hub if `config` asks for it."""
-    trainer.train(resume_from_checkpoint=resume_from(config))
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
-    leave_process_group()
+STEP_REWARD = "step_reward"  # among names: the model of [`RewardModelArguments`]
 
 
 def leave_process_group():
@@ -84,7 +71,13 @@ class PipelineArguments:
         metadata={"help": "Folder or Hub id of the diffusers pipeline."},
     )
     vae_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of another VAE for it."})
-    dtype: str = field(default="float32", metadata={"help": "Precision in which the pipeline is loaded."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "choices": ["float32", "bfloat16", "float16"],
+            "help": "Precision in which the pipeline is loaded.",
+        },
+    )
     variant: str | None = field(default=None, metadata={"help": "Kind of files to load, such as fp16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the pipeline."})
 
@@ -94,7 +87,9 @@ class PipelineArguments:
 
         if self.vae_name_or_path is not None:
             kwargs.setdefault("vae", self.vae_name_or_path)
-        for name, value in (("torch_dtype", self.dtype), ("variant", self.variant), ("revision", self.revision)):
+        if "torch_dtype" not in kwargs:  # its old name
+            kwargs.setdefault("dtype", self.dtype)
+        for name, value in (("variant", self.variant), ("revision", self.revision)):
             if value is not None:
                 kwargs.setdefault(name, value)
         return wrap_pipeline(self.model_name_or_path, **kwargs)
@@ -148,6 +143,29 @@ class DiffusionModelArguments(PipelineArguments):
         default=None, metadata={"help": "Layers that get it; by default the family's."}
     )
     lora_init: str = field(default="gaussian", metadata={"help": "`init_lora_weights` of the adapter."})
+
+    def check_lora(self) -> None:
+        """
+        Try the settings of the adapter on one small layer, before a model is loaded.
+
+        Raises:
+            ValueError: if peft refuses them.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+        from torch import nn
+
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(
+                f"`lora_alpha` must be at least 1, got {self.lora_alpha}: the adapter would have no effect."
+            )
+        rank = 2 if self.lora_r is None else self.lora_r
+        try:
+            config = LoraConfig(r=rank, init_lora_weights=self.lora_init, target_modules=["0"])
+            inject_adapter_in_model(config, nn.Sequential(nn.Linear(2, 2)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"peft refuses an adapter with `lora_r={rank}` and `lora_init={self.lora_init!r}`: {error}"
+            ) from error
 
     def peft_config(self, pipeline):
         """The `peft.LoraConfig` for `SPOTrainer(pipeline=pipeline, peft_config=...)`."""
@@ -266,6 +284,77 @@ class RewardModelArguments:
         return StepAwareRewardModel.from_clip(self.clip_name_or_path, processor=self.processor_name_or_path)
 
 
+class Repeatable(argparse.Action):
+    """Collects the values of an option that is given several times; those of a config are replaced, not extended."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        collected = getattr(namespace, self.dest)
+        collected = [] if collected is self.default else collected
+        setattr(namespace, self.dest, [*collected, *values])
+
+
+@dataclass
+class RewardArguments(RewardModelArguments):
+    r"""
+    What SPO is to prefer: rewards by name, or the reward model of the arguments of [`RewardModelArguments`].
+
+    Args:
+        reward (`list[str]`, *optional*):
+            One or several rewards, each by name, with `=weight` or without: a published metric such as `pickscore`, one of
+            your own as `module:attribute`, or the folder or Hub id of a saved reward model. `step_reward` is the reward model
+            of the other arguments, which are used for nothing else then. In YAML a list, or weights by name.
+        reward_options (`dict`, *optional*):
+            Per reward, arguments of its `from_pretrained`, class or factory. JSON on the command line.
+    """
+
+    reward: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward by name, such as pickscore=0.7 or my_module:function=0.3; may be repeated.",
+            "action": Repeatable,
+        },
+    )
+    reward_options: dict | str | None = field(
+        default=None, metadata={"help": "Per reward, arguments of its from_pretrained, class or factory, as JSON."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.reward, dict):
+            self.reward = [f"{name}={weight}" for name, weight in self.reward.items()]
+        elif isinstance(self.reward, str):
+            self.reward = [self.reward]
+        if isinstance(self.reward_options, str):
+            self.reward_options = json_option("reward_options", self.reward_options)
+
+    def check(self) -> None:
+        """
+        What can be said before anything is loaded.
+
+        Raises:
+            ValueError, TypeError: for a name that is no reward, with the one that was probably meant.
+            FileNotFoundError: for a saved reward model that is not there.
+        """
+        if self.reward is not None:
+            from ..evaluation.named import check_rewards
+
+            check_rewards(self.reward, self.reward_options, own=[STEP_REWARD])
+        elif self.reward_options:
+            raise ValueError("`reward_options` are for the rewards of `reward`, and there are none.")
+        elif self.reward_model_name_or_path is not None:
+            from ..hub_files import require_existing
+
+            require_existing(self.reward_model_name_or_path, "reward model")
+
+    def load(self, pipeline=None):
+        """The reward that the arguments name; see [`RewardModelArguments`]."""
+        if self.reward is None:
+            return super().load(pipeline)
+        from ..evaluation.named import load_reward
+
+        return load_reward(self.reward, self.reward_options, own={STEP_REWARD: super().load})
+
+
 @dataclass
 class SamplerArguments:
     r"""
@@ -273,9 +362,9 @@ class SamplerArguments:
 
     Args:
         prompts (`str`, *optional*):
-            File, dataset folder or Hub id of prompts, as [`load_prompts`] takes it.
+            File, dataset folder, Hub id or suite of prompts, as [`load_prompts`] takes it.
         prompts_split (`str`, *optional*, defaults to `"train"`):
-            Split of a prompt dataset.
+            Split of a prompt dataset, or category of a suite.
         prompts_column (`str`, *optional*):
             Its column. Defaults to `"prompt"` or `"caption"`, whichever exists.
         num_prompts (`int`, *optional*):
@@ -284,20 +373,25 @@ class SamplerArguments:
             Folder, file or Hub id of a LoRA that `load_lora_weights` of diffusers reads.
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Weight of the LoRA; 0 is the base model.
+        protocol (`str`, *optional*, defaults to `"trained"`):
+            The sampler, by name. `"trained"` is the one that the LoRA was trained for (`sampler.json` beside it), and the
+            default one where there is no LoRA or it does not say: 20 steps, guidance 5, eta 1 with the scheduler of the
+            model. The others are those of `trl_spo.evaluation.protocols.PROTOCOLS`. Options of the sampler go before it.
         num_inference_steps (`int`, *optional*):
-            Denoising steps. `None`: those of the protocol, or 20 where there is none.
+            Denoising steps. `None`: those of the protocol.
         guidance_scale (`float`, *optional*):
-            Classifier-free guidance. `None`: that of the protocol, or 5.0.
+            Classifier-free guidance. `None`: that of the protocol.
         eta (`float`, *optional*):
-            Noise of the steps. `None`: that of the protocol, or 1.0.
+            Noise of the steps. `None`: that of the protocol.
         guidance_rescale (`float`, *optional*), clip_skip (`int`, *optional*):
             As in diffusers, for Stable Diffusion. `None`: those of the protocol, or off.
         negative_prompt (`str`, *optional*):
-            Prompt of the unconditional half of the guidance. `None`: that of the protocol, or empty.
+            Prompt of the unconditional half of the guidance. `None`: that of the protocol.
         height (`int`, *optional*), width (`int`, *optional*):
-            Image size in pixels. Default to the model's own.
-        seed (`int`, *optional*):
-            Seed of the first image; image i has `seed + i`. `None`: that of the protocol, or 0.
+            Image size in pixels. Default to the protocol's, or the model's own.
+        seed (`list[int]`, *optional*):
+            Seed of the first image; image i has `seed + i`. `None`: that of the protocol, which is 0. `sample` also takes
+            -1, a random seed that it writes down, and several seeds, from each of which it makes an image of every prompt.
         batch_size (`int`, *optional*, defaults to `8`):
             Images sampled together. It does not change them, beyond rounding.
         device (`str`, *optional*):
@@ -306,12 +400,21 @@ class SamplerArguments:
             Where results go.
     """
 
-    prompts: str | None = field(default=None, metadata={"help": "File, dataset folder or Hub id of prompts."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "File, dataset, Hub id or suite of prompts, such as parti."}
+    )
     prompts_split: str = field(default="train", metadata={"help": "Split of a prompt dataset."})
     prompts_column: str | None = field(default=None, metadata={"help": "Its column with the prompts."})
     num_prompts: int | None = field(default=None, metadata={"help": "Use the first of them only."})
     lora: str | None = field(default=None, metadata={"help": "Folder, file or Hub id of a LoRA."})
     lora_scale: float = field(default=1.0, metadata={"help": "Weight of the LoRA; 0 is the base model."})
+    protocol: str = field(
+        default="trained",
+        metadata={
+            "help": "Name of a sampler: trained (that of the LoRA, or the default one), spo-paper, spo-rollout, sd3, flux, "
+            "flux2-klein, z-image, qwen-image."
+        },
+    )
     num_inference_steps: int | None = field(default=None, metadata={"help": "Denoising steps."})
     guidance_scale: float | None = field(default=None, metadata={"help": "Classifier-free guidance."})
     eta: float | None = field(default=None, metadata={"help": "Noise of the steps."})
@@ -320,7 +423,12 @@ class SamplerArguments:
     negative_prompt: str | None = field(default=None, metadata={"help": "Prompt of the unconditional half."})
     height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
     width: int | None = field(default=None, metadata={"help": "Image width in pixels."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the first image; image i has seed + i."})
+    seed: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the first image; image i has seed + i. sample takes several, and -1 for a random one."
+        },
+    )
     batch_size: int = field(default=8, metadata={"help": "Images sampled together."})
     device: str | None = field(default=None, metadata={"help": "Where to run; a GPU if there is one."})
     output_dir: str = field(default="outputs", metadata={"help": "Where results go."})
@@ -330,6 +438,10 @@ class SamplerArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if isinstance(self.seed, int):  # from a YAML file or Python
+            self.seed = [self.seed]
+        if self.seed is not None and (not self.seed or min(self.seed) < -1 or max(self.seed) >= 2**63):
+            raise ValueError(f"`seed` must be 0 or more, or -1 for a random one, got {self.seed}.")
 
     def overrides(self) -> dict:
         """The settings of the sampler that were given, by name."""
@@ -346,6 +458,12 @@ class SamplerArguments:
         prompts = read_prompts(load_prompts(self.prompts, self.prompts_split), self.prompts_column, "prompts")
         return prompts[: self.num_prompts]
 
+    def source_of_prompts(self) -> dict:
+        """Where they come from, for records: a split is that of a dataset, and a file has none."""
+        is_file = self.prompts is None or Path(self.prompts).is_file()
+        split = None if is_file else self.prompts_split
+        return {"source": self.prompts, "split": split, "column": self.prompts_column}
+
     def target_device(self) -> str:
         """The device that was named, or a GPU if there is one: that of this process, if there are several."""
         import torch
@@ -353,15 +471,23 @@ class SamplerArguments:
         local_rank = os.environ.get("LOCAL_RANK", "0")
         return self.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
+    def locate_lora(self) -> Path | None:
+        """
+        The local file of the LoRA, `None` if none was named. Asked for before anything else is loaded.
+
+        Raises:
+            FileNotFoundError: if there is no such LoRA.
+        """
+        from ..export import locate_lora
+
+        return None if self.lora is None else locate_lora(self.lora)
+
     def place(self, pipeline):
         """Moves an [`SPOPipeline`] to the device, with the LoRA in it."""
-        from ..export import load_lora_whole, locate_lora
+        from ..export import load_lora_whole
 
-        if self.lora is not None:
-            try:
-                source = locate_lora(self.lora)
-            except FileNotFoundError as error:
-                raise SystemExit(str(error)) if os.path.isdir(self.lora) else error from None
+        source = self.locate_lora()
+        if source is not None:
             load_lora_whole(pipeline.sd_pipeline, source, with_text_encoders=True, adapter_name="spo")
             pipeline.sd_pipeline.set_adapters("spo", self.lora_scale)
         return pipeline.to(self.target_device())

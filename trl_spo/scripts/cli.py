@@ -19,13 +19,18 @@ The training commands run in this process, or, with `--accelerate_config` or ano
 processes that accelerate starts. What is heavy is imported once a command is known, so `trl-spo --help` answers at once.
 """
 
+import contextlib
 import importlib
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from .errors import asks_for_tracebacks, did_you_mean, one_line_errors, run
+from ..suggestions import did_you_mean
+from .errors import asks_for_tracebacks, one_line_errors, run
 
 
 COMMANDS = {  # name -> (module, runs on several devices, what it does)
@@ -37,7 +42,11 @@ COMMANDS = {  # name -> (module, runs on several devices, what it does)
         "score images of a model, alone or against its base, with stated seeds and sampler",
     ),
     "sample": ("sample", False, "make images from prompts"),
+    "label": ("label", False, "say in the browser which of two images you like better"),
+    "data": ("data", False, "make a preference dataset of your own images, or look at one"),
+    "demo": ("demo", False, "the whole method in a world of shapes, about five minutes on a CPU"),
 }
+DOCTOR = "look at a run before it starts: what it needs, and what stands in its way (also: COMMAND ... --dry_run)"
 
 
 def named_accelerate_configs() -> dict[str, Path]:
@@ -50,6 +59,7 @@ def usage() -> str:
     """The text of `trl-spo --help`."""
     lines = ["usage: trl-spo COMMAND [--config FILE.yaml] [arguments]", "", "commands:"]
     lines += [f"  {name:12} {text}" for name, (_, _, text) in COMMANDS.items()]
+    lines += [f"  {'doctor':12} {DOCTOR}"]
     lines += [
         "",
         "`trl-spo COMMAND --help` lists the arguments of a command. Arguments come from the YAML file of --config and",
@@ -109,6 +119,8 @@ def split_launch_arguments(parser, arguments: list[str]) -> tuple[list[str], lis
 def launch_with_accelerate(module: str, launch: list[str], arguments: list[str]) -> int:
     """`accelerate launch LAUNCH -m MODULE ARGUMENTS`; returns its exit status."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     launch = [part for argument in launch for part in argument.split("=", 1)]
     if "--accelerate_config" in launch:
@@ -116,11 +128,59 @@ def launch_with_accelerate(module: str, launch: list[str], arguments: list[str])
         if index + 1 == len(launch):
             raise SystemExit("--accelerate_config needs a value, a file or a name.")
         launch[index : index + 2] = ["--config_file", str(resolve_accelerate_config(launch[index + 1]))]
+    # torch kills processes that take longer than this to stop, and a rollout may have to be finished first.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    parsed = launch_command_parser().parse_args([*launch, "--module", module, *arguments])
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "--module", module, *arguments]))
+        with signals_for_children():
+            launch_command(parsed)
     except subprocess.CalledProcessError as error:  # the script has said why
-        return error.returncode
-    return 0
+        status = error.returncode
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+    except SignalException as stop:
+        status = 128 + stop.sigval
+    else:
+        status = 0
+    return 128 - status if status < 0 else status  # a process that a signal has ended
+
+
+@contextlib.contextmanager
+def signals_for_children() -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside are passed on to the processes that were started, which end in order; this one waits."""
+    import psutil
+
+    def pass_on(number, frame):
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def examine(command: str, arguments: list[str]) -> int:
+    """`trl-spo doctor COMMAND ...`, or `trl-spo COMMAND ... --dry_run`; returns its exit status."""
+    doctor = importlib.import_module(".doctor", __package__)
+    checked = importlib.import_module(".help", __package__).CHECKED
+    arguments = [argument for argument in arguments if argument != "--dry_run"]
+    if command == "doctor":
+        command, *arguments = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(doctor.USAGE)
+        return 0
+    if command not in checked:
+        meant = did_you_mean(command, checked) or "."
+        print(f"trl-spo doctor: it looks at {', '.join(checked)}, and not at {command!r}{meant}", file=sys.stderr)
+        return 2
+    name, distributed, _ = COMMANDS[command]
+    parser = importlib.import_module(f".{name}", __package__).make_parser(prog=f"trl-spo doctor {command}")
+    launch, arguments = split_launch_arguments(parser, arguments) if distributed else ([], arguments)
+    return doctor.main(command, parser, arguments, launch, resolve_accelerate_config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,8 +200,10 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(importlib.import_module(__package__.rpartition(".")[0]).__version__)
         return 0
+    if command == "doctor" or "--dry_run" in arguments:
+        return examine(command, arguments)
     if command not in COMMANDS:
-        meant = did_you_mean(command, COMMANDS) or "."
+        meant = did_you_mean(command, [*COMMANDS, "doctor"]) or "."
         print(
             f"trl-spo: there is no command {command!r}; it must be one of {', '.join(COMMANDS)}{meant}",
             file=sys.stderr,
@@ -151,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     script = importlib.import_module(f".{name}", __package__)
     parser = script.make_parser(prog=f"trl-spo {command}")
     if distributed:
+        parser.accelerate_configs = named_accelerate_configs()
         launch, arguments = split_launch_arguments(parser, arguments)
         if launch:
             with one_line_errors(f"trl-spo {command}", debug=asks_for_tracebacks(arguments)):

@@ -20,12 +20,14 @@ not come from this package, such as one of torch in the middle of a run, may nee
 """
 
 import contextlib
-import difflib
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+
+from ..notices import leave_out_notices
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -56,6 +58,7 @@ def run(main: Callable, parser, arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = asks_for_tracebacks(arguments)
+    leave_out_notices()
     with one_line_errors(parser.prog, debug):
         parsed = parser.parse_args_and_config(arguments)
     with one_line_errors(parser.prog, debug, is_running=True):
@@ -65,7 +68,7 @@ def run(main: Callable, parser, arguments: Sequence[str] | None = None) -> None:
 @contextlib.contextmanager
 def one_line_errors(prog: str, debug: bool = False, is_running: bool = False) -> Iterator[None]:
     """
-    Errors inside end the program with one line and status 2.
+    Errors inside end the program with one line and status 2, Ctrl-C with one line and status 130.
 
     Args:
         prog (`str`): name of the command, which begins the line.
@@ -86,6 +89,9 @@ def one_line_errors(prog: str, debug: bool = False, is_running: bool = False) ->
             raise
         print(f"{prog}: error: {stop.code}", file=sys.stderr)
         raise CommandError(stop.code) from None
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped; what had been written before is whole.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = in_words(error)
         print(f"{prog}: error: {message}", file=sys.stderr)
@@ -137,9 +143,3 @@ def without_debug(words: Sequence[str]) -> list[str]:
 def asks_for_tracebacks(words: Sequence[str]) -> bool:
     """Whether one of the words is a `--debug` that has no value."""
     return len(without_debug(words)) < len(words)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing if nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -21,13 +21,17 @@ trl-spo evaluate --lora spo-sd15 --base --prompts validation.txt --metrics step_
     --reward_model_name_or_path step-reward-sd15
 ```
 
-Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_sheet.png` to `--output_dir`.
+Prints a Markdown table and writes `metrics.json`, `metrics.md` and `contact_sheet.png` to `--output_dir`. Without
+`--protocol` it samples as `trl-spo sample` does: with the sampler that the LoRA was trained for. Numbers that are compared with
+those of others need a named protocol.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from .arguments import (
+    STEP_REWARD,
     LoadedPipelineArguments,
     RewardModelArguments,
     SamplerArguments,
@@ -36,9 +40,7 @@ from .arguments import (
 )
 from .errors import run
 from .parser import ScriptParser
-
-
-STEP_REWARD = "step_reward"
+from .sampler import describe_model, make_protocol
 
 
 @dataclass
@@ -47,12 +49,10 @@ class EvaluateArguments:
     What to measure, against what, and how.
 
     Args:
-        protocol (`str`, *optional*, defaults to `"spo-paper"`):
-            Name of a protocol in `trl_spo.evaluation.evaluate.PROTOCOLS`. Options of the sampler that are given change it, and
-            the report says so.
         metrics (`list[str]`, *optional*, defaults to `["pickscore", "hps_v2.1", "image_reward", "aesthetic"]`):
-            Names of `trl_spo.evaluation.metrics.METRICS`, and `step_reward` for the reward model of the other arguments, which
-            judges finished images at timestep 0.
+            Names of `trl_spo.evaluation.metrics.METRICS`; one of your own as `module:attribute`; the folder or Hub id of a saved
+            reward model; and `step_reward` for the reward model of the other arguments. Reward models judge finished images
+            at timestep 0.
         metric_options (`dict`, *optional*):
             Per metric, arguments of its `from_pretrained`, such as folders instead of Hub ids. JSON on the command line.
         base (`bool`, *optional*, defaults to `False`):
@@ -60,13 +60,15 @@ class EvaluateArguments:
         base_model_name_or_path (`str`, *optional*):
             Compare with this pipeline instead, as after full fine-tuning.
         num_sheet_images (`int`, *optional*, defaults to `16`):
-            Images on the contact sheet.
+            Images on the contact sheet, spread evenly over the prompts.
     """
 
-    protocol: str = field(default="spo-paper", metadata={"help": "Name of the protocol."})
     metrics: list[str] = field(
         default_factory=lambda: ["pickscore", "hps_v2.1", "image_reward", "aesthetic"],
-        metadata={"help": "Metrics to compute; step_reward is the reward model."},
+        metadata={
+            "help": "Metrics to compute: pickscore, hps_v2.1, hps_v2.0, image_reward, aesthetic, clip_score, and step_reward, "
+            "the reward model."
+        },
     )
     metric_options: dict | str | None = field(
         default=None, metadata={"help": "Per metric, arguments of its from_pretrained, as JSON."}
@@ -90,36 +92,51 @@ def make_parser(prog: str | None = None) -> ScriptParser:
     )
 
 
-def make_protocol(name: str, sampler_args: SamplerArguments):
-    """The named [`EvaluationProtocol`] with the sampler options that were given, which become part of its name."""
-    from ..evaluation.evaluate import PROTOCOLS
+def check_arguments(sampler_args: SamplerArguments, evaluate_args: EvaluateArguments) -> None:
+    """
+    Raises:
+        SystemExit: if the arguments contradict each other.
+    """
+    if evaluate_args.base and sampler_args.lora is None:
+        raise SystemExit(
+            "--base compares with the model without the LoRA, and there is no --lora. To compare two pipelines, name "
+            "the other one with --base_model_name_or_path."
+        )
+    if evaluate_args.base and evaluate_args.base_model_name_or_path is not None:
+        raise SystemExit("--base and --base_model_name_or_path name two things to compare with; give one of them.")
+    if sampler_args.seed is not None and (len(sampler_args.seed) > 1 or sampler_args.seed[0] < 0):
+        raise SystemExit(
+            f"An evaluation has one --seed of at least 0, that of its first image, and image i has seed + i; got "
+            f"{sampler_args.seed}. Repeat a prompt for several images of it."
+        )
 
-    if name not in PROTOCOLS:
-        raise SystemExit(f"There is no protocol {name!r}; there are {', '.join(PROTOCOLS)}.")
-    given = sampler_args.overrides()
-    if sampler_args.seed is not None:
-        given["seed"] = sampler_args.seed
-    changes = {key: value for key, value in given.items() if getattr(PROTOCOLS[name], key) != value}
-    if not changes:
-        return PROTOCOLS[name]
-    changed = ", ".join(f"{key}={value!r}" for key, value in changes.items())
-    return dataclasses.replace(PROTOCOLS[name], name=f"{name} with {changed}", **changes)
+
+def describe_subject(
+    model_args: LoadedPipelineArguments,
+    sampler_args: SamplerArguments,
+    evaluate_args: EvaluateArguments,
+    pipeline,
+    prompts: list[str],
+) -> dict[str, Any]:
+    """What the report says was evaluated: the model, what it is compared with, and the prompts."""
+    from ..evaluation.provenance import describe_lora, describe_prompts
+
+    subject = {"model": describe_model(model_args, pipeline)}
+    if sampler_args.lora is not None:
+        file = sampler_args.locate_lora()
+        subject["lora"] = describe_lora(sampler_args.lora, file, sampler_args.lora_scale)
+    if evaluate_args.base_model_name_or_path is not None:
+        subject["base"] = {"model": evaluate_args.base_model_name_or_path, "dtype": model_args.dtype}
+    subject["prompts"] = describe_prompts(prompts, sampler_args.source_of_prompts())
+    return subject
 
 
 def load_metrics(arguments: EvaluateArguments, reward_args: RewardModelArguments, device) -> dict:
     """The metrics by name, in the order given."""
-    from ..evaluation.metrics import METRICS, load_metric
+    from ..evaluation.named import load_metrics as load_named
 
-    unknown = [name for name in arguments.metrics if name not in (*METRICS, STEP_REWARD)]
-    if unknown:
-        raise SystemExit(f"There is no metric {unknown[0]!r}; there are {', '.join(METRICS)} and {STEP_REWARD}.")
-    metrics = {}
-    for name in arguments.metrics:
-        if name == STEP_REWARD:
-            metrics[name] = reward_args.load().eval().to(device)
-        else:
-            metrics[name] = load_metric(name, device=device, **(arguments.metric_options or {}).get(name, {}))
-    return metrics
+    own = {STEP_REWARD: reward_args.load}
+    return load_named(arguments.metrics, arguments.metric_options, device, own)
 
 
 def main(
@@ -129,36 +146,30 @@ def main(
     evaluate_args: EvaluateArguments,
 ):
     """Samples, scores, compares, prints and writes; returns the [`EvaluationResult`]."""
-    from ..evaluation.evaluate import evaluate_pipeline
-    from ..sampling import generate_images
+    from ..evaluation.evaluate import NO_LORA, evaluate_pipeline
+    from ..evaluation.named import check_metrics
+    from ..evaluation.protocols import is_named, protocol_of_pipeline
+    from ..evaluation.result import NOT_FOR_OTHERS
     from ..training.checkpointing import check_output_dir
 
-    # Check everything that can be checked before a model is loaded.
-    if evaluate_args.base and sampler_args.lora is None:
-        raise SystemExit(
-            "--base compares with the model without the LoRA, and there is no --lora. To compare two pipelines, name "
-            "the other one with --base_model_name_or_path."
-        )
-    if evaluate_args.base and evaluate_args.base_model_name_or_path is not None:
-        raise SystemExit("--base and --base_model_name_or_path name two things to compare with; give one of them.")
-    protocol = make_protocol(evaluate_args.protocol, sampler_args)
-    prompts = sampler_args.read_prompts()
+    # Check everything that can be checked before a model is loaded, the cheapest first.
+    check_arguments(sampler_args, evaluate_args)
+    check_metrics(evaluate_args.metrics, evaluate_args.metric_options, own=[STEP_REWARD])
     check_output_dir(sampler_args.output_dir)
+    prompts = sampler_args.read_prompts()
+    sampler_args.locate_lora()
+    protocol = make_protocol(sampler_args.protocol, sampler_args)
 
     # Load the model with its LoRA, and the metrics.
     pipeline = sampler_args.place(model_args.load_pipeline())  # with the LoRA: a broken one is found before any image
+    protocol = protocol_of_pipeline(protocol, pipeline)
     device = sampler_args.target_device()
     metrics = load_metrics(evaluate_args, reward_args, device)
+    subject = describe_subject(model_args, sampler_args, evaluate_args, pipeline, prompts)
 
     # Find out what to compare with: nothing, the same model without its LoRA, or another pipeline.
-    base = None
-    if evaluate_args.base:  # the model with its LoRA off, so that one model in memory is enough
-        seeds = [protocol.seed + i for i in range(len(prompts))]
-        settings = {"seeds": seeds, "batch_size": sampler_args.batch_size, **protocol.sampler()}
-        pipeline.sd_pipeline.disable_lora()
-        base = generate_images(pipeline, prompts, progress="base model", **settings)
-        pipeline.sd_pipeline.enable_lora()
-    elif evaluate_args.base_model_name_or_path is not None:
+    base = NO_LORA if evaluate_args.base else None  # one model in memory is enough
+    if evaluate_args.base_model_name_or_path is not None:
         # Its own repository: the revision and the VAE of the other do not concern it.
         other = dataclasses.replace(
             model_args, model_name_or_path=evaluate_args.base_model_name_or_path, revision=None, vae_name_or_path=None
@@ -176,9 +187,12 @@ def main(
         batch_size=sampler_args.batch_size,
         num_sheet_images=evaluate_args.num_sheet_images,
         progress="evaluation",
+        subject=subject,
     )
-    print(result.table())
-    print(f"{protocol.in_words()} Written to {sampler_args.output_dir}.")
+    print(result.subject_in_words())
+    print(f"\n{result.table()}\n")
+    print(protocol.in_words() + ("" if is_named(protocol) else f" {NOT_FOR_OTHERS}"))
+    print(f"Written to {sampler_args.output_dir}: metrics.md, metrics.json, contact_sheet.png.")
     leave_process_group()
     return result
 

@@ -19,14 +19,17 @@ name that was probably meant.
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
-from .errors import did_you_mean, split_values, without_debug
+from ..suggestions import did_you_mean
+from .errors import split_values, without_debug
+from .help import format_help
+from .presets import find_preset, no_such_config
 
 
 class ScriptParser(TrlParser):
@@ -35,13 +38,23 @@ class ScriptParser(TrlParser):
 
     Args:
         dataclass_types (`Iterable` of dataclasses): whose fields are the arguments.
+        presets (`Sequence[str]`, *optional*, defaults to `()`): kinds of presets of the package that `--config` takes by
+            name, such as `("spo", "lpo")`: see [`~scripts.presets.find_preset`].
         kwargs: of `argparse.ArgumentParser`.
+
+    Attributes:
+        accelerate_configs (`Collection[str]`): names that `--accelerate_config` takes, if the command has that option.
     """
 
-    def __init__(self, dataclass_types: Iterable[type], **kwargs):
+    accelerate_configs: Collection[str] = ()
+
+    def __init__(self, dataclass_types: Iterable[type], presets: Sequence[str] = (), **kwargs):
         super().__init__(dataclass_types, **kwargs)
+        self.presets = presets
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file with arguments. The command line goes before it."
+            "--config",
+            metavar="FILE",
+            help="YAML file with arguments, or the name of a preset. The command line goes before it.",
         )
         if "--debug" not in self._option_string_actions:  # a field of `TrainingArguments`, which takes a value
             self.add_argument("--debug", action="store_true", help="Print the traceback of an error.")
@@ -55,12 +68,19 @@ class ScriptParser(TrlParser):
                 type, or a config that cannot be read.
         """
         arguments = without_debug(split_values(sys.argv[1:] if args is None else args))
+        if "--help" in arguments or "-h" in arguments:
+            print(self.format_help(everything="all" in arguments), end="")
+            self.exit()
         self._check_options(arguments)
         self._check_json(arguments)
         if "--config" in arguments:
             self._check_config(arguments)
         output = super().parse_args_and_config(arguments)
         return output[: len(self.dataclass_types)]  # without `config` and `debug`, which are not fields
+
+    def format_help(self, everything: bool = False) -> str:
+        """The options in groups, see [`format_help`]; `everything` includes those that few runs need."""
+        return format_help(self, everything, self.accelerate_configs)
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage, which for these parsers has hundreds of lines."""
@@ -95,7 +115,11 @@ class ScriptParser(TrlParser):
             self.error("--config needs a file")
         path = Path(arguments[index])
         if not path.is_file():
-            self.error(f"there is no config {str(path)!r}")
+            preset = find_preset(arguments[index], self.presets)
+            if preset is None:
+                self.error(no_such_config(arguments[index], self.presets))
+            path = preset
+            arguments[index] = str(preset)  # for TRL's parser, which opens it
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

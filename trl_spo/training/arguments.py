@@ -24,6 +24,7 @@ import os
 import re
 import types
 import typing
+from dataclasses import dataclass, field
 from datetime import timedelta
 from numbers import Integral, Real
 from typing import Any
@@ -91,14 +92,33 @@ def check_kind(name: str, value: Any, annotation: Any) -> None:
             ) from error
 
 
+@dataclass(repr=False)  # a generated repr would show the Hub token
 class StepTrainingArguments(TrainingArguments):
     """
     [`~transformers.TrainingArguments`] that show no secret: neither in their pickle, `training_args.bin` beside every
     saved model, nor in what trackers and `repr` get. The type of each of our settings is checked, and processes on the CPU
     wait for each other no longer than `ddp_timeout`.
+
+    Two of its fields are in one of the versions 4 and 5 of transformers only, and work with both.
     """
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Begin a new run in a folder with checkpoints of an earlier one, which stay beside its own."
+        },
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass: much less memory, somewhat slower."},
+    )
+
     _refused = REFUSED  # fields of transformers that say nothing here
+
+    def __post_init__(self):
+        if self.activation_checkpointing and not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = True  # its name in transformers 4
+        super().__post_init__()
 
     def check_kinds(self) -> None:
         """

@@ -18,11 +18,11 @@ import json
 import math
 from pathlib import Path
 
-import torch
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..captions import captioned_grid
 from ..images import to_pil
 from .checkpointing import write_text
 from .model_card import SAMPLES_NAME
@@ -65,9 +65,10 @@ class ImageLoggingCallback(TrainerCallback):
     """
     Samples the same prompts with the same seeds before the first step, every `every` optimizer steps and at the end.
 
-    Under `output_dir/images` it leaves a strip of all images per time (`step_000100.png`) and the latest images one by
-    one (`sample_0.png`, with their prompts in `samples.json`), which the model card shows. The trackers of the run get
-    them as well: TensorBoard, Weights & Biases and Trackio, those that `report_to` names.
+    Under `output_dir/images` it leaves a sheet of all images with their prompts per time (`step_000100.png`) and the latest
+    images one by one (`sample_0.png`, with their prompts in `samples.json`), which the model card shows. The trackers of the
+    run get them as well: TensorBoard, Weights & Biases and Trackio, those that `report_to` names. TensorBoard has no captions;
+    it shows the prompts under the same tags among its texts.
 
     Args:
         trainer ([`SPOTrainer`]): the trainer; its pipeline is sampled with the settings of its config.
@@ -80,18 +81,20 @@ class ImageLoggingCallback(TrainerCallback):
         self.prompts = prompts
         self.every = every
         self._last = None
+        self._prompts_are_logged = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self._log(args, state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The last step counts here, as trackers close their files when training ends.
-        if state.global_step % self.every == 0 or control.should_training_stop:
+        # The last step counts here, as trackers close their files when training ends; not one at which a signal ends it.
+        is_last = control.should_training_stop and self.trainer.stopped_by is None
+        if state.global_step % self.every == 0 or is_last:
             self._log(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._last != state.global_step:
+        if self._last != state.global_step and self.trainer.stopped_by is None:
             self._log(args, state)
 
     def _log(self, args, state):
@@ -101,13 +104,16 @@ class ImageLoggingCallback(TrainerCallback):
         # Sample, and save what the model card shows.
         images = self.trainer.generate(self.prompts)
         pictures = [to_pil(image) for image in images]
-        self._save(Path(args.output_dir) / "images", images, pictures, state.global_step)
+        self._save(Path(args.output_dir) / "images", pictures, state.global_step)
 
         # Send the images to the trackers of the run, each in its own way.
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
-                for i, image in enumerate(images):
+                for i, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
                     callback.tb_writer.add_image(f"samples/{i}", image, state.global_step)
+                    if not self._prompts_are_logged:
+                        callback.tb_writer.add_text(f"samples/{i}", prompt, state.global_step)
+                self._prompts_are_logged = True
         # Neither gets a step of its own: both would drop images of a step below their own count of log calls. The
         # callbacks of transformers log the optimizer step beside every value, and so do we.
         values = {"train/global_step": state.global_step}
@@ -124,13 +130,10 @@ class ImageLoggingCallback(TrainerCallback):
                 samples = [trackio.Image(p, caption=c) for p, c in zip(pictures, self.prompts, strict=True)]
                 trackio.log({**{f"samples/{i}": sample for i, sample in enumerate(samples)}, **values})
 
-    def _save(self, folder: Path, images: torch.Tensor, pictures: list[Image.Image], step: int):
+    def _save(self, folder: Path, pictures: list[Image.Image], step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        small = [to_pil(image, 128) for image in images]
-        strip = Image.new("RGB", (132 * len(small) + 4, small[0].height + 8), "white")
-        for i, picture in enumerate(small):
-            strip.paste(picture, (4 + 132 * i, 4))
-        strip.save(folder / f"step_{step:06d}.png")
+        title = f"Step {step}" if step else "Step 0, before training"
+        captioned_grid(pictures, self.prompts, title=title).save(folder / f"step_{step:06d}.png")
         names = [f"sample_{i}.png" for i in range(len(pictures))]
         for name, picture in zip(names, pictures, strict=True):
             picture.save(folder / name)

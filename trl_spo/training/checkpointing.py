@@ -36,6 +36,16 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer import safe_globals
 from transformers.utils import logging
 
+from .run_record import (
+    FOLDER_RECORD_NAME,
+    RECORD_KEY,
+    RunRecord,
+    describe_changes,
+    read_record,
+    settings_of,
+)
+from .stopping import StopOnSignalCallback, stop_signal
+
 
 logger = logging.get_logger(__name__)
 
@@ -59,11 +69,13 @@ class CheckpointFiles:
         weights (`tuple[str]`): glob patterns of files that its `_write_model` writes; one of them must match.
         state (`tuple[str]`): names of files that its `_write_state` writes and its `_read_state` cannot do without.
         foreign (`tuple[str]`): names of files that tell the checkpoint of another trainer.
+        record (`str`): name of the JSON file that its `_write_state` writes; it also gets the [`RunRecord`].
     """
 
     weights: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json", "pytorch_model*")
     state: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    record: str = ""
 
 
 def check_output_dir(output_dir: str | Path, create: bool = True):
@@ -336,16 +348,65 @@ def _damaged_files(folder: Path) -> list[str]:
 
 def last_checkpoint(output_dir: str | Path, files: CheckpointFiles = CheckpointFiles()) -> str | None:
     """
-    The complete checkpoint of `output_dir` with the highest step, or `None`. Incomplete ones are skipped, with a warning
-    that says what they lack. `files` are the `checkpoint_files` of the trainer.
+    The complete checkpoint with the highest step of the run that trained last in `output_dir`, or `None`. Incomplete ones
+    and those of earlier runs are skipped, with a warning that says why. `files` are the `checkpoint_files` of the trainer.
     """
     repair(output_dir)
-    for folder in sorted(_checkpoints(Path(output_dir)), key=_step_of, reverse=True):
+    folders, of_other_runs = checkpoints_of_last_run(output_dir, files)
+    if of_other_runs:
+        names = _names(of_other_runs)
+        logger.warning(
+            f"{str(output_dir)!r} also holds checkpoints of an earlier run, which are passed over: {names}."
+        )
+    for folder in sorted(folders, key=_step_of, reverse=True):
         problems = checkpoint_problems(folder, files)
         if not problems:
             return str(folder)
         logger.warning(f"{folder} is passed over: {'; '.join(problems)}.")
     return None
+
+
+def checkpoints_of_last_run(output_dir: str | Path, files: CheckpointFiles) -> tuple[list[Path], list[Path]]:
+    """
+    The checkpoints of the run that trained last in a folder, and those of other runs. Where the folder itself does not say
+    which that is, it is the run that wrote the newest checkpoint.
+    """
+    folders = _checkpoints(Path(output_dir))
+    run_of = {folder: run_of_checkpoint(folder, files) for folder in folders}
+    note = read_record(Path(output_dir) / FOLDER_RECORD_NAME)
+    known = [folder for folder in folders if run_of[folder] is not None]
+    if note is not None:
+        last = note.run_id
+    else:
+        last = run_of[max(known, key=_time_of)] if known else None
+    of_others = [folder for folder in known if run_of[folder] != last]
+    return [folder for folder in folders if folder not in of_others], of_others
+
+
+def run_of_checkpoint(folder: Path, files: CheckpointFiles) -> str | None:
+    """What tells the run of a checkpoint from others; `None` if its state cannot be read."""
+    record = read_record(folder / files.record) if files.record else None
+    return None if record is None else record.run_id
+
+
+def check_for_earlier_run(output_dir: str | Path, advice: str) -> None:
+    """
+    Args:
+        output_dir (`str` or `Path`): the folder of a run that begins.
+        advice (`str`): what to do instead, in a whole sentence.
+
+    Raises:
+        ValueError: if it holds checkpoints, which are of another run then.
+    """
+    folders = _checkpoints(Path(output_dir))
+    if folders:
+        raise ValueError(f"{str(output_dir)!r} holds checkpoints of an earlier run: {_names(folders)}. {advice}")
+
+
+def _names(folders: list[Path]) -> str:
+    """`checkpoint-2, checkpoint-4`, or the first and the last of many."""
+    names = [folder.name for folder in sorted(folders, key=_step_of)]
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
 
 
 def checkpoint_to_resume(
@@ -373,8 +434,11 @@ def checkpoint_to_resume(
     if resume_from_checkpoint is True:
         folder = last_checkpoint(output_dir, files)
         if folder is None:
-            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f, files))}" for f in _checkpoints(Path(output_dir))]
+            own, of_other_runs = checkpoints_of_last_run(output_dir, files)
+            broken = [f"{f.name}: {'; '.join(checkpoint_problems(f, files))}" for f in own]
             found = f" What is there is incomplete ({' | '.join(broken)})." if broken else ""
+            if of_other_runs:
+                found += f" {_names(of_other_runs)} belong to an earlier run; name one of them to go on with that."
             raise ValueError(
                 f"There is no checkpoint in {str(output_dir)!r} to resume from.{found} Train from the start, without "
                 "`resume_from_checkpoint`."
@@ -420,8 +484,19 @@ class CheckpointingMixin:
     """
 
     checkpoint_files = CheckpointFiles()
+    run_record: RunRecord | None = None  # of the training that has begun
     _staging = False  # a checkpoint is being written
     _resumed_at_end = False  # the run that is resumed has taken its last step already
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that has ended the last training, with a [`StopOnSignalCallback`]; `None` if it came to its end."""
+        return stop_signal(self.callback_handler.callbacks)
+
+    @property
+    def nothing_to_train(self) -> bool:
+        """Whether the last training went on from a checkpoint that had taken all steps already."""
+        return self._resumed_at_end
 
     @property
     def checkpoint_writers(self) -> list[Callable[[Path], None]]:
@@ -445,6 +520,7 @@ class CheckpointingMixin:
             super()._save_checkpoint(model, trial)
             self._write_state(staged)
             if self.args.should_save:
+                self._write_record(staged / self.checkpoint_files.record)
                 for write in self.checkpoint_writers:
                     write(staged)
                 self._name_best_checkpoint(staged, final)
@@ -465,6 +541,7 @@ class CheckpointingMixin:
         if self.args.should_save:
             publish(staged, final)
             rotate(run_dir, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+            self._say_which_run_is_last()
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             self._name_best_checkpoint(staged, final)
@@ -523,7 +600,13 @@ class CheckpointingMixin:
             resume_from_checkpoint, self.args.output_dir, self.args.world_size, self.checkpoint_files
         )
         exhausted = self._read_state(folder)
+        self._begin_or_go_on(folder)
         self._resumed_at_end = folder is not None and (exhausted or 0 < self.args.max_steps <= global_step_of(folder))
+        if self._resumed_at_end:
+            self._notice(
+                f"{folder!r} has taken all of its steps ({global_step_of(folder)}, and `max_steps={self.args.max_steps}`): "
+                "there is nothing to train. Raise `max_steps` or `num_train_epochs` to go on."
+            )
         eval_on_start = self.args.eval_on_start
         self.args.eval_on_start = eval_on_start and folder is None  # the run has had it
         if self._resumed_at_end:  # there is no epoch any more, at whose beginning the Trainer would load them
@@ -532,6 +615,59 @@ class CheckpointingMixin:
             return super().train(folder, *args, **kwargs)
         finally:
             self.args.eval_on_start = eval_on_start
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSignalCallback):
+                    callback.release()
+
+    def _begin_or_go_on(self, folder: str | None) -> None:
+        """The record of the run that begins, or goes on from `folder`, with what there is to say about it."""
+        settings = settings_of(self.args)
+        if folder is None:
+            self.run_record = RunRecord.new(settings)
+            if not self.args.overwrite_output_dir:
+                self._warn_of_earlier_run()
+        else:
+            step = global_step_of(folder)
+            written = read_record(Path(folder) / self.checkpoint_files.record)
+            self.run_record = written or RunRecord.without_history()
+            changes = describe_changes(self.run_record.go_on(step, settings))
+            if changes:
+                self._notice(f"The run goes on from step {step}. {changes}")
+        self.accelerator.wait_for_everyone()  # every process has found its checkpoint
+        if self.args.should_save:
+            self._say_which_run_is_last()
+
+    def _say_which_run_is_last(self) -> None:
+        """Write it into the output folder, while that holds checkpoints of several runs."""
+        if self.run_record is None:
+            return
+        note = Path(self.args.output_dir) / FOLDER_RECORD_NAME
+        runs = {run_of_checkpoint(f, self.checkpoint_files) for f in _checkpoints(Path(self.args.output_dir))}
+        if runs - {self.run_record.run_id, None}:
+            write_text(note, json.dumps({RECORD_KEY: self.run_record.to_dict()}))
+        else:
+            note.unlink(missing_ok=True)
+
+    def _write_record(self, path: Path) -> None:
+        """Put the record of the run into the state file of a checkpoint."""
+        if self.run_record is not None and path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**state, RECORD_KEY: self.run_record.to_dict()}), encoding="utf-8")
+
+    def _warn_of_earlier_run(self) -> None:
+        advice = (
+            "They stay beside those of this run, which replaces the model in the folder. Go on with the earlier run by "
+            "`resume_from_checkpoint=True`, or choose another `output_dir`."
+        )
+        try:
+            check_for_earlier_run(self.args.output_dir, advice)
+        except ValueError as error:
+            self._notice(str(error))
+
+    def _notice(self, text: str) -> None:
+        """A warning that one process gives for all."""
+        if self.is_world_process_zero():
+            logger.warning(text)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optim = getattr(self.args.optim, "value", self.args.optim)

@@ -15,6 +15,7 @@
 """Choose how many samples denoiser, decoder and reward model get per call in a rollout, where the config leaves it open."""
 
 import math
+from dataclasses import dataclass
 
 from ..pipelines.base import SPOPipeline
 from ..pipelines.conditioning import PromptEmbeds
@@ -24,6 +25,51 @@ from .memory import busy_chunk_sizes, free_bytes, power_of_two_below, rollout_bu
 
 
 CHUNK_SIZES = ("rollout_micro_batch_size", "vae_decode_batch_size", "reward_batch_size")  # fields of the config
+
+
+@dataclass(frozen=True)
+class ChunkLimits:
+    """
+    What the sizes of a run are chosen by.
+
+    Attributes:
+        busy (`dict[str, int]`): sizes that keep the device busy, by the names in `CHUNK_SIZES`.
+        budget_gib (`float`, *optional*): GiB that activations of one call may take. `None`: memory is not a concern.
+        largest (`int`): upper end of the sizes that are looked for in the budget.
+        rounds (`bool`): whether sizes are rounded, and no larger than what keeps the device busy.
+    """
+
+    busy: dict[str, int]
+    budget_gib: float | None
+    largest: int
+    rounds: bool
+
+    def sizes(self, denoiser: int, scoring: int) -> dict[str, int]:
+        """The sizes of a run, from the largest that fit the budget."""
+        if self.rounds:
+            busy_denoiser, busy_decoder, _ = self.busy.values()
+            denoiser = min(busy_denoiser, power_of_two_below(denoiser))
+            scoring = min(busy_decoder, power_of_two_below(scoring))
+        return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
+
+
+def chunk_limits(args: SPOConfig, pipeline: SPOPipeline, device_type: str, free: int | None) -> ChunkLimits:
+    """
+    Args:
+        args ([`SPOConfig`]), pipeline ([`SPOPipeline`]): of the run.
+        device_type (`str`): such as `"cpu"` or `"cuda"`.
+        free (`int`, *optional*): free bytes on the device, if that is known.
+    """
+    latent_shape = pipeline.latent_shape(args.height, args.width)
+    pixels = scored_pixels(args, pipeline, latent_shape)
+    denoiser, decoder = busy_chunk_sizes(device_type, math.prod(latent_shape[1:]), pixels)
+    reward = 16 if device_type == "cpu" else 32
+    busy = dict(zip(CHUNK_SIZES, (denoiser, decoder, reward), strict=True))
+    if args.memory_budget is not None:
+        largest = args.num_candidates * args.per_device_rollout_batch_size
+        return ChunkLimits(busy, args.memory_budget, largest, rounds=False)
+    budget = None if free is None else max(rollout_budget_gib(free, pipeline.denoiser), 1e-9)
+    return ChunkLimits(busy, budget, max(denoiser, decoder), rounds=True)
 
 
 def choose_chunk_sizes(
@@ -42,35 +88,21 @@ def choose_chunk_sizes(
     Returns:
         `dict[str, int]`: by the names in `CHUNK_SIZES`.
     """
-    # Where memory is not a concern, use the sizes that keep the device busy.
-    latent_shape = pipeline.latent_shape(args.height, args.width)
-    pixels = scored_pixels(args, pipeline, latent_shape)
-    busy_denoiser, busy_decoder = busy_chunk_sizes(args.device.type, math.prod(latent_shape[1:]), pixels)
     free = free_bytes(args.device) if free is None else free
-    if args.memory_budget is None and free is None:
-        reward_size = 16 if args.device.type == "cpu" else 32
-        return dict(zip(CHUNK_SIZES, (busy_denoiser, busy_decoder, reward_size), strict=True))
-
-    # Otherwise as many samples as fit the memory. Without a budget from the user, no more than are useful.
-    budget = args.memory_budget
-    largest = args.num_candidates * args.per_device_rollout_batch_size
-    if budget is None:
-        budget = max(rollout_budget_gib(free, pipeline.denoiser), 1e-9)
-        largest = max(busy_denoiser, busy_decoder)
+    limits = chunk_limits(args, pipeline, args.device.type, free)
+    if limits.budget_gib is None:
+        return limits.busy
     denoiser, scoring = rollout_chunk_sizes(
         pipeline,
         reward,
         embeds,
-        latent_shape,
+        pipeline.latent_shape(args.height, args.width),
         args.guidance_scale,
-        budget,
-        largest=largest,
+        limits.budget_gib,
+        largest=limits.largest,
         image_size=args.scoring_image_size,
     )
-    if args.memory_budget is None:
-        denoiser = min(busy_denoiser, power_of_two_below(denoiser))
-        scoring = min(busy_decoder, power_of_two_below(scoring))
-    return dict(zip(CHUNK_SIZES, (denoiser, scoring, scoring), strict=True))
+    return limits.sizes(denoiser, scoring)
 
 
 def scored_pixels(args: SPOConfig, pipeline: SPOPipeline, latent_shape: tuple[int, ...]) -> float:

@@ -149,6 +149,17 @@ class _PeakMemory(TorchDispatchMode):
             self._fakes.clear()
 
 
+def without_values(fake_mode: FakeTensorMode) -> contextlib.AbstractContextManager:
+    """
+    A context in which torch operators run on shapes alone: parameters and other tensors from outside are replaced, and
+    checks of the form `bool(x.all())` pass, as [`peak_activation_bytes`] has it.
+
+    Args:
+        fake_mode (`FakeTensorMode`): the mode of parameters that are fake already.
+    """
+    return _PeakMemory(fake_mode).watch()
+
+
 def peak_activation_bytes(function: Callable, *args, fake_mode: FakeTensorMode | None = None) -> int:
     r"""
     Peak bytes of the living tensors that `function(*args)` creates, predicted without running it: no arithmetic is done

@@ -21,7 +21,8 @@ never copied as a whole, because the arguments of a run also hold tokens and pat
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..model_cards import FOLDER, cell, hub_id, join, link, versions
 from ..rewards.base import Reward
 from ..rewards.publishing import RewardDescription, sections, usage
 from ..step_distribution import StepRule
+from .run_record import SETTINGS_OF_OPTIMIZER
 
 
 PAPER = "2406.04314"
@@ -48,6 +50,7 @@ REWARD_RECIPE = (
     "eval_timesteps independent_noise only_different max_pairs_per_prompt freeze_text_tower caption_loss_coef relabel_preferences "
     "bf16 fp16 seed"
 ).split()
+PATHS = ("dataset_name", "scoring_vae")  # settings that may be folders, which are private
 SPO_LIMITATIONS = (
     "The model was trained to please its reward, on the prompts it was given: what the reward does not see (facts, text in "
     "images, who is shown and how) is that of the base model or worse, and images of one prompt may have become more "
@@ -105,6 +108,7 @@ def spo_model_card(
     global_step: int = 0,
     num_pairs: int = 0,
     log_history: Iterable[dict] = (),
+    parts: Sequence[dict] = (),
     samples: dict | None = None,
     tags: Iterable[str] = (),
 ) -> str:
@@ -127,6 +131,7 @@ def spo_model_card(
         vae (`str`, *optional*): Hub id or folder of the pipeline's VAE, if it is not that of the base model.
         global_step, num_pairs (`int`): length of the training.
         log_history (list of `dict`): `trainer.state.log_history`.
+        parts (list of `dict`): of the [`RunRecord`], if the run was resumed with other settings.
         samples (`dict`, *optional*): what [`read_samples`] found.
         tags (iterable of `str`): tags of the trainer.
 
@@ -150,7 +155,7 @@ def spo_model_card(
 
     # The text: what it is, samples, how to use it, and how it was trained.
     what = "LoRA" if use_lora else denoiser_class
-    parts = [
+    texts = [
         f"# {name}",
         _spo_introduction(what, global_step, num_pairs, base, commit, reward_model),
         *_gallery(samples),
@@ -158,10 +163,14 @@ def spo_model_card(
         f"```python\n{_spo_code(args, base, where, step_rule, guidance, denoiser_name, denoiser_class, use_lora)}\n```",
         "## Sampler",
         f"{step_rule.description(args.eta)}, {args.num_inference_steps} steps, guidance {args.guidance_scale:g}. Compare "
-        "with the base model under the same sampler: guidance alone moves scores.",
+        "with the base model under the same sampler: guidance alone moves scores. `sampler.json` holds these settings, from "
+        "which `trl-spo sample` and `trl-spo evaluate` start.",
         "## Recipe",
         _settings(
-            args, SPO_RECIPE, {"vae": other_vae, "scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)}
+            args,
+            SPO_RECIPE,
+            {"vae": other_vae, "scoring_vae": _describe_scoring_vae(scoring_vae, args.scoring_vae)},
+            history(parts, global_step),
         ),
         *_evaluation(log_history, ("_mean", "_std")),
         "## Limitations",
@@ -169,7 +178,7 @@ def spo_model_card(
         "## Versions",
         versions("diffusers", "peft", "transformers", "torch"),
     ]
-    return join(header, parts)
+    return join(header, texts)
 
 
 def step_reward_model_card(
@@ -181,6 +190,7 @@ def step_reward_model_card(
     pipeline: str | None = None,
     global_step: int = 0,
     log_history: Iterable[dict] = (),
+    parts: Sequence[dict] = (),
     tags: Iterable[str] = (),
 ) -> str:
     r"""
@@ -192,7 +202,7 @@ def step_reward_model_card(
         base_model (`str`, *optional*): Hub id of the model training started from; a local path is left out.
         description ([`RewardDescription`]): what the reward model says about itself.
         pipeline (`str`, *optional*): Hub id of the diffusion model whose predictions or latents it judges.
-        global_step, log_history, tags: as in [`spo_model_card`].
+        global_step, log_history, parts, tags: as in [`spo_model_card`].
 
     Returns:
         `str`: Markdown with a YAML header.
@@ -210,20 +220,20 @@ def step_reward_model_card(
     # The text: what it judges, how to use it, and how it was trained.
     diffusion = hub_id(pipeline)
     judged = link(diffusion) if diffusion else "a diffusion model"
-    parts = [
+    texts = [
         f"# {name}",
         f"{description.title}, trained for {global_step} steps. It scores {description.scores} of {judged} "
         f"{description.timesteps}; a higher score is preferred, and only differences between images of one prompt mean "
         "something.",
         *usage(description, hub_id(args.hub_model_id)),
         "## Recipe",
-        _settings(args, REWARD_RECIPE),
+        _settings(args, REWARD_RECIPE, changed=history(parts, global_step)),
         *_evaluation(log_history, ("_loss", "_accuracy", "_margin"), "/t_"),
         *sections(description, base),
         "## Versions",
         versions("transformers", "diffusers", "torch"),
     ]
-    return join(header, parts)
+    return join(header, texts)
 
 
 def _describe_scoring_vae(vae: Any, name: str | None) -> str | None:
@@ -234,10 +244,42 @@ def _describe_scoring_vae(vae: Any, name: str | None) -> str | None:
     return hub_id(source) or f"`{'AutoencoderTiny' if vae is None else type(vae).__name__}`"
 
 
-def _settings(args, names: list[str], more: dict[str, Any] | None = None) -> str:
-    """A table of the settings that `args` has, and of what is not `None` in `more`."""
+def history(parts: Sequence[dict], global_step: int) -> dict[str, str]:
+    """
+    The settings that changed when a run was resumed, with the steps of each value, and those that its optimizer kept.
+
+    Args:
+        parts (list of `dict`): of the [`RunRecord`]; settings that an old checkpoint does not tell are missing.
+        global_step (`int`): the last step.
+
+    Returns:
+        `dict[str, str]`: such as `{"kl_coef": "12.0 (steps 1 to 6), 0.0 (steps 7 to 8)"}`.
+    """
+    parts = [part for part in parts if part["first_step"] <= global_step]
+    names = dict.fromkeys(name for part in parts for name in part["settings"])
+    told = {}
+    for name in SETTINGS_OF_OPTIMIZER:  # whatever the config says by now
+        kept = [part["settings"][name] for part in parts if name in part["settings"]]
+        if kept:
+            told[name] = kept[-1]
+    for name in names:
+        values = [[part["settings"].get(name, "not recorded"), part["first_step"]] for part in parts]
+        runs = [values[0]] + [new for old, new in pairwise(values) if new[0] != old[0]]
+        if len(runs) > 1:
+            ends = [first - 1 for _, first in runs[1:]] + [global_step]
+            shown = [hub_id(value) or "a local one" if name in PATHS else value for value, _ in runs]
+            spans = [f"steps {first} to {end}" for (_, first), end in zip(runs, ends, strict=True)]
+            told[name] = ", ".join(f"{value} ({span})" for value, span in zip(shown, spans, strict=True))
+    return told
+
+
+def _settings(
+    args, names: list[str], more: dict[str, Any] | None = None, changed: dict[str, str] | None = None
+) -> str:
+    """A table of the settings that `args` has, of what is not `None` in `more`, and of what [`history`] tells."""
     settings = {name: getattr(args, name) for name in names if hasattr(args, name)}
     settings |= {name: value for name, value in (more or {}).items() if value is not None}
+    settings |= changed or {}
     rows = [f"| `{name}` | {cell(value)} |" for name, value in settings.items()]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 

@@ -50,12 +50,17 @@ class PairMetrics(RunningMeans):
             self.add("step_reward/mean", scores.mean(0))
             self.add("step_reward/std", scores.double().std(0))
             self.add("step_reward/margin", margin)
+            for name, values in branch.parts.items():
+                self.add(f"step_reward/{name}/mean", values.mean(0))
+                self.add(f"step_reward/{name}/std", values.double().std(0))
             self.add("pairs/valid_fraction", valid.float())
             self.add(f"pairs/valid_fraction_t_{low}_{low + TIMESTEP_BIN - 1}", valid.float())
         if pairs.final_scores is not None:
             self.add("reward_mean", pairs.final_scores)
             # In float64: the standard deviation is a difference of squares, which are much larger than it.
             self.add("reward_square", pairs.final_scores.double() ** 2)
+        for name, values in pairs.final_parts.items():
+            self.add(f"reward_mean/{name}", values)
 
     @torch.no_grad()
     def add_loss(
