@@ -191,8 +191,9 @@ def validate(pipeline) -> dict[str, float]:
 def meter_of(pipeline, method: str, reward_model) -> Meter:
     if method != "lpo":
         return Meter(pipeline.denoiser)
-    share = arithmetic_share(pipeline, wrap_reward(reward_model))
-    return EquivalentMeter(pipeline.denoiser, reward_model.backbone, share)
+    reward = wrap_reward(reward_model)
+    reward.check_pipeline(pipeline)  # from here on it reads the prompts as the pipeline has them, which costs nothing
+    return EquivalentMeter(pipeline.denoiser, reward_model.backbone, arithmetic_share(pipeline, reward))
 
 
 def run(method: str, changes: dict, seed: int, rewards: dict, with_heldout: bool) -> dict:
