@@ -30,8 +30,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import trl_spo.training.stopping as stopping
 from trl_spo import SPOTrainer, StepAwareRewardModel, StepRewardTrainer, StopOnSignalCallback
-from trl_spo.training import stopping
 from trl_spo.training.checkpointing import CheckpointFiles, last_checkpoint
 from trl_spo.training.model_card import history
 from trl_spo.training.run_record import FOLDER_RECORD_NAME, RunRecord, describe_changes, settings_of
