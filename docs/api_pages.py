@@ -296,12 +296,24 @@ def write(folder: Path) -> dict[str, str]:
         own = index | {name: f"{module.name}.{name}" for name in module.members}
         pages[f"{module.name}.md"] = page(module, resolver(own))
     pages["index.md"] = index_page(modules, resolver(index))
+    write_pages(folder, pages, f"{trl_spo.__name__}.*.md")
+    return index
+
+
+def write_pages(folder: Path, pages: dict[str, str], pattern: str) -> None:
+    """
+    Write pages whose text has changed, so that Sphinx reads no other again, and remove those that are gone.
+
+    Args:
+        folder (`Path`): made if it does not exist.
+        pages (`dict[str, str]`): file name -> text.
+        pattern (`str`): of the files in the folder that are pages of this kind.
+    """
     folder.mkdir(exist_ok=True)
-    for old in folder.glob(f"{trl_spo.__name__}.*.md"):
+    for old in folder.glob(pattern):
         if old.name not in pages:
             old.unlink()
     for name, text in pages.items():
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-    return index

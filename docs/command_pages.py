@@ -24,6 +24,7 @@ import inspect
 import re
 from pathlib import Path
 
+from api_pages import write_pages
 from transformers import TrainingArguments
 
 from trl_spo.scripts import cli
@@ -127,12 +128,5 @@ def page(command: str) -> str:
 
 def write(folder: Path) -> None:
     """Writes the pages to `folder`, those that changed."""
-    folder.mkdir(exist_ok=True)
     pages = {f"command_{command.replace('-', '_')}.md": page(command) for command in cli.COMMANDS}
-    for old in folder.glob("command_*.md"):
-        if old.name not in pages:
-            old.unlink()
-    for name, text in pages.items():
-        path = folder / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+    write_pages(folder, pages, "command_*.md")

@@ -39,7 +39,7 @@ from trl_spo import LatentRewardModel, StepAwareRewardModel
 from trl_spo.prompts import load_prompts
 from trl_spo.scripts import cli
 from trl_spo.scripts.arguments import RewardModelArguments, leave_process_group
-from trl_spo.scripts.training import resume_from
+from trl_spo.training.checkpointing import resume_from
 
 from .testing_utils import PROMPTS, changed, state_of, tiny_clip, tiny_sd_pipeline, tiny_sdxl_pipeline
 

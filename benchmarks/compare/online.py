@@ -48,7 +48,7 @@ from examples.shapes import world
 from examples.shapes.settings import SAMPLER, lora_config
 from trl_spo.pipelines.base import SPOPipeline
 from trl_spo.pipelines.conditioning import PromptEmbeds
-from trl_spo.sampling import score_images
+from trl_spo.sampling import score_images, stochastic_steps
 from trl_spo.step_distribution import gaussian_kl, gaussian_log_prob
 
 
@@ -126,13 +126,8 @@ class _Online:
     @contextlib.contextmanager
     def sampler(self, name: str) -> Iterator[list[int]]:
         """The timesteps of a schedule with this kind of steps; others find the pipeline as it was."""
-        rule = self.pipeline.step_rule
-        before = getattr(rule, "sampler", "ddim")
-        rule.set_sampler(name)
-        try:
+        with stochastic_steps(self.pipeline, name):
             yield self.pipeline.set_timesteps(SAMPLER["num_inference_steps"], self.pipeline.latent_shape())
-        finally:
-            rule.set_sampler(before)
 
     def draw_prompts(self) -> torch.Tensor:
         """Rows of `self.prompts`, each `group_size` times in a row."""

@@ -86,9 +86,3 @@ def read_shapes(arguments: Any, further: dict | None, hub: Hub) -> tuple[Publish
         components = {**model.components, "vae": read_vae(vae, model.components["vae"], hub.online)}
         model = PublishedModel(model.pipeline, components, model.settings)
     return model, note
-
-
-def resume_from(config: Any) -> Any:
-    """`config.resume_from_checkpoint` as `Trainer.train` takes it: on the command line, words."""
-    word = str(config.resume_from_checkpoint).lower()
-    return True if word in ("true", "last") else None if word in ("false", "none") else config.resume_from_checkpoint

@@ -22,9 +22,10 @@ import torch
 from ..branch_plan import branch_lengths
 from ..pipelines.base import SPOPipeline
 from ..spo_trainer import SPOTrainer
+from ..training.checkpointing import resume_from
 from ..training.memory_plan import trained_bytes
 from ..training.spo_checks import check_sharding, choose_best_metric
-from .circumstances import Circumstances, precision_of, read_shapes, resume_from
+from .circumstances import Circumstances, precision_of, read_shapes
 from .data import check_prompts
 from .environment import check_devices, check_disk, check_trackers, check_versions
 from .forecast import Networks, SPOForecaster, Variant

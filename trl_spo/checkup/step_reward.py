@@ -20,9 +20,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..step_reward_trainer import StepRewardTrainer
+from ..training.checkpointing import resume_from
 from ..training.memory import denoiser_bytes, module_bytes, peak_activation_bytes
 from ..training.memory_plan import autocast_of, frozen_bytes, give_gradients, make_fake, trained_bytes
-from .circumstances import Circumstances, precision_of, read_shapes, resume_from
+from .circumstances import Circumstances, precision_of, read_shapes
 from .data import SECTION, check_preferences
 from .environment import check_devices, check_disk, check_trackers, check_versions
 from .forecast import Card, Forecast, Networks, Phase, Variant, autocast_dtype, optimizer_share, uses_checkpointing

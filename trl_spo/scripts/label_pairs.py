@@ -20,7 +20,6 @@ Both fill the folder of `trl_spo.label_folder` in order, and go on where they we
 
 import json
 import logging
-import os
 import random
 import threading
 from collections.abc import Callable, Iterable
@@ -32,6 +31,7 @@ from ..hub_files import read_json
 from ..images import read_image, to_pil
 from ..label_folder import CLICKS, IMAGES, PAIRS, SETTINGS, Pair, cut_torn_line, read_pairs, write_pair
 from ..label_session import pair_name
+from ..training.checkpointing import write_picture, write_text
 
 
 logger = logging.getLogger(__name__)
@@ -75,20 +75,8 @@ def open_folder(folder: Path, settings: dict) -> dict:
         if cut:
             logger.warning("Cut off %d bytes at the end of %s: a line that was never finished.", cut, folder / name)
     if not file.is_file():
-        part = file.with_suffix(".part")  # a file that exists whole or not at all
-        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        write_text(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return stored
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Writes a PNG file that exists whole or not at all."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        image.save(file, format="PNG")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def save_pair(folder: Path, index: int, prompt: str, images: Iterable[Image.Image], seeds=None) -> Pair:
@@ -96,7 +84,7 @@ def save_pair(folder: Path, index: int, prompt: str, images: Iterable[Image.Imag
     name = pair_name(index)
     files = (f"{IMAGES}/{name}_0.png", f"{IMAGES}/{name}_1.png")
     for image, file in zip(images, files, strict=True):
-        save_image(image, folder / file)
+        write_picture(image, folder / file)
     pair = Pair(name, prompt, files, seeds)
     write_pair(folder, pair)
     return pair

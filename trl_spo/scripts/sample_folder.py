@@ -18,14 +18,13 @@ how it was made. Images of an earlier call stay, and so does what was written ab
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..training.checkpointing import write_text
+from ..training.checkpointing import write_picture, write_text
 
 
 RECORD_NAME = "samples.json"
@@ -105,10 +104,3 @@ class SampleFolder:
         write_picture(sheet, path)
         self.record.setdefault("grids", []).append(path.name)
         return path
-
-
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """A PNG file that exists whole or not at all."""
-    aside = path.with_name(f"_{path.name}")
-    picture.save(aside, format="PNG")
-    os.replace(aside, path)

@@ -27,15 +27,6 @@ from pathlib import Path
 from .arguments import PipelineArguments, leave_process_group
 
 
-def resume_from(config) -> str | bool | None:
-    """`config.resume_from_checkpoint` for `Trainer.train`: on the command line `true` and `last` are words."""
-    value = config.resume_from_checkpoint
-    word = str(value).lower()
-    if word in ("true", "last"):
-        return True
-    return None if word == "false" else value
-
-
 def check_run(config, trainer_class: type) -> None:
     """
     What can be said about a run before anything is loaded: output folder, trackers, evaluation data, earlier runs.
@@ -43,7 +34,7 @@ def check_run(config, trainer_class: type) -> None:
     Raises:
         ValueError, OSError: for what cannot work, or would mix two runs in one folder.
     """
-    from ..training.checkpointing import check_for_earlier_run
+    from ..training.checkpointing import check_for_earlier_run, resume_from
 
     trainer_class.check_output(config)
     if resume_from(config) is None and not config.overwrite_output_dir:
@@ -80,6 +71,7 @@ def train_and_save(trainer, config, columns, title: str, ending: Callable[[str],
     Raises:
         SystemExit: with status 130 or 143, if a signal has ended the training.
     """
+    from ..training.checkpointing import resume_from
     from ..training.log_lines import log_in_lines
     from ..training.stopping import StopOnSignalCallback
 

@@ -30,7 +30,9 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer import safe_globals
@@ -127,6 +129,15 @@ def _sync(path: Path):
         os.close(descriptor)
 
 
+def resume_from(config: Any) -> str | bool | None:
+    """`config.resume_from_checkpoint` as `Trainer.train` takes it: on the command line `true`, `last` and `false` are words."""
+    value = config.resume_from_checkpoint
+    word = str(value).lower()
+    if word in ("true", "last"):
+        return True
+    return None if word in ("false", "none") else value
+
+
 def sync_folder(folder: str | Path):
     """Wait until everything in a folder is on the disk."""
     folder = Path(folder)
@@ -140,6 +151,14 @@ def write_text(path: str | Path, text: str):
     path = Path(path)
     aside = path.with_name(f"_{path.name}")
     aside.write_text(text, encoding="utf-8")
+    _sync(aside)
+    os.replace(aside, path)
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG file that a reader, or a process that dies, sees whole or not at all."""
+    aside = path.with_name(f"_{path.name}")
+    picture.save(aside, format="PNG")
     _sync(aside)
     os.replace(aside, path)
 
