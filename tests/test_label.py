@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.testing_utils import tiny_sd_pipeline
+from tests.testing_utils import brightness_reward, tiny_sd_pipeline, tiny_spo_config
+from trl_spo import SPOTrainer
 from trl_spo.evaluation.agreement import agreement_between, cohens_kappa, self_agreement, side_bias
 from trl_spo.label_folder import (
     CLICKS,
@@ -38,6 +39,7 @@ from trl_spo.label_folder import (
     label_rows,
     read_clicks,
     read_lines,
+    read_pairs,
     valid_clicks,
     write_pair,
 )
@@ -45,6 +47,7 @@ from trl_spo.label_session import REPEAT_DISTANCE, LabelSession, Task, check_ann
 from trl_spo.pipelines.auto import wrap_pipeline
 from trl_spo.preference_dataset import load_preference_dataset
 from trl_spo.scripts import label as script
+from trl_spo.scripts import sample
 from trl_spo.scripts.errors import CommandError, run
 from trl_spo.scripts.label_pairs import PairSampler, copy_pairs, open_folder, prompt_order
 
@@ -314,6 +317,55 @@ def test_sampled_pairs_do_not_depend_on_interruptions(tmp_path):
     for file in files:  # equal up to rounding, as batches have other sizes
         pixels = [np.asarray(Image.open(tmp_path / name / "images" / file), dtype=int) for name in ("whole", "parts")]
         assert abs(pixels[0] - pixels[1]).max() <= 1 and pixels[0].std() > 5
+
+
+def test_the_command_samples_as_the_lora_was_trained_and_from_the_seed_it_was_given(tmp_path):
+    """
+    Regression: a `--seed` ended in a `TypeError`, and `--protocol`, which a LoRA's own sampler is the default of, was not heard.
+    The first pair must be what `sample` makes of the same prompt and seeds.
+    """
+    tiny_sd_pipeline(tmp_path / "model").save_pretrained(tmp_path / "model")
+    model = ["--model_name_or_path", str(tmp_path / "model"), "--device", "cpu"]
+    trainer = SPOTrainer(
+        tiny_spo_config(tmp_path / "lora", num_inference_steps=3, guidance_scale=2.0, eta=0.5),
+        str(tmp_path / "model"),
+        brightness_reward,
+        train_dataset=["a cat"],
+    )
+    trainer.save_model()
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    own = [*model, "--lora", str(tmp_path / "lora"), "--seed", "7"]
+    where = ["--prompts", str(tmp_path / "prompts.txt"), "--num_pairs", "1", "--output_dir", str(tmp_path / "labels")]
+    arguments = script.make_parser("trl-spo label").parse_args_and_config([*own, *where])
+    _, sampler = script.prepare(*arguments, tmp_path / "labels")
+    sampler.run()
+
+    sample_arguments = [
+        *own,
+        "--prompt",
+        "a cat",
+        "--images_per_prompt",
+        "2",
+        "--output_dir",
+        str(tmp_path / "samples"),
+    ]
+    run(sample.main, sample.make_parser("trl-spo sample"), sample_arguments)
+    (pair,) = read_pairs(tmp_path / "labels").values()
+    assert pair.seeds == (7, 8)
+    for file, seed in zip(pair.images, pair.seeds, strict=True):
+        pixels = np.asarray(Image.open(tmp_path / "labels" / file))
+        expected = np.asarray(Image.open(next((tmp_path / "samples").glob(f"*_seed{seed}.png"))))
+        assert np.array_equal(pixels, expected)
+    stored = json.loads((tmp_path / "labels" / "label.json").read_text())
+    assert (stored["seed"], stored["sampler"]["num_inference_steps"], stored["sampler"]["eta"]) == (7, 3, 0.5)
+
+
+@pytest.mark.parametrize("seeds", [["1", "2"], ["-1"]])
+def test_a_labelling_has_one_seed(tmp_path, seeds, capsys):
+    arguments = ["--prompts", "none.txt", "--seed", *seeds, "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        run(script.main, script.make_parser("trl-spo label"), arguments)
+    assert "A labelling has one --seed of at least 0" in capsys.readouterr().err
 
 
 def test_a_sampler_that_fails_says_so(tmp_path):

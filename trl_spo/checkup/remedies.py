@@ -192,7 +192,7 @@ def _quantised(dtype: torch.dtype, denoiser_name: str) -> Change:
     """The base in 4 bits, computed in the precision that the run has."""
     half = str(torch.bfloat16 if dtype == torch.float32 else dtype).removeprefix("torch.")
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": half}
-    settings = {"torch_dtype": half, "quantization_config": {denoiser_name: nf4}}
+    settings = {"dtype": half, "quantization_config": {denoiser_name: nf4}}
     return Change(
         f"--model_init_kwargs '{json.dumps(settings)}'",
         "needs bitsandbytes; layers are unpacked at each call",

@@ -443,6 +443,11 @@ class SamplerArguments:
         if self.seed is not None and (not self.seed or min(self.seed) < -1 or max(self.seed) >= 2**63):
             raise ValueError(f"`seed` must be 0 or more, or -1 for a random one, got {self.seed}.")
 
+    @property
+    def has_one_seed(self) -> bool:
+        """Whether there is one seed that is no random one, given or by default."""
+        return self.seed is None or (len(self.seed) == 1 and self.seed[0] >= 0)
+
     def overrides(self) -> dict:
         """The settings of the sampler that were given, by name."""
         names = ("num_inference_steps", "guidance_scale", "eta", "negative_prompt", "height", "width")

@@ -104,7 +104,7 @@ def check_arguments(sampler_args: SamplerArguments, evaluate_args: EvaluateArgum
         )
     if evaluate_args.base and evaluate_args.base_model_name_or_path is not None:
         raise SystemExit("--base and --base_model_name_or_path name two things to compare with; give one of them.")
-    if sampler_args.seed is not None and (len(sampler_args.seed) > 1 or sampler_args.seed[0] < 0):
+    if not sampler_args.has_one_seed:
         raise SystemExit(
             f"An evaluation has one --seed of at least 0, that of its first image, and image i has seed + i; got "
             f"{sampler_args.seed}. Repeat a prompt for several images of it."

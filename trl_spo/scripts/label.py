@@ -26,6 +26,7 @@ Every click is on the disk before the next pair appears. The page is for this ma
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import logging
 import socket
@@ -36,6 +37,7 @@ from pathlib import Path
 from .arguments import LoadedPipelineArguments, SamplerArguments
 from .errors import run
 from .parser import ScriptParser
+from .sampler import make_protocol
 
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,10 @@ def main(model_args: LoadedPipelineArguments, sampler_args: SamplerArguments, la
         raise SystemExit("The page needs gradio: `pip install trl-spo[label]`.")
     if sampler_args.prompts is not None and label_args.dataset_name is not None:
         raise SystemExit("--prompts and --dataset_name exclude each other: pairs are sampled, or they are there.")
+    if not sampler_args.has_one_seed:
+        raise SystemExit(
+            f"A labelling has one --seed of at least 0, from which all others follow; got {sampler_args.seed}."
+        )
     with contextlib.ExitStack() as stack:
         # The port and the folder are for one program.
         listener = stack.enter_context(listen(label_args.host, label_args.port))
@@ -154,18 +160,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 def prepare(model_args, sampler_args, label_args, folder: Path):
     """The session of a folder, and the thread that samples for it, if its pairs are sampled and some are missing."""
+    from ..evaluation.protocols import protocol_of_pipeline
     from ..label_session import LabelSession
     from .label_pairs import PairSampler, copy_pairs, open_folder, prompt_order
 
-    seed = sampler_args.seed or 0
+    seed = 0 if sampler_args.seed is None else sampler_args.seed[0]
     if sampler_args.prompts is not None:
         prompts = prompt_order(list(sampler_args.read_prompts()), label_args.num_pairs or 100, seed)
-        open_folder(folder, {**sampling_settings(model_args, sampler_args), "seed": seed})
+        protocol = make_protocol(sampler_args.protocol, dataclasses.replace(sampler_args, seed=None))
+        open_folder(folder, {**sampling_settings(model_args, sampler_args, protocol), "seed": seed})
         session = LabelSession(folder, len(prompts), label_args.repeat_fraction, seed)
         if len(session.pairs) >= len(prompts):
             return session, None
         pipeline = sampler_args.place(model_args.load_pipeline())
-        options = (seed, sampler_args.batch_size, sampler_args.overrides(), session.add_pair)
+        sampler = protocol_of_pipeline(protocol, pipeline).sampler()
+        options = (seed, sampler_args.batch_size, sampler, session.add_pair)
         return session, PairSampler(folder, pipeline, prompts, *options)
     if label_args.dataset_name is not None:
         dataset, columns = existing_pairs(label_args.dataset_name, label_args.num_pairs)
@@ -178,10 +187,10 @@ def prepare(model_args, sampler_args, label_args, folder: Path):
     return session, None
 
 
-def sampling_settings(model_args, sampler_args) -> dict:
+def sampling_settings(model_args, sampler_args, protocol) -> dict:
     """What decides the images, for `label.json`."""
     settings = {"model": model_args.model_name_or_path, "vae": model_args.vae_name_or_path, "lora": sampler_args.lora}
-    settings |= {"prompts": sampler_args.prompts, "dtype": model_args.dtype, "sampler": sampler_args.overrides()}
+    settings |= {"prompts": sampler_args.prompts, "dtype": model_args.dtype, "sampler": protocol.settings()}
     return settings | ({"lora_scale": sampler_args.lora_scale} if sampler_args.lora is not None else {})
 
 
