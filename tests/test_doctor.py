@@ -40,6 +40,7 @@ from trl_spo.checkup import environment, networks, work
 from trl_spo.checkup.environment import check_disk
 from trl_spo.checkup.forecast import Card, SPOForecaster, Variant
 from trl_spo.checkup.hub import Hub, Named
+from trl_spo.checkup.names import of_data
 from trl_spo.checkup.published import PUBLISHED
 from trl_spo.checkup.remedies import find_remedies
 from trl_spo.scripts.cli import main
@@ -183,11 +184,20 @@ class TestData:
         assert status == 0
         for expected in (
             "1 prompts are there more than once",
-            "begin with '#'",
-            "(word:1.2)",
+            "1 prompts hold a comment of other programs, which is text here, such as '# a comment'",
+            "1 prompts hold a weight of other programs, which is text here, such as '(big:1.2) dog'",
             "longer than the 12 tokens",
         ):
             assert expected in warnings
+
+    def test_suites_by_name_are_their_repositories(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (named,) = of_data("dataset_name", "parti")
+        assert (named.value, named.file, named.is_dataset) == ("nateraw/parti-prompts", "PartiPrompts.tsv", True)
+        assert named.revision.startswith("944b156") and not named.is_local
+        assert of_data("dataset_name", "geneval") == []  # from GitHub
+        (tmp_path / "parti").mkdir()  # what is here goes first
+        assert of_data("dataset_name", "parti")[0].value == "parti"
 
     def test_wrong_column(self, examine, tmp_path):
         path = tmp_path / "prompts.jsonl"
@@ -232,7 +242,10 @@ class TestOutput:
     def test_an_earlier_run_and_nothing_to_resume(self, examine, prompts, tmp_path):
         (tmp_path / "old" / "checkpoint-7").mkdir(parents=True)
         arguments = [*RUN, "--dataset_name", prompts, "--output_dir", tmp_path / "old"]
-        assert "checkpoint-7" in texts(examine(*arguments)[1], "warning", "output_dir")
+        status, findings, _ = examine(*arguments)  # the command refuses it, too
+        assert status == 1 and "checkpoint-7" in texts(findings, "problem", "output_dir")
+        status, findings, _ = examine(*arguments, "--overwrite_output_dir")
+        assert status == 0 and "checkpoint-7" in texts(findings, "warning", "output_dir")
         status, findings, _ = examine(*arguments, "--resume_from_checkpoint", "last")
         assert status == 1 and "no complete checkpoint" in texts(findings, "problem", "resume")
 

@@ -14,7 +14,6 @@
 
 """The data of a run: prompts and preference pairs, read where they are, without a model."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,15 +29,13 @@ from ..preference_dataset import (
     prepare_preference_dataset,
     read_labels,
 )
-from ..prompts import load_prompts, read_prompts
+from ..prompts import OF_OTHER_PROGRAMS, load_prompts, read_prompts
 from .report import OK, PROBLEM, WARNING, Finding
 
 
 SECTION = "data"
 CHECKED_IMAGES = 64  # rows whose images are decoded
 CHECKED_LABELS = 20_000  # rows whose labels are counted
-# Marks of other programs, which SPO takes as text.
-FOREIGN_MARKS = {"<lora:...>": re.compile(r"<lora:"), "(word:1.2)": re.compile(r"\([^()]+:\d*\.?\d+\)")}
 
 
 def is_readable_here(name: str) -> bool:
@@ -83,14 +80,12 @@ def check_texts(option: str, prompts: Sequence[str]) -> list[Finding]:
         most, count = Counter(prompts).most_common(1)[0]
         text = f"{duplicates:,} prompts are there more than once; most often, {count} times, {shown(most)}"
         findings.append(Finding(SECTION, WARNING, option, text))
-    comments = sum(prompt.lstrip().startswith("#") for prompt in prompts)
-    if comments:
-        text = f"{comments:,} prompts begin with '#': a comment would be taken as a prompt."
-        findings.append(Finding(SECTION, WARNING, option, text))
-    for mark, pattern in FOREIGN_MARKS.items():
+    for what, pattern in OF_OTHER_PROGRAMS.items():
         found = [prompt for prompt in prompts if pattern.search(prompt)]
         if found:
-            text = f"{len(found):,} prompts hold {mark}, which is text here, such as {shown(found[0])}"
+            text = (
+                f"{len(found):,} prompts hold {what} of other programs, which is text here, such as {shown(found[0])}"
+            )
             findings.append(Finding(SECTION, WARNING, option, text))
     return findings
 

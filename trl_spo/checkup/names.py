@@ -16,6 +16,7 @@
 
 from typing import Any
 
+from ..prompt_suites import find_suite
 from .hub import Named
 
 
@@ -61,8 +62,17 @@ def of_reward(arguments: Any) -> list[Named]:
 
 
 def of_data(option: str, name: str | None, kind: str = "prompts") -> list[Named]:
-    """A data set, if one is named."""
-    return [] if name is None else [Named(option, name, kind, is_dataset=True)]
+    """A data set, if one is named. Of a suite of prompts this is its repository; GitHub's are not asked for."""
+    if name is None:
+        return []
+    suite, folder = find_suite(name)
+    if suite is None or folder is not None:
+        return [Named(option, name, kind, is_dataset=True)]
+    if suite.is_on_github:
+        return []
+    return [
+        Named(option, suite.repository, kind, is_dataset=True, revision=suite.revision, file=next(iter(suite.files)))
+    ]
 
 
 def of_decoder(name: str | None) -> list[Named]:

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.adapters import LORA_NAME
-from ..training.checkpointing import CHECKPOINT_NAME, CheckpointFiles, checkpoint_problems, global_step_of
+from ..training.checkpointing import (
+    EARLIER_RUN_ADVICE,
+    CheckpointFiles,
+    check_for_earlier_run,
+    checkpoint_problems,
+    checkpoints_of_last_run,
+    global_step_of,
+)
 from .report import NOTE, OK, PROBLEM, WARNING, Finding
 
 
@@ -38,28 +45,28 @@ def check_output(config: Any, resume: Any, files: CheckpointFiles) -> list[Findi
         files ([`CheckpointFiles`]): of the trainer.
     """
     folder = Path(config.output_dir)
-    folders = folder.iterdir() if folder.is_dir() else ()
-    found = [path for path in folders if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir()]
-    found.sort(key=lambda path: int(path.name.rpartition("-")[2]))
-    saved = (folder / LORA_NAME).is_file() or (folder / "model.safetensors").is_file()
-    if resume in (None, False):
-        if found or saved:
-            names = ", ".join(path.name for path in found[-3:]) or "a saved model"
-            text = f"{str(folder)!r} holds an earlier run ({names}), whose files would be overwritten or mixed with new ones. "
-            text += "Go on with it by --resume_from_checkpoint last, or choose another folder."
-            return [Finding(SECTION, WARNING, "output_dir", text)]
-        state = "is empty" if folder.is_dir() else "will be made"
-        return [Finding(SECTION, OK, "output_dir", f"{str(folder)!r} {state}")]
-    return [_resumed(folder, found, resume, files)]
+    if resume not in (None, False):
+        return [_resumed(folder, resume, files)]
+    try:
+        check_for_earlier_run(folder, EARLIER_RUN_ADVICE)
+    except ValueError as error:  # the command refuses it, unless it is told not to
+        mark = WARNING if config.overwrite_output_dir else PROBLEM
+        return [Finding(SECTION, mark, "output_dir", str(error))]
+    if (folder / LORA_NAME).is_file() or (folder / "model.safetensors").is_file():
+        text = f"{str(folder)!r} holds a saved model, which would be overwritten. Choose another folder to keep it."
+        return [Finding(SECTION, WARNING, "output_dir", text)]
+    state = "is empty" if folder.is_dir() else "will be made"
+    return [Finding(SECTION, OK, "output_dir", f"{str(folder)!r} {state}")]
 
 
-def _resumed(folder: Path, found: list[Path], resume: Any, files: CheckpointFiles) -> Finding:
+def _resumed(folder: Path, resume: Any, files: CheckpointFiles) -> Finding:
     if resume is True:
-        whole = [path for path in found if not checkpoint_problems(path, files)]
+        own, _ = checkpoints_of_last_run(folder, files)
+        whole = [path for path in own if not checkpoint_problems(path, files)]
         if not whole:
             text = f"there is no complete checkpoint in {str(folder)!r} to resume from. Leave the option out to begin anew."
             return Finding(SECTION, PROBLEM, "resume", text)
-        checkpoint = whole[-1]
+        checkpoint = max(whole, key=global_step_of)
     else:
         checkpoint = Path(resume)
         problems = checkpoint_problems(checkpoint, files)

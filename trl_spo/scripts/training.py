@@ -34,15 +34,11 @@ def check_run(config, trainer_class: type) -> None:
     Raises:
         ValueError, OSError: for what cannot work, or would mix two runs in one folder.
     """
-    from ..training.checkpointing import check_for_earlier_run, resume_from
+    from ..training.checkpointing import EARLIER_RUN_ADVICE, check_for_earlier_run, resume_from
 
     trainer_class.check_output(config)
     if resume_from(config) is None and not config.overwrite_output_dir:
-        check_for_earlier_run(
-            config.output_dir,
-            "Go on with it by --resume_from_checkpoint last, or choose another --output_dir. A new run beside them, which "
-            "replaces the model in the folder: --overwrite_output_dir.",
-        )
+        check_for_earlier_run(config.output_dir, EARLIER_RUN_ADVICE)
 
 
 def check_evaluation_data(config, eval_dataset_name: str | None) -> None:

@@ -408,6 +408,12 @@ def run_of_checkpoint(folder: Path, files: CheckpointFiles) -> str | None:
     return None if record is None else record.run_id
 
 
+EARLIER_RUN_ADVICE = (  # in the words of the commands
+    "Go on with it by --resume_from_checkpoint last, or choose another --output_dir. A new run beside them, which replaces the "
+    "model in the folder: --overwrite_output_dir."
+)
+
+
 def check_for_earlier_run(output_dir: str | Path, advice: str) -> None:
     """
     Args:
