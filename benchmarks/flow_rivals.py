@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 from benchmarks.compare.evaluate import two_way
 from benchmarks.compare.methods import DiffusionDPO, Meter, Recorder, restore_adapter, reward_config, train_spo
 from benchmarks.compare.online import ONLINE, ONLINE_DEFAULTS
+from benchmarks.compare.report import markdown
 from benchmarks.latent_rewards import (
     EquivalentMeter,
     arithmetic_share,
@@ -71,6 +72,7 @@ BUDGET = 24_000
 NUM_MARKS = 8
 NUM_PAIRS = 2_400
 SWEEP_SEED = 100
+METRICS = ("utility", "aesthetics", "alignment")
 REWARD_OF = {"spo": "pixel", "lpo": "latent", "grpo": "clean", "nft": "clean", "dpo": None}
 TITLES = {
     "spo": "SPO, step-aware reward",
@@ -255,45 +257,39 @@ def read(output: Path, pattern: str) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(output.glob(pattern))]
 
 
-def sweep_table(output: Path) -> list[str]:
+def sweep_table(output: Path) -> str:
     """Validation scores of the best checkpoint of every trial, as differences to the base model."""
     base = json.loads((output / "base_validation.json").read_text())
-    lines = [
-        "| method | settings | utility | aesthetics | alignment | evaluations | CPU seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for method, trials in SWEEPS.items():
         for i, changes in enumerate(trials):
             for trial in read(output, f"sweep_{method}_{i}.json"):
                 point = trial["points"][trial["best"]]
                 cells = [TITLES[method], ", ".join(f"{name} {value}" for name, value in changes.items())]
-                cells += [f"{point[name] - base[name]:+.3f}" for name in ("utility", "aesthetics", "alignment")]
+                cells += [f"{point[name] - base[name]:+.3f}" for name in METRICS]
                 cells += [f"{point['evaluations']:,.0f}", f"{trial['points'][-1]['cpu_seconds']:.0f}"]
-                lines.append("| " + " | ".join(cells) + " |")
-    return lines
+                rows.append(cells)
+    return markdown(["method", "settings", *METRICS, "evaluations", "CPU seconds"], rows)
 
 
-def heldout_table(output: Path) -> list[str]:
+def heldout_table(output: Path) -> str:
     """Held-out differences to the base model, standard errors over captions and training seeds."""
     base = json.loads((output / "base.json").read_text())
-    lines = [
-        "| | seeds | utility | aesthetics | alignment | evaluations | CPU seconds to the whole budget |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for method, title in TITLES.items():
         runs = read(output, f"run_{method}_*.json")
         if not runs:
             continue
         cells = [title, str(len(runs))]
-        for metric in ("utility", "aesthetics", "alignment"):
+        for metric in METRICS:
             change = torch.tensor([found["heldout"][metric] for found in runs]) - torch.tensor(base[metric])
             found = two_way(change)
             cells.append(f"{found['mean']:+.3f} ± {found['se']:.3f}")
         best = [found["points"][found["best"]]["evaluations"] for found in runs]
         seconds = [found["points"][-1]["cpu_seconds"] for found in runs]
         cells += [f"{sum(best) / len(best):,.0f}", f"{sum(seconds) / len(seconds):.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return markdown(["", "seeds", *METRICS, "evaluations", "CPU seconds to the whole budget"], rows)
 
 
 def main(argv=None):
@@ -307,9 +303,9 @@ def main(argv=None):
     if not args.table:
         study(args.output, args.seeds, args.methods)
     if list(args.output.glob("sweep_*.json")):
-        print("\n".join([*sweep_table(args.output), ""]))
+        print(f"{sweep_table(args.output)}\n")
     if list(args.output.glob("run_*.json")):
-        print("\n".join(heldout_table(args.output)))
+        print(heldout_table(args.output))
 
 
 if __name__ == "__main__":

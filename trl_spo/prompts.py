@@ -16,7 +16,6 @@
 
 import codecs
 import csv
-import difflib
 import functools
 import io
 import json
@@ -31,6 +30,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .prompt_suites import SUITES, PromptSuite, find_suite, locate_suite
+from .suggestions import did_you_mean
 
 
 try:
@@ -118,11 +118,9 @@ def _dataset_by_name(name: str, split: str) -> Dataset:
     try:
         return load_from_hub(name, split)
     except FileNotFoundError as error:
-        close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.6)
-        hint = f" Did you mean the suite {close[0]!r}?" if close else ""
         raise FileNotFoundError(
             f"There are no prompts under the name {name!r}: it is no file or folder here, no suite ({', '.join(SUITES)}), and no "
-            f"dataset of the Hub that can be reached.{hint}"
+            f"dataset of the Hub that can be reached{did_you_mean(name, SUITES, cutoff=0.6) or '.'}"
         ) from error
 
 

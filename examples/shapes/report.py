@@ -25,7 +25,7 @@ import torch
 
 from trl_spo.evaluation.curves import plot_accuracy_by_timestep, plot_curves
 from trl_spo.evaluation.sheets import before_after_sheet, candidate_tree
-from trl_spo.evaluation.statistics import paired_statistics, wilson_interval
+from trl_spo.evaluation.statistics import paired_statistics
 
 from . import world
 from .base_scores import PIPELINE
@@ -143,21 +143,8 @@ def draw_accuracy(reward: str, fresh: dict[int, float], trained: dict[int, float
     if reward == "latent":
         labels = ("before training", "latent reward model")
     accuracy = dict(zip(labels, (fresh, trained), strict=True))
-    figure = plot_accuracy_by_timestep(
-        accuracy, title=f"Agreement with noisy labels, {FRESH_PAIRS} fresh pairs, 95% intervals"
-    )
-    axes = figure.axes[0]
-    lowest = axes.get_ylim()[0]
-    for line, values in zip(axes.get_lines(), accuracy.values(), strict=False):  # the last line is chance
-        timesteps = sorted(values)
-        intervals = [wilson_interval(values[t], FRESH_PAIRS) for t in timesteps]
-        below = [values[t] - low for t, (low, _) in zip(timesteps, intervals, strict=True)]
-        above = [high - values[t] for t, (_, high) in zip(timesteps, intervals, strict=True)]
-        heights = [values[t] for t in timesteps]
-        axes.errorbar(timesteps, heights, [below, above], fmt="none", ecolor=line.get_color(), capsize=3)
-        lowest = min(lowest, *(low - 0.02 for low, _ in intervals))
-    axes.set_ylim(bottom=max(0.0, lowest))
-    return figure
+    title = f"Agreement with noisy labels, {FRESH_PAIRS} fresh pairs, 95% intervals"
+    return plot_accuracy_by_timestep(accuracy, title=title, num_pairs=FRESH_PAIRS)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -193,8 +180,8 @@ def next_commands(model: str, folder: Path) -> str:
     lines = ["Next:"]
     if model == "unet":
         lines += [
-            f"  {program} sample --model_name_or_path {PIPELINE} --lora {folder} --prompts {folder}/heldout.txt \\",
-            f"      --num_prompts 16 --num_inference_steps 10 --guidance_scale 1 --output_dir {folder}/samples",
+            f"  {program} sample --model_name_or_path {PIPELINE} --lora {folder} --base \\",
+            f"      --prompts {folder}/heldout.txt --num_prompts 16 --output_dir {folder}/samples",
             f"  {program} demo --model flow      the same with a flow-matching model",
         ]
     else:

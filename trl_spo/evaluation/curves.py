@@ -221,10 +221,8 @@ def _set_range(axes, panel: Panel, deviation: float) -> None:
     if missing > 0:
         low -= missing / 2
         high += missing / 2
-    if (
-        panel.level == 0 and min(axes.lines[0].get_ydata()) >= 0
-    ):  # what cannot be negative is not drawn on half of a panel
-        low = -0.05 * high
+    if panel.level == 0 and min(axes.lines[0].get_ydata()) >= 0:
+        low = -0.05 * high  # what is never negative needs no half of a panel for it
     axes.set_ylim(low, high)
 
 
