@@ -28,7 +28,7 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from benchmarks.compare import methods, report, run
+from benchmarks.compare import methods, report, run, tasks
 from benchmarks.compare.evaluate import compute_to_reach, exact_scores, interpolate, pairwise_distance, two_way
 from examples.shapes import world
 from examples.shapes.base_scores import load_pipeline
@@ -272,7 +272,7 @@ class TestStudy:
             raise AssertionError("a process was started")
 
         times = {path: path.stat().st_mtime_ns for path in output.glob("r*/**/*.json")}
-        monkeypatch.setattr(run, "subprocess", types.SimpleNamespace(Popen=refuse, STDOUT=None))
+        monkeypatch.setattr(tasks, "subprocess", types.SimpleNamespace(Popen=refuse, STDOUT=None))
         assert run.main(arguments(output, "--only", "sft", "--no_report")) == 0
         assert times == {path: path.stat().st_mtime_ns for path in times}
         (output / "run" / "sft" / "0.json").rename(output / "hidden")
@@ -482,5 +482,5 @@ def test_learned_rewards_are_named_once():
 def test_the_page_has_the_tables_of_the_report():
     root = Path(__file__).parent.parent
     tables = json.loads((root / "benchmarks" / "results" / "compare" / "report.json").read_text())["tables"]
-    page = (root / "docs" / "results.md").read_text()
+    page = (root / "docs" / "ablations.md").read_text()
     assert report.TABLE.search(page) and report.fill_page(page, tables) == page

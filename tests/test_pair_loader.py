@@ -65,6 +65,21 @@ def test_every_pair_is_dealt_out_once():
     assert loader.exhausted and loader.num_pairs_seen == 15 and loader.num_prompts_seen == 6 and loader.epoch == 1
 
 
+def test_several_iterations_deal_every_pair_out_so_often():
+    """Of one rollout every pair is seen once before any is seen again, in another order; its first order is that of one."""
+    sizes = {"prompts_per_rollout": 6, "pairs_per_micro_batch": 3, "micro_batches_per_step": 1}
+    loader = make_loader(**sizes, num_iterations=3)
+    batches = list(loader)
+    rows = rows_of(batches)
+    rounds = [rows[:15], rows[15:30], rows[30:]]
+    assert rounds[0] == rows_of(list(make_loader(**sizes)))
+    assert [sorted(seen) for seen in rounds] == [sorted(rounds[0])] * 3
+    assert rounds[0] != rounds[1] != rounds[2]
+    assert (loader.num_pairs_seen, loader.num_prompts_seen) == (45, 6)
+    assert torch.cat([batch["is_fresh"] for batch in batches]).tolist() == [True] * 15 + [False] * 30
+    assert len(make_loader(**sizes, num_iterations=3)) == 6 * 5 * 3 / 3  # if every branch of every prompt gave a pair
+
+
 def test_pairs_know_their_prompts():
     for batch in make_loader():
         assert [float(p[0]) for p in batch["pairs"].prompts] == batch["pairs"].latents[:, 0].tolist()
@@ -157,16 +172,30 @@ def test_two_processes_share_prompts_and_pairs_evenly():
     assert len(set(rows)) == len(rows) == 12  # the last three are too few for two micro-batches in two processes
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("after", [1, 2, 4, 7])
-def test_a_resumed_loader_continues(after):
+def test_a_resumed_loader_continues(after, iterations):
     """After any number of micro-batches of whole steps: the rest is what the uninterrupted loader deals out."""
-    whole = rows_of(list(make_loader(num_epochs=2, micro_batches_per_step=1)))
-    first, second = (make_loader(num_epochs=2, micro_batches_per_step=1) for _ in range(2))
+    sizes = {"num_epochs": 2, "micro_batches_per_step": 1, "num_iterations": iterations}
+    whole = list(make_loader(**sizes))
+    first, second = (make_loader(**sizes) for _ in range(2))
     steps = iter(first)
-    before = rows_of([next(steps) for _ in range(after)])
+    before = [next(steps) for _ in range(after)]
     second.load_state_dict(first.state_dict())
-    assert before + rows_of(list(second)) == whole
-    assert (second.num_pairs_seen, second.num_prompts_seen) == (30, 12)
+    after = list(second)
+    assert rows_of(before) + rows_of(after) == rows_of(whole)
+    parts = [torch.cat([batch["is_fresh"] for batch in batches]) for batches in ([*before, *after], whole)]
+    assert torch.equal(*parts) and parts[0].sum() == 30
+    assert (second.num_pairs_seen, second.num_prompts_seen) == (30 * iterations, 12)
+
+
+def test_pairs_of_a_checkpoint_from_before_there_were_iterations_are_fresh():
+    first, second = make_loader(), make_loader()
+    next(iter(first))
+    state = first.state_dict()
+    assert state.pop("pool_is_fresh") == [True] * first.waiting
+    second.load_state_dict(state)
+    assert all(batch["is_fresh"].all() for batch in second)
 
 
 def test_a_fresh_loader_has_a_state():
@@ -225,7 +254,14 @@ class TestWherePairsWait:
     def test_pairs_from_a_checkpoint_join_those_of_the_device(self):
         loader = self.loader(max_device_bytes=2**20, pairs_per_micro_batch=3)
         waiting = rollout(PROMPTS[1:3], 0)[:1]
-        loader.pool = waiting
+        loader.load_state_dict(
+            {
+                **loader.state_dict(),
+                "pool": waiting.tensors(),
+                "pool_prompts": waiting.prompts,
+                "pool_is_fresh": [True],
+            }
+        )
         batches = list(loader)
         assert sum(len(batch["pairs"]) for batch in batches) == 5
         assert {batch["pairs"].latents.device.type for batch in batches} == {"meta"}

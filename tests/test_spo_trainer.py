@@ -82,6 +82,19 @@ class TestInvariants:
         assert first["pairs/fresh_accuracy"] == 0.5
         assert second["kl"] > 0 and second["ratio/chosen"] != 1.0
 
+    def test_pairs_that_come_again_are_not_fresh(self, tmp_path):
+        """
+        Four prompts give more than one step of pairs: all of the first rollout are dealt out before any comes again, so the first
+        log has the accuracy of fresh pairs alone, 1/2 of an untrained policy, and the rollouts make every pair serve twice.
+        """
+        trainer = make_trainer(tmp_path, max_steps=4, num_iterations=2, learning_rate=1e-3)
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert logs[0]["pairs/fresh_accuracy"] == 0.5
+        once = make_trainer(tmp_path / "once", max_steps=4, learning_rate=1e-3)
+        once.train()
+        assert logs[-1]["num_prompts_seen"] < once.state.log_history[3]["num_prompts_seen"]
+
     @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
     def test_half_precision_weights_start_at_ratio_one_too(self, tmp_path, precision):
         """Regression: policy and reference in different precisions are never equal."""

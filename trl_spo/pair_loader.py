@@ -43,6 +43,7 @@ class LoaderSizes:
         micro_batches_per_step (`int`): micro-batches of one process between two optimizer steps.
         max_pairs_per_prompt (`int`): pairs that one prompt gives if every branch gives a valid one per transition.
         num_epochs (`float`): passes over the prompts; `math.inf` where steps end the run.
+        num_iterations (`int`, *optional*, defaults to `1`): times that each pair is trained on.
         rank (`int`, *optional*, defaults to `0`): number of this process.
         world_size (`int`, *optional*, defaults to `1`): number of processes.
     """
@@ -52,6 +53,7 @@ class LoaderSizes:
     micro_batches_per_step: int
     max_pairs_per_prompt: int
     num_epochs: float
+    num_iterations: int = 1
     rank: int = 0
     world_size: int = 1
 
@@ -86,8 +88,8 @@ class PairLoader:
             more than this and there is one process; otherwise on the CPU.
 
     Yields:
-        `dict`: `pairs` ([`StepPairs`]) of one micro-batch, with `num_pairs` of the optimizer step in this process, and
-        `num_micro_batches` of the step.
+        `dict`: `pairs` ([`StepPairs`]) of one micro-batch and `is_fresh` (`(B,)`, bool), which of them are trained on for the
+        first time, with `num_pairs` of the optimizer step in this process, and `num_micro_batches` of the step.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class PairLoader:
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
         self.pool: StepPairs | None = None
+        self._is_fresh = torch.empty(0, dtype=torch.bool)  # of the pairs in the pool
         self._order: tuple[int, torch.Tensor] | None = None  # of the epoch it was drawn for
 
     # --- sizes -------------------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ class PairLoader:
         Upper bound on the micro-batches of one epoch: every branch gives a valid pair, and the pool starts as full as it
         can be. Real epochs are shorter.
         """
-        pairs = len(self.prompts) * self.sizes.max_pairs_per_prompt
+        pairs = len(self.prompts) * self.sizes.max_pairs_per_prompt * self.sizes.num_iterations
         left = self.pairs_per_step - 1 if self.total_prompts > len(self.prompts) else 0
         return math.ceil((pairs + left) / self.pairs_per_step) * self.sizes.micro_batches_per_step
 
@@ -181,13 +184,14 @@ class PairLoader:
         total -= total % world_size
         if total < accumulation * world_size:
             return None
-        step = self.pool[:total]
-        self.pool = self.pool[total:]
+        step, is_fresh = self.pool[:total], self._is_fresh[:total]
+        self.pool, self._is_fresh = self.pool[total:], self._is_fresh[total:]
         self.num_pairs_seen += total
 
         # Each process takes its own slice, in micro-batches of nearly the same size.
         share = total // world_size
-        own = step[self.sizes.rank * share : (self.sizes.rank + 1) * share]
+        rows_of_rank = slice(self.sizes.rank * share, (self.sizes.rank + 1) * share)
+        own, is_fresh = step[rows_of_rank], is_fresh[rows_of_rank]
         parts = []
         first = 0
         for rows in torch.arange(share).tensor_split(accumulation):
@@ -195,7 +199,9 @@ class PairLoader:
             first += len(rows)
         if self.pin_memory:
             parts = [part.pin_memory() for part in parts]
-        return [{"pairs": part, "num_pairs": len(own), "num_micro_batches": accumulation} for part in parts]
+        fresh_parts = is_fresh.split([len(part) for part in parts])
+        sizes = {"num_pairs": len(own), "num_micro_batches": accumulation}
+        return [{"pairs": part, "is_fresh": fresh, **sizes} for part, fresh in zip(parts, fresh_parts, strict=True)]
 
     def _fill_pool(self):
         """
@@ -230,7 +236,11 @@ class PairLoader:
             parts = self.gather([part.to("cpu") for part in parts])
         fresh = StepPairs.cat(parts)
         shuffle = torch.Generator().manual_seed(self.seed + 1 + start)
-        fresh = fresh[torch.randperm(len(fresh), generator=shuffle)]
+        # Pairs that are trained on several times come back in another order, after all of them have been seen.
+        orders = [torch.randperm(len(fresh), generator=shuffle) for _ in range(self.sizes.num_iterations)]
+        first_time = torch.arange(self.sizes.num_iterations).repeat_interleave(len(fresh)) == 0
+        self._is_fresh = torch.cat([self._is_fresh, first_time])
+        fresh = fresh[torch.cat(orders)]
         together = [fresh] if self.pool is None else [self.pool, fresh]
         small = sum(part.nbytes for part in together) <= self.max_device_bytes
         home = fresh.latents.device if small else "cpu"
@@ -270,6 +280,7 @@ class PairLoader:
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
             "pool_prompts": [] if self.pool is None else self.pool.prompts,
+            "pool_is_fresh": self._is_fresh.tolist(),
             "pool": {} if self.pool is None else self.pool.tensors(),
         }
 
@@ -288,3 +299,5 @@ class PairLoader:
         self.num_prompts_seen = state["num_prompts_seen"]
         self.num_pairs_seen = state["num_pairs_seen"]
         self.pool = StepPairs(**state["pool"], prompts=state["pool_prompts"]) if state["pool"] else None
+        is_fresh = state.get("pool_is_fresh", [True] * self.waiting)  # before there were iterations, all were
+        self._is_fresh = torch.tensor(is_fresh, dtype=torch.bool)

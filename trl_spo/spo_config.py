@@ -134,6 +134,10 @@ class SPOConfig(StepTrainingArguments):
 
         beta (`float`, *optional*, defaults to `10.0`):
             Strength of the preference, per log-probability averaged over latent dimensions.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Times that each pair is trained on, in a new order each time. Rollouts are most of the cost, and the loss compares
+            with the reference and not with the policy that drew the pairs, so they stay valid; what several iterations give
+            and what they risk was measured in docs/results.md.
         epsilon (`float`, *optional*, defaults to `0.1`):
             Clipping range of the probability ratios.
         kl_coef (`float`, *optional*, defaults to `0.0`):
@@ -266,6 +270,7 @@ class SPOConfig(StepTrainingArguments):
 
     # Parameters that control the loss
     beta: float = _field(10.0, "Strength of the preference, per mean log-probability.")
+    num_iterations: int = _field(1, "Times that each pair is trained on.")
     epsilon: float = _field(0.1, "Clipping range of the probability ratios.")
     kl_coef: float = _field(0.0, "Weight of the exact per-step KL divergence to the reference.")
     timestep_weighting: str = _field("none", "'none' as in the paper, or 'even' weight of all timesteps.")
@@ -349,6 +354,7 @@ class SPOConfig(StepTrainingArguments):
             "eval_seed": (0 <= self.eval_seed < 2**63, "in [0, 2^63)"),
             "epsilon": (0 < self.epsilon < 1, "in (0, 1)"),
             "beta": (self.beta > 0, "positive"),
+            "num_iterations": (self.num_iterations >= 1, "at least 1"),
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "per_device_rollout_batch_size": (self.per_device_rollout_batch_size >= 1, "at least 1"),
             "per_device_train_batch_size": (self.per_device_train_batch_size >= 1, "at least 1"),

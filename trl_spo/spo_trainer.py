@@ -328,6 +328,7 @@ class SPOTrainer(StepTrainer):
             micro_batches_per_step=args.gradient_accumulation_steps,
             max_pairs_per_prompt=most_pairs,
             num_epochs=math.inf if args.max_steps > 0 else args.num_train_epochs,
+            num_iterations=args.num_iterations,
             rank=args.process_index,
             world_size=args.world_size,
         )
@@ -491,7 +492,8 @@ class SPOTrainer(StepTrainer):
             self.guard.watch("log-probabilities", losses.isfinite(), inputs["pairs"].timesteps, pairs.prompts)
         log_ratios = (logps[0] - logps[2], logps[1] - logps[3])
         policy_logps = (chosen_logps, rejected_logps)
-        self._metrics.add_loss(output, losses, kl, policy_logps, log_ratios, args.beta, args.epsilon)
+        is_fresh = None if args.num_iterations == 1 else inputs["is_fresh"]
+        self._metrics.add_loss(output, losses, kl, policy_logps, log_ratios, args.beta, args.epsilon, is_fresh)
         return (loss, output) if return_outputs else loss
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ from scipy.stats import t as student_t
 
 from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set
-from examples.shapes.preferences import _denoise, encode_prompts
+from examples.shapes.preferences import _denoise, encode_prompts, sampling_dtype
 from trl_spo.noised_pairs import noised_pairs
 from trl_spo.preference_collator import StepPreferenceCollator
 from trl_spo.sampling import score_images
@@ -45,13 +45,14 @@ def sample(
     pipeline, prompts: list[str], seeds: list[int], guidance_scale: float = 1.0, batch_size: int = 106
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Images as [`examples.shapes.preferences.sample_images`] draws them (DDIM, 10 steps, eta 1, bfloat16 autocast), with
+    Images as [`examples.shapes.preferences.sample_images`] draws them (DDIM, 10 steps, eta 1, its autocast), with
     their latents.
 
     Returns:
         `tuple`: images `(N, 3, 32, 32)` in [0, 1] and final latents `(N, 4, 8, 8)`, float32.
     """
     states, empty = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
+    dtype = sampling_dtype()
     images = []
     latents = []
     for start in range(0, len(prompts), batch_size):
@@ -59,7 +60,7 @@ def sample(
         context = states[rows]
         if guidance_scale != 1:
             context = torch.cat([empty.expand_as(context), context])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
             final = _denoise(pipeline, context, seeds[rows], STEPS, guidance_scale, ETA)
             decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor).sample
         latents.append(final.float())

@@ -283,8 +283,10 @@ class _Budget(TrainerCallback):
             control.should_training_stop = True
 
 
-def train_spo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: dict, output_dir: Path):
-    """SPO with the package's trainer; `settings` are fields of [`SPOConfig`]."""
+def train_spo(
+    pipeline, recorder: Recorder, reward: Any, seed: int, settings: dict, output_dir: Path, split: str = "train"
+):
+    """SPO with the package's trainer on the captions of a split; `settings` are fields of [`SPOConfig`]."""
     config = SPOConfig(
         output_dir=str(output_dir),
         **{**SAMPLER, **settings},
@@ -297,7 +299,7 @@ def train_spo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: di
         seed=seed,
     )
     trainer = SPOTrainer(
-        config, pipeline, reward, train_dataset=list(world.captions("train")), peft_config=lora_config()
+        config, pipeline, reward, train_dataset=list(world.captions(split)), peft_config=lora_config()
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -462,9 +464,11 @@ class SupervisedFineTuning(_Offline):
 # ------------------------------------------------------------------------------------------------------------- DDPO
 
 
-def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: dict, output_dir: Path):
+def train_ddpo(
+    pipeline, recorder: Recorder, reward: Any, seed: int, settings: dict, output_dir: Path, split: str = "train"
+):
     """
-    TRL's own `DDPOTrainer` with a reward on finished images.
+    TRL's own `DDPOTrainer` with a reward on finished images and the captions of a split.
 
     Args:
         reward ([`StepAwareRewardModel`]): the clean-image reward.
@@ -509,7 +513,7 @@ def train_ddpo(pipeline, recorder: Recorder, reward: Any, seed: int, settings: d
     )
 
     # DDPO draws prompts and asks for rewards through functions.
-    prompts = world.captions("train")
+    prompts = world.captions(split)
     chooser = torch.Generator().manual_seed(seed)
     seen = []
     waiting = []

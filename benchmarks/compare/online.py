@@ -110,7 +110,7 @@ class _Online:
 
     micro_batch_size = 64
 
-    def __init__(self, pipeline: SPOPipeline, reward: Any, seed: int, settings: dict):
+    def __init__(self, pipeline: SPOPipeline, reward: Any, seed: int, settings: dict, split: str = "train"):
         self.pipeline = pipeline
         self.reward = reward
         self.settings = settings
@@ -118,7 +118,7 @@ class _Online:
         pipeline.prepare_for_training(lora_config())
         self.generator = torch.Generator().manual_seed(seed)
         self.random = random.Random(seed)
-        self.prompts = list(world.captions("train"))
+        self.prompts = list(world.captions(split))
         self.texts = pipeline.encode_prompt(self.prompts)
         self.parameters = [p for p in pipeline.denoiser.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings["learning_rate"], **ADAM)
@@ -229,8 +229,8 @@ class FlowGRPO(_Online):
 class DiffusionNFT(_Online):
     """DiffusionNFT; `settings` are those of `ONLINE_DEFAULTS["nft"]`."""
 
-    def __init__(self, pipeline: SPOPipeline, reward: Any, seed: int, settings: dict):
-        super().__init__(pipeline, reward, seed, settings)
+    def __init__(self, pipeline: SPOPipeline, reward: Any, seed: int, settings: dict, split: str = "train"):
+        super().__init__(pipeline, reward, seed, settings, split)
         self.old = adapter_state(pipeline.denoiser)
         self.updates = 0
 

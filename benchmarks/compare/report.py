@@ -17,8 +17,8 @@ Tables and figures of the comparison from the JSON files that `run.py` left; tra
 
 ```shell
 python benchmarks/compare/report.py --output compare_output
-python benchmarks/compare/report.py --output compare_output --report benchmarks/results/compare --page docs/results.md
-python benchmarks/compare/report.py --figures benchmarks/results/compare/report.json --page docs/results.md
+python benchmarks/compare/report.py --output compare_output --report benchmarks/results/compare --page docs/ablations.md
+python benchmarks/compare/report.py --figures benchmarks/results/compare/report.json --page docs/ablations.md
 ```
 
 Writes `report.md`, `report.json` (every number of it) and the figures. What is missing is left out and named. With `--page`
@@ -43,6 +43,7 @@ import torch
 from benchmarks.compare import figures
 from benchmarks.compare import run as study
 from benchmarks.compare.evaluate import EXACT, compute_to_reach, interpolate, two_way
+from benchmarks.compare.tasks import read_json
 
 
 NAN = float("nan")
@@ -65,23 +66,23 @@ class Results:
         self.output = output
         if not (output / "base.json").is_file():
             raise FileNotFoundError(f"{output} has no base.json: run benchmarks/compare/run.py first.")
-        self.base = study.read_json(output / "base.json")
+        self.base = read_json(output / "base.json")
         self.plan = self.base["plan"]
         self.runs = {}
         self.missing = []
         for arm in study.ARMS:
             found = sorted((output / "run" / arm).glob("*.json"), key=lambda path: int(path.stem))
             if found:
-                self.runs[arm] = {int(path.stem): study.read_json(path) for path in found}
+                self.runs[arm] = {int(path.stem): read_json(path) for path in found}
             else:
                 self.missing.append(arm)
         self.rewards = {}
         for kind in study.LEARNED_REWARDS:
             for path in sorted((output / "reward" / kind).glob("*.json")):
-                self.rewards.setdefault(kind, {})[int(path.stem)] = study.read_json(path)
+                self.rewards.setdefault(kind, {})[int(path.stem)] = read_json(path)
         self.guidance = {}
         for path in sorted((output / "guidance").glob("*/*.json")):
-            self.guidance.setdefault(path.parent.name, {})[int(path.stem)] = study.read_json(path)
+            self.guidance.setdefault(path.parent.name, {})[int(path.stem)] = read_json(path)
 
     def heldout(self, arm: str, seed: int, pick: str, metric: str) -> torch.Tensor:
         """`(C, R)` scores of a run."""
@@ -410,7 +411,7 @@ def accuracy_table(results: Results) -> tuple[str, dict]:
 
 def order_table(results: Results) -> tuple[str, dict]:
     """What the reward models see in predictions of x_0."""
-    found = [study.read_json(path)["order"] for path in sorted((results.output / "order").glob("*.json"))]
+    found = [read_json(path)["order"] for path in sorted((results.output / "order").glob("*.json"))]
     if not found:
         return "", {}
     data = {}

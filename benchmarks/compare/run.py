@@ -30,18 +30,22 @@ not done again, so a second call goes on where the first one stopped. Held-out c
 
 import argparse
 import dataclasses
-import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not this folder: its modules would hide others of the same name
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[2]
+    )  # not this folder: its modules would hide others of the same name
+
+from benchmarks.compare.tasks import execute, read_json, write_json
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
 
 # Settings are tried on a seed of their own, judged by the utility of their best checkpoint on validation captions; rivals
 # try as many as SPO, Diffusion-DPO one more. The last ones of SPO, Diffusion-DPO and DDPO were added after the others had
@@ -179,17 +183,6 @@ def make_plan(args: argparse.Namespace) -> dict:
         if getattr(args, name) is not None:
             plan[name] = getattr(args, name)
     return plan
-
-
-def write_json(path: Path, value: dict):
-    """A file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(value))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def chosen_settings(output: Path, method: str) -> dict:
@@ -532,43 +525,6 @@ def work_order(task: str, output: Path, plan: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def execute(tasks: list[str], args: argparse.Namespace, failed: list[str], jobs: int):
-    """Runs what has no result yet, some processes at a time; failures are written down and the rest goes on."""
-    waiting = [task for task in tasks if not (args.output / f"{task}.json").is_file()]
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    try:
-        while waiting or running:
-            # Start tasks up to the number of jobs, each with a log of its own.
-            while waiting and len(running) < jobs:
-                task = waiting.pop(0)
-                log = args.output / "logs" / f"{task.replace('/', '-')}.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                command = [interpreter_of(task, args), str(Path(__file__).resolve())]
-                command += ["--output", str(args.output), "--work", task]
-                with log.open("w") as stream:
-                    process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-                running[task] = (process, time.perf_counter())
-            time.sleep(0.2)
-            # Look for tasks that have ended; of one that failed, the end of its log is shown.
-            for task, (process, start) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[task]
-                seconds = time.perf_counter() - start
-                done = process.returncode == 0 and (args.output / f"{task}.json").is_file()
-                print(f"{'done  ' if done else 'FAILED'} {task} ({seconds:.0f} s)", flush=True)
-                if not done:
-                    failed.append(task)
-                    log = (args.output / "logs" / f"{task.replace('/', '-')}.txt").read_text()
-                    print("\n".join(log.splitlines()[-15:]), flush=True)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument(
@@ -611,9 +567,20 @@ def main(argv=None) -> int:
         )
     write_json(path, plan)
     failed: list[str] = []
+
+    def command_of(task: str) -> list[str]:
+        return [
+            interpreter_of(task, args),
+            str(Path(__file__).resolve()),
+            "--output",
+            str(args.output),
+            "--work",
+            task,
+        ]
+
     for stage in everything:
         check_settings(args.output, stage)
-        execute(stage, args, failed, args.jobs)
+        failed += execute(stage, args.output, command_of, args.jobs)
         if failed and stage == ["base"]:
             break
     if failed:

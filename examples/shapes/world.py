@@ -98,11 +98,20 @@ def captions(split: str | None = None) -> tuple[str, ...]:
     The captions of one split, in a fixed order.
 
     Args:
-        split (`str`, *optional*): `"train"`, `"validation"` or `"heldout"`. All 560 captions when left out.
+        split (`str`, *optional*): `"train"`, `"validation"` or `"heldout"`. All 560 captions when left out. `"study"` and
+            `"untouched"` divide the training captions about three to one: a study that trains on the first alone has, in
+            the second, captions that no earlier study has looked at.
     """
+    if split in ("study", "untouched"):
+        return tuple(caption for caption in captions("train") if is_untouched(caption) == (split == "untouched"))
     if split not in (None, "train", "validation", "heldout"):
         raise ValueError(f"`split` must be 'train', 'validation' or 'heldout', got {split!r}.")
     return tuple(caption for caption in CAPTIONS if split is None or split_of(caption) == split)
+
+
+def is_untouched(caption: str) -> bool:
+    """About one caption in four, decided by other bits of the SHA-256 than those of `split_of`."""
+    return hashlib.sha256(caption.encode()).digest()[31] % 4 == 0
 
 
 def parse(prompts) -> torch.Tensor:

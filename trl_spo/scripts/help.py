@@ -38,7 +38,8 @@ GROUPS = {
     "metrics": "metrics metric_options",
     "SPO: rollouts": "num_candidates num_inner_steps branch_start_step branch_end_step branch_start_timestep "
     "branch_end_timestep num_branches resample per_device_rollout_batch_size",
-    "SPO: pairs and loss": "preference_threshold pair beta epsilon kl_coef timestep_weighting train_cfg disable_dropout",
+    "SPO: pairs and loss": "preference_threshold pair beta num_iterations epsilon kl_coef "
+    "timestep_weighting train_cfg disable_dropout",
     "reward training": "min_timestep max_timestep timesteps independent_noise resolution caption_loss_coef "
     "freeze_text_tower accuracy_timestep_bins eval_timesteps",
     "sampler": "protocol num_inference_steps guidance_scale eta sampler negative_prompt guidance_rescale clip_skip "

@@ -72,6 +72,7 @@ class PairMetrics(RunningMeans):
         log_ratios: tuple[torch.Tensor, torch.Tensor],
         beta: float,
         epsilon: float,
+        is_fresh: torch.Tensor | None = None,
     ) -> None:
         """
         Losses and log-probabilities of a micro-batch of pairs. All tensors have shape `(B,)`.
@@ -83,6 +84,7 @@ class PairMetrics(RunningMeans):
             policy_logps (`tuple` of `torch.Tensor`): log-probabilities of the chosen and the rejected transitions.
             log_ratios (`tuple` of `torch.Tensor`): their log-ratios as the loss saw them, weighted by timestep.
             beta (`float`), epsilon (`float`): of the loss.
+            is_fresh (`torch.Tensor`, *optional*): which pairs are trained on for the first time; by default all.
         """
         chosen, rejected = log_ratios
         ratios = torch.cat(log_ratios)
@@ -92,8 +94,9 @@ class PairMetrics(RunningMeans):
         self.add("rewards/rejected", beta * rejected)
         self.add("rewards/margins", beta * (chosen - rejected))
         self.add("rewards/accuracies", (chosen > rejected).float())
-        # Each pair is seen once, so this is the policy's order of pairs it was not trained on; a draw counts one half.
-        self.add("pairs/fresh_accuracy", (chosen > rejected).float() + 0.5 * (chosen == rejected).float())
+        # The policy's order of pairs that it was not trained on yet; a draw counts one half.
+        in_order = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+        self.add("pairs/fresh_accuracy", in_order, is_fresh)
         self.add("logps/chosen", policy_logps[0])
         self.add("logps/rejected", policy_logps[1])
         self.add("ratio/chosen", output.chosen_ratio)
