@@ -57,11 +57,13 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
 
-compare: $(STAMP) $(DDPO_STAMP)  ## every method and ablation in the shapes world: about two hours on two cores, resumable
+compare: $(STAMP) $(DDPO_STAMP)  ## every method, rival and ablation in the shapes world: a night on two cores, resumable
+	$(BIN)/python benchmarks/rivals.py --model flow --output compare_output/rivals
+	$(BIN)/python benchmarks/rivals.py --model unet --output compare_output/rivals
 	$(BIN)/python benchmarks/compare/run.py --output compare_output
 
-compare-quick: $(STAMP)  ## four methods, one seed: at most a quarter of an hour, a table last
-	$(BIN)/python benchmarks/compare/run.py --output compare_quick --quick
+compare-quick: $(STAMP)  ## SPO, LPO and three rivals, one seed: at most a quarter of an hour, a table last
+	$(BIN)/python benchmarks/rivals.py --quick --model flow --output compare_quick
 
 reliability: $(STAMP)  ## kills, faults, two processes, bad input: up to half an hour, then a table
 	$(BIN)/python reliability/run.py

@@ -17,9 +17,9 @@ SPO and LPO against today's ways to align: Diffusion-DPO, Flow-GRPO, DiffusionNF
 shapes world.
 
 ```shell
-python benchmarks/rivals.py --model flow --output rivals_output
-python benchmarks/rivals.py --model unet --output rivals_output --jobs 2
-python benchmarks/rivals_report.py --output rivals_output
+python benchmarks/rivals.py --model flow --output compare_output/rivals
+python benchmarks/rivals.py --model unet --output compare_output/rivals --jobs 2
+python benchmarks/rivals_report.py --output compare_output/rivals
 ```
 
 All start from one base model with one adapter and one optimizer, and learn from the same 2,400 noisy preferences:
@@ -525,7 +525,9 @@ def study(args: argparse.Namespace) -> int:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--model", choices=["unet", "flow"], default="flow")
-    parser.add_argument("--output", type=Path, help="Folder of the results. Default: rivals_output, or rivals_quick.")
+    parser.add_argument(
+        "--output", type=Path, help="Folder of the results. Default: compare_output/rivals, or compare_quick."
+    )
     parser.add_argument("--quick", action="store_true", help="One seed, a small budget, no sweep, and the table last.")
     parser.add_argument("--seeds", type=int, nargs="*", help="Training seeds. Default: 0 1 2 3 4; quick: 0.")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="Default: all; quick: five of them.")
@@ -533,7 +535,7 @@ def main(argv=None) -> int:
     parser.add_argument("--ddpo_python", type=Path, default=ROOT / ".venv-ddpo" / "bin" / "python")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.output = args.output or Path("rivals_quick" if args.quick else "rivals_output")
+    args.output = args.output or Path("compare_quick" if args.quick else "compare_output/rivals")
     args.seeds = args.seeds if args.seeds is not None else [0] if args.quick else [0, 1, 2, 3, 4]
     args.methods = args.methods or list(QUICK_METHODS if args.quick else METHODS)
     if args.quick:

@@ -16,10 +16,11 @@
 Tables and figures of the study of `rivals.py`, from the files that it left.
 
 ```shell
-python benchmarks/rivals_report.py --output rivals_output                             # tables, on the terminal
-python benchmarks/rivals_report.py --output rivals_output --page docs/results.md      # into the page, with its figures
+python benchmarks/rivals_report.py --output compare_output/rivals                             # tables, on the terminal
+python benchmarks/rivals_report.py --output compare_output/rivals --page docs/results.md      # into the page, with its figures
 ```
 
+With `--keep FOLDER` the numbers are copied there, five digits each, without weights; tables and curves can be made again from them.
 With `--page` the tables between `<!-- table NAME -->` and `<!-- end -->` are replaced, and the figures go to `images/rivals`
 beside the page. Scores are differences to the base model on the same captions and noise, with standard errors over captions
 and training seeds as crossed random effects.
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script 
 from benchmarks.compare.evaluate import interpolate, two_way
 from benchmarks.compare.figures import in_lines
 from benchmarks.compare.report import fill_page, markdown
-from benchmarks.compare.tasks import read_json
+from benchmarks.compare.tasks import read_json, write_json
 from benchmarks.latent_rewards import load
 from benchmarks.rivals import ARMS, METHODS, REWARD_CHECKS, SWEEPS
 from examples.shapes.base_scores import evaluation_set
@@ -307,11 +308,33 @@ def draw_samples(study: Study) -> Image.Image:
     return sheet
 
 
+def rounded(value):
+    """The same JSON with five digits after the point."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return value
+
+
+def keep(output: Path, folder: Path) -> None:
+    """Copies the results of all tasks, rounded; nothing of the weights and pairs beside them."""
+    for model in MODELS:
+        for pattern in ("base.json", *(f"{kind}/*/*.json" for kind in ("sweep", "check", "run", "reward"))):
+            for path in (output / model).glob(pattern):
+                write_json(folder / path.relative_to(output), rounded(read_json(path)))
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("rivals_output"), help="What rivals.py wrote.")
+    parser.add_argument("--output", type=Path, default=Path("compare_output/rivals"), help="What rivals.py wrote.")
     parser.add_argument("--page", type=Path, help="A Markdown page whose tables and figures are replaced.")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Copy the numbers to this folder.")
     args = parser.parse_args(argv)
+    if args.keep is not None:
+        keep(args.output, args.keep)
     studies = [Study(args.output, model) for model in MODELS if (args.output / model / "base.json").is_file()]
     if not studies:
         raise SystemExit(f"{args.output} has no base.json of a model: run benchmarks/rivals.py first.")

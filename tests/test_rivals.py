@@ -128,6 +128,17 @@ class TestReport:
             "front.png",
         ]
 
+    def test_numbers_that_are_kept_give_the_same_tables(self, output, tmp_path):
+        (output / "flow" / "run" / "spo" / "0").mkdir()
+        (output / "flow" / "run" / "spo" / "0" / "adapter.safetensors").write_text("weights")
+        rivals_report.main(["--output", str(output), "--keep", str(tmp_path / "kept")])
+        first, second = (
+            rivals_report.tables_of(rivals_report.Study(folder, "flow")) for folder in (output, tmp_path / "kept")
+        )
+        assert first == second and len(first) >= 5
+        assert not list((tmp_path / "kept").rglob("*.safetensors"))
+        assert rivals_report.rounded([0.123456789, {"a": 1}]) == [0.12346, {"a": 1}]
+
     def test_a_folder_without_results_is_named(self, tmp_path):
         with pytest.raises(SystemExit, match="base.json"):
             rivals_report.main(["--output", str(tmp_path)])
