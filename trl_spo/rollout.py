@@ -33,7 +33,7 @@ Differences from the public implementation:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,25 @@ class Branch:
     def candidates(self) -> torch.Tensor:
         """What the branch ends with, `(K, B, ...)`."""
         return self.trajectory[-1]
+
+    def first_prompts(self, count: int) -> "Branch":
+        """The branch of the first `count` prompts, once it has been scored."""
+
+        def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[:, :count]
+
+        scores = self.judged_as
+        return replace(
+            self,
+            trajectory=[rows(latents) for latents in self.trajectory],
+            judged=rows(self.judged),
+            pred_original_samples=rows(self.pred_original_samples),
+            pair_candidates=rows(self.pair_candidates),
+            next_index=self.next_index[:count],
+            judged_as=CandidateScores(
+                rows(scores.selection), rows(scores.total), {name: rows(part) for name, part in scores.parts.items()}
+            ),
+        )
 
     def select(self) -> PairSelection:
         if self.pair_candidates is None:
@@ -235,6 +254,12 @@ class Trajectories(NamedTuple):
     latents: torch.Tensor
     branches: list[Branch]
     plain_steps: dict[int, torch.Tensor]
+
+    def first_prompts(self, count: int) -> "Trajectories":
+        """Those of the first `count` prompts, once the branches have been scored."""
+        branches = [branch.first_prompts(count) for branch in self.branches]
+        plain_steps = {step: finite[:count] for step, finite in self.plain_steps.items()}
+        return Trajectories(self.latents[:count], branches, plain_steps)
 
 
 def sample_trajectories(sampler: Sampler, plan: BranchPlan, scorer: Scorer) -> Trajectories:
@@ -462,6 +487,8 @@ def stepwise_rollout(
     negative_prompt_embeds: torch.Tensor | None = None,
     on_nonfinite: str = "raise",
     generator: torch.Generator | None = None,
+    plan_generator: torch.Generator | None = None,
+    num_padding: int = 0,
     return_trajectory: bool = False,
     **kwargs,
 ) -> StepPairs:
@@ -495,6 +522,10 @@ def stepwise_rollout(
             images or scores. `"raise"` is an error; `"skip"` gives up the pairs it touches and lists them in
             `nonfinite`, as [`SPOTrainer`] does, which stops when they are too many.
         generator (`torch.Generator`, *optional*): source of all randomness of the rollout.
+        plan_generator (`torch.Generator`, *optional*): source of the places of `num_branches`, instead of `generator`.
+            Processes that share one sharded denoiser must branch in the same places, from noise of their own.
+        num_padding (`int`, *optional*, defaults to `0`): so many prompts, the last ones, are there only for the denoiser to be
+            called as often as in other processes. Nothing of theirs is returned.
         return_trajectory (`bool`, *optional*, defaults to `False`): keep latents and x_0 predictions per branch.
         kwargs: fields of [`RolloutSettings`], instead of `settings`.
 
@@ -520,7 +551,7 @@ def stepwise_rollout(
     judges_candidates = reward.sees == "noisy_latents"
     sampler = Sampler(pipeline, embeds, settings, generator, judges_candidates, return_trajectory)
     settings = sampler.settings
-    plan = plan_branches(pipeline, settings, generator)
+    plan = plan_branches(pipeline, settings, plan_generator or generator)
 
     # 2. Sample one trajectory per prompt, with its branches.
     sizes = (settings.vae_decode_batch_size, settings.reward_batch_size, settings.scoring_image_size)
@@ -530,6 +561,12 @@ def stepwise_rollout(
     # 3. Score what has no score yet, in full batches, and report what is not finite: it never becomes a pair.
     finished = plan.stop == settings.num_inference_steps
     final_scores, final_parts = score_the_rest(scorer, branches, latents, finished, settings.deferred)
+    if num_padding:
+        kept = len(prompts) - num_padding
+        prompts = scorer.prompts = prompts[:kept]
+        latents, branches, plain_steps = Trajectories(latents, branches, plain_steps).first_prompts(kept)
+        final_scores = None if final_scores is None else final_scores[:kept]
+        final_parts = {name: values[:kept] for name, values in final_parts.items()}
     nonfinite = name_nonfinite(scorer, branches, plain_steps, sampler.timesteps, final_scores, plan.stop - 1)
     if nonfinite and on_nonfinite == "raise":
         more = f", and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""
