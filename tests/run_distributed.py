@@ -38,9 +38,9 @@ from transformers import CLIPTextModel, TrainerCallback
 
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config, tiny_step_reward_config
 from trl_spo import LatentRewardModel, SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
+from trl_spo.pipelines.shards import whole
 from trl_spo.rewards.inputs import StepRewardOutput
 from trl_spo.step_pairs import StepPairs
-from trl_spo.training.sharding import whole
 
 
 RANK = int(os.environ.get("RANK", 0))
@@ -130,7 +130,7 @@ class ReplayingTrainer(RecordingTrainer):
     recorded: list[dict]  # one per rank
 
     def rollout(self, prompts, seed=0, **kwargs):
-        parts = [rank[seed] for rank in self.recorded if seed in rank]
+        parts = [rank[seed] for rank in self.recorded if seed in rank and rank[seed][0]]
         assert sorted(prompts) == sorted(prompt for own, _ in parts for prompt in own)
         for _, pairs in parts:
             self._check_scores(pairs)

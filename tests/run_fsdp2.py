@@ -1,17 +1,129 @@
-import os, sys
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The program that `test_fsdp2.py` starts in two processes: `run_fsdp2.py FOLDER SCENARIO [SCENARIO ...]`. What rank r saw of a
+scenario is left in `FOLDER/SCENARIO_r.pt`. The test calls the same functions in one process, on the pairs of both.
+"""
+
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
 import torch
-from tests.run_distributed import *
-from tests import run_distributed as rd
 
-def first(folder):
-    return rd.accumulation(folder, 1)
+from tests.flow_testing import tiny_sd3_pipeline
+from tests.run_distributed import (
+    MORE_PROMPTS,
+    RANK,
+    RecordingTrainer,
+    ReplayingTrainer,
+    redness,
+    shard_on_cpu,
+    spo_config,
+    spo_result,
+)
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline
+from trl_spo import LatentRewardModel
+from trl_spo.pipelines.shards import is_sharded
 
-if __name__ == "__main__":
-    rd.shard_on_cpu()
-    folder=Path(sys.argv[1])
-    for name in sys.argv[2:]:
+
+# Nine prompts in rounds of four: the last round has one, for rank 0 alone. Five prompts to evaluate: three and two. SGD, whose
+# step is linear in the gradient, so that rounding stays rounding. The norm of all gradients is far above the limit.
+COMPARED = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "max_grad_norm": 0.005,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "num_branches": 2,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "log_images_steps": 2,
+    "num_eval_images": 3,
+    "ddp_timeout": 60,
+}
+
+
+def unet(folder: Path):
+    """Stable Diffusion 1.5, two inner steps per branch, and a reward that judges images."""
+    return tiny_sd_pipeline(folder / f"tokenizer_{RANK}"), redness, {"num_inner_steps": 2, "kl_coef": 0.5}
+
+
+def whole_unet(folder: Path):
+    """The same, all of its weights trained."""
+    return tiny_sd_pipeline(folder / f"tokenizer_{RANK}"), redness, {"use_peft": False, "learning_rate": 0.01}
+
+
+def transformer(folder: Path):
+    """Stable Diffusion 3 and LPO: a latent reward judges noisy latents. Blocks are recomputed in the backward pass."""
+    reward = LatentRewardModel.from_pipeline(tiny_sd3_pipeline(folder / f"reward_tokenizer_{RANK}", seed=1))
+    return tiny_sd3_pipeline(folder / f"tokenizer_{RANK}"), reward, {"gradient_checkpointing": True}
+
+
+def build(folder: Path, recipe: Callable, trainer_class: type = RecordingTrainer, name: str = "out", **settings):
+    pipeline, reward, own = recipe(folder)
+    config = spo_config(folder, **{"output_dir": str(folder / name), **COMPARED, **own, **settings})
+    return trainer_class(config, pipeline, reward, train_dataset=MORE_PROMPTS[:9], eval_dataset=PROMPTS[:5])
+
+
+def finish(trainer) -> dict:
+    """Train, publish and evaluate once more."""
+    trainer.train()
+    trainer.save_model()
+    return {**spo_result(trainer), "evaluation": trainer.evaluate()}
+
+
+def compared(folder: Path, recipe: Callable) -> dict:
+    trainer = build(folder, recipe)
+    result = finish(trainer)
+    units = [type(m).__name__ for m in trainer.pipeline.denoiser.modules() if is_sharded(m)]
+    frozen = trainer.pipeline._frozen_copy
+    return {**result, "units": units, "frozen_is_sharded": frozen is not None and is_sharded(frozen)}
+
+
+def replay(folder: Path, recipe: Callable, recorded: list[dict]) -> dict:
+    """`compared` in one process, without shards, on the rollouts of two."""
+    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
+    trainer = build(folder, recipe, ReplayingTrainer, **sizes)
+    trainer.recorded = recorded
+    return finish(trainer)
+
+
+def compared_unet(folder: Path) -> dict:
+    return compared(folder, unet)
+
+
+def compared_whole_unet(folder: Path) -> dict:
+    return compared(folder, whole_unet)
+
+
+def compared_transformer(folder: Path) -> dict:
+    return compared(folder, transformer)
+
+
+def main(folder: Path, scenarios: list[str]):
+    for name in scenarios:
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         torch.save(globals()[name](place), folder / f"{name}_{RANK}.pt")
-    torch.distributed.barrier(); torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    main(Path(sys.argv[1]), sys.argv[2:])

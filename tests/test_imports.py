@@ -28,7 +28,7 @@ PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "notices suggestions training.trainer_options training.arguments step_distribution scheduling_ddim scheduling_flow images captions rollout_settings spo_config step_reward_config pair_selection losses "
     "training.numerics training.running_means training.gather prompt_suites prompts pair_files label_folder label_session hub_files model_cards "
-    "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.adapters pipelines.autoencoder pipelines.denoiser pipelines.base pipelines.ddpo "
+    "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.shards pipelines.adapters pipelines.autoencoder pipelines.denoiser pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
     "rewards.inputs rewards.publishing rewards.step_aware_config rewards.step_conditioning rewards.step_aware_clip rewards.latent_features rewards.latent_config rewards.latent_heads rewards.latent_text rewards.latent_building rewards.lpo rewards.dina rewards.latent rewards.base rewards.user_code rewards.weighted rewards.scoring step_pairs branch_plan rollout noised_pairs sampler_file sampling "

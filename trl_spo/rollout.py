@@ -103,22 +103,18 @@ class Branch:
         return self.trajectory[-1]
 
     def first_prompts(self, count: int) -> "Branch":
-        """The branch of the first `count` prompts, once it has been scored."""
+        """The branch of the first `count` prompts."""
 
         def rows(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[:, :count]
 
-        scores = self.judged_as
         return replace(
             self,
             trajectory=[rows(latents) for latents in self.trajectory],
             judged=rows(self.judged),
             pred_original_samples=rows(self.pred_original_samples),
             pair_candidates=rows(self.pair_candidates),
-            next_index=self.next_index[:count],
-            judged_as=CandidateScores(
-                rows(scores.selection), rows(scores.total), {name: rows(part) for name, part in scores.parts.items()}
-            ),
+            next_index=None if self.next_index is None else self.next_index[:count],
         )
 
     def select(self) -> PairSelection:
@@ -256,7 +252,7 @@ class Trajectories(NamedTuple):
     plain_steps: dict[int, torch.Tensor]
 
     def first_prompts(self, count: int) -> "Trajectories":
-        """Those of the first `count` prompts, once the branches have been scored."""
+        """Those of the first `count` prompts."""
         branches = [branch.first_prompts(count) for branch in self.branches]
         plain_steps = {step: finite[:count] for step, finite in self.plain_steps.items()}
         return Trajectories(self.latents[:count], branches, plain_steps)
@@ -292,12 +288,15 @@ def sample_trajectories(sampler: Sampler, plan: BranchPlan, scorer: Scorer) -> T
 
 def choose_next(branch: Branch, scorer: Scorer, settings: RolloutSettings, generator: torch.Generator | None) -> None:
     """Choose the candidate that goes on; score the candidates first where the choice depends on them."""
+    num_candidates, batch_size = branch.candidates.shape[:2]
     if settings.deferred:
-        num_candidates, batch_size = branch.candidates.shape[:2]
         branch.next_index = random_index(num_candidates, batch_size, generator)
         return
-    branch.judged_as = scorer([(branch.judged, branch.scored_timestep)])[0]
-    branch.next_index = resample_index(branch.select(), settings.num_candidates, settings.resample, generator)
+    # The scorer knows the prompts whose pairs are wanted. Others go on from their first candidate.
+    own = branch.first_prompts(len(scorer.prompts))
+    branch.judged_as = own.judged_as = scorer([(own.judged, branch.scored_timestep)])[0]
+    index = resample_index(own.select(), num_candidates, settings.resample, generator)
+    branch.next_index = torch.nn.functional.pad(index, (0, batch_size - len(index)))
 
 
 # --- score -----------------------------------------------------------------------------------------------------------
@@ -525,7 +524,7 @@ def stepwise_rollout(
         plan_generator (`torch.Generator`, *optional*): source of the places of `num_branches`, instead of `generator`.
             Processes that share one sharded denoiser must branch in the same places, from noise of their own.
         num_padding (`int`, *optional*, defaults to `0`): so many prompts, the last ones, are there only for the denoiser to be
-            called as often as in other processes. Nothing of theirs is returned.
+            called as often as in other processes. They are not scored, and nothing of theirs is returned.
         return_trajectory (`bool`, *optional*, defaults to `False`): keep latents and x_0 predictions per branch.
         kwargs: fields of [`RolloutSettings`], instead of `settings`.
 
@@ -555,18 +554,13 @@ def stepwise_rollout(
 
     # 2. Sample one trajectory per prompt, with its branches.
     sizes = (settings.vae_decode_batch_size, settings.reward_batch_size, settings.scoring_image_size)
+    prompts = prompts[: len(prompts) - num_padding]
     scorer = Scorer(pipeline, reward, prompts, *sizes)
-    latents, branches, plain_steps = sample_trajectories(sampler, plan, scorer)
+    latents, branches, plain_steps = sample_trajectories(sampler, plan, scorer).first_prompts(len(prompts))
 
     # 3. Score what has no score yet, in full batches, and report what is not finite: it never becomes a pair.
     finished = plan.stop == settings.num_inference_steps
     final_scores, final_parts = score_the_rest(scorer, branches, latents, finished, settings.deferred)
-    if num_padding:
-        kept = len(prompts) - num_padding
-        prompts = scorer.prompts = prompts[:kept]
-        latents, branches, plain_steps = Trajectories(latents, branches, plain_steps).first_prompts(kept)
-        final_scores = None if final_scores is None else final_scores[:kept]
-        final_parts = {name: values[:kept] for name, values in final_parts.items()}
     nonfinite = name_nonfinite(scorer, branches, plain_steps, sampler.timesteps, final_scores, plan.stop - 1)
     if nonfinite and on_nonfinite == "raise":
         more = f", and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""

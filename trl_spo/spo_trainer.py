@@ -46,6 +46,7 @@ from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
+from .pipelines.shards import is_sharded, plain_class, spread_like
 from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import stepwise_rollout
@@ -69,9 +70,10 @@ from .training.sharding import (
     check_denoiser_for_sharding,
     check_equal_weights,
     check_sharding,
-    is_sharded,
     require_sharding,
+    shard_frozen,
     trained_state,
+    write_denoiser,
 )
 from .training.spo_checks import check_reward_timesteps, check_shared_reward, choose_best_metric
 from .training.waiting_pairs import check_base, check_waiting_pairs, sample_base_weights, transition_settings
@@ -414,12 +416,11 @@ class SPOTrainer(StepTrainer):
             start += waited
         number = (args.seed * 1_000_003 + seed) * 4096 + args.process_index
         generator = torch.Generator(args.device).manual_seed(number % 2**63)
-        padding = []
+        num_own = len(prompts)
         plan_generator = None
         if self._shards:  # as many calls of the denoiser in every process
-            padding = self._prompts[:1] * max(args.per_device_rollout_batch_size - len(prompts), 0)
             plan_generator = torch.Generator().manual_seed((number - args.process_index) % 2**63)
-        prompts = [*prompts, *padding]
+            prompts = [*prompts, *self._filling(args.per_device_rollout_batch_size - num_own)]
         self.model.eval()
         embeds = self._encode(prompts)
         with self.accelerator.autocast():
@@ -432,14 +433,18 @@ class SPOTrainer(StepTrainer):
                 on_nonfinite="skip",
                 generator=generator,
                 plan_generator=plan_generator,
-                num_padding=len(padding),
+                num_padding=len(prompts) - max(num_own, 1),
                 return_trajectory=return_trajectory,
             )
-        if len(prompts) > len(padding):
+        if num_own:
             self._check_scores(pairs)
             self._metrics.add_rollout(pairs)
         self._metrics.add("time/rollout", time.perf_counter() - start, reduce="per_process")
-        return pairs
+        return pairs if num_own else pairs[:0]
+
+    def _filling(self, count: int) -> list[str]:
+        """`count` prompts, or none if it is negative, that only keep the denoiser busy where other processes need it."""
+        return [self._prompts[0]] * count
 
     def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
         """
@@ -542,6 +547,8 @@ class SPOTrainer(StepTrainer):
     @contextlib.contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
         """The untouched model. What it predicts may carry a graph; detach it."""
+        if self._shards and not self.pipeline.use_lora:
+            shard_frozen(self.pipeline._frozen_copy, self.accelerator)
         if self._compiles_blocks:
             with reference_on_same_code(self.pipeline) as reference:
                 yield reference
@@ -700,7 +707,7 @@ class SPOTrainer(StepTrainer):
         seeds = [self.args.eval_seed + i for i in rows]
         # With FSDP as many images in every process, as all of them must call the denoiser.
         num_padding = math.ceil(len(prompts) / world) - len(own) if self._shards else 0
-        images = self.generate(own + prompts[:1] * num_padding, seeds + [0] * num_padding)[: len(own)]
+        images = self.generate(own + self._filling(num_padding), seeds + [0] * num_padding)[: len(own)]
         parts = gather_from_processes(self.score(images, own))
 
         # The parts follow each other by process, and so do the prompts here.
@@ -745,10 +752,12 @@ class SPOTrainer(StepTrainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is not None:
+            state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
         if self.pipeline.use_lora:
-            if state_dict is not None:
-                state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
             self.pipeline.save_lora(folder, state_dict, fold_alpha=not self._staging)
+        elif is_sharded(self.pipeline.denoiser):
+            write_denoiser(self.pipeline.denoiser, state_dict, folder / self.pipeline.denoiser_name)
         else:
             self.pipeline.denoiser.save_pretrained(folder / self.pipeline.denoiser_name)
         write_text(folder / SAMPLER_NAME, json.dumps(sampler_settings(self.args, self.pipeline), indent=2) + "\n")
@@ -805,8 +814,9 @@ class SPOTrainer(StepTrainer):
                 raise ValueError(f"{str(directory)!r} has no {LORA_NAME}, so it is no SPO checkpoint.")
             self.pipeline.load_lora(directory)
         else:
-            saved = load_denoiser(type(self.pipeline.denoiser), directory, self.pipeline.denoiser_name)
-            self.pipeline.denoiser.load_state_dict(saved.state_dict())
+            saved = load_denoiser(plain_class(self.pipeline.denoiser), directory, self.pipeline.denoiser_name)
+            denoiser = self.pipeline.denoiser
+            denoiser.load_state_dict(spread_like(saved.state_dict(), denoiser.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.load_model(resume_from_checkpoint)
@@ -832,7 +842,7 @@ class SPOTrainer(StepTrainer):
             step_rule=pipeline.step_rule,
             guidance=pipeline.call_arguments(self.args.guidance_scale, self.args.negative_prompt),
             denoiser_name=pipeline.denoiser_name,
-            denoiser_class=type(pipeline.denoiser).__name__,
+            denoiser_class=plain_class(pipeline.denoiser).__name__,
             use_lora=pipeline.use_lora,
             reward_model=describe_reward(self.reward_model),
             scoring_vae=pipeline.scoring_vae,

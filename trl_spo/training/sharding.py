@@ -21,20 +21,22 @@ and writes weights of which each process has a part.
 """
 
 import hashlib
+import json
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import gather_object
+from accelerate.utils import fsdp2_prepare_model, gather_object
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, StateDictType
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..pipelines.denoiser import layerwise_casting
+from ..pipelines.denoiser import DenoiserForTraining, layerwise_casting
+from ..pipelines.shards import is_sharded, plain_class
 from ..spo_config import SPOConfig
 
 
@@ -152,11 +154,6 @@ def require_sharding(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
-def is_sharded(network: torch.nn.Module) -> bool:
-    """Whether FSDP 2 has spread this network over the processes."""
-    return isinstance(network, FSDPModule)
-
-
 def check_equal_weights(network: torch.nn.Module) -> None:
     """
     Check that all processes begin with the same weights: each will keep its own part of its own copy. A few numbers of every
@@ -185,19 +182,24 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=options)
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of which this process may have a part, whole. Every process must call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def shard_frozen(network: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Spread the frozen copy of full fine-tuning as the trained network is, if that has not been done."""
+    if not is_sharded(network):
+        fsdp2_prepare_model(accelerator, DenoiserForTraining(network))
 
 
-def like_shards(values: dict[str, torch.Tensor], shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def write_denoiser(denoiser: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
     """
-    Whole tensors as shards, where those of the same names in `shards` are; every process must call it, with the same tensors.
+    What `save_pretrained` of diffusers writes, of a sharded denoiser.
+
+    Args:
+        denoiser (`torch.nn.Module`): a diffusers network, for its configuration.
+        state (`dict[str, torch.Tensor]`): its whole tensors, by their names in the denoiser.
+        folder (`Path`): where to.
     """
-    spread = {}
-    for name in sorted(values):
-        value, shard = values[name], shards[name]
-        if isinstance(shard, DTensor):
-            value = distribute_tensor(value.to(shard.device, shard.dtype), shard.device_mesh, shard.placements)
-        spread[name] = value
-    return spread
+    config = json.loads(denoiser.to_json_string())
+    config["_class_name"] = plain_class(denoiser).__name__
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")

@@ -26,9 +26,9 @@ from transformers.utils import logging
 
 from ..pipelines.adapters import adapter_parameters
 from ..pipelines.base import SPOPipeline
+from ..pipelines.shards import whole
 from ..spo_config import SPOConfig
 from ..step_pairs import StepPairs
-from .sharding import whole
 
 
 logger = logging.get_logger(__name__)
