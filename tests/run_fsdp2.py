@@ -36,7 +36,7 @@ from tests.run_distributed import (
 )
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline
 from trl_spo import LatentRewardModel
-from trl_spo.pipelines.shards import is_sharded
+from trl_spo.pipelines.shards import is_sharded, whole
 
 
 # Nine prompts in rounds of four: the last round has one, for rank 0 alone. Five prompts to evaluate: three and two. SGD, whose
@@ -52,9 +52,10 @@ COMPARED = {
     "logging_steps": 1,
     "eval_strategy": "steps",
     "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
     "log_images_steps": 2,
     "num_eval_images": 3,
-    "ddp_timeout": 60,
 }
 
 
@@ -101,6 +102,40 @@ def replay(folder: Path, recipe: Callable, recorded: list[dict]) -> dict:
     trainer = build(folder, recipe, ReplayingTrainer, **sizes)
     trainer.recorded = recorded
     return finish(trainer)
+
+
+def resumed(folder: Path, recipe: Callable) -> dict:
+    """Two steps, and the second once more, from a checkpoint."""
+    settings = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "max_grad_norm": 1.0,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 1,
+        "eval_strategy": "no",
+        "log_images_steps": 0,
+    }
+    trainer = build(folder, recipe, **settings)
+    trainer.train()
+    again = build(folder, recipe, name="again", **settings)
+    again.train(resume_from_checkpoint=folder / "out" / "checkpoint-1")
+    return {"uninterrupted": state_of(trainer), "resumed": state_of(again)}
+
+
+def state_of(trainer) -> dict:
+    moments = {}
+    for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
+        moments.update({f"{number}.{name}": whole(value) for name, value in state.items()})
+    return {**spo_result(trainer), "moments": moments, "pool": trainer.pair_loader.pool.tensors()}
+
+
+def resumed_transformer(folder: Path) -> dict:
+    return resumed(folder, transformer)
+
+
+def resumed_whole_unet(folder: Path) -> dict:
+    return resumed(folder, whole_unet)
 
 
 def compared_unet(folder: Path) -> dict:

@@ -20,15 +20,23 @@ one that has all of it, on what the two found together.
 `run_fsdp2.py` is the program.
 """
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from trl_spo import LatentRewardModel, SPOTrainer
+from trl_spo.training import sharding
+from trl_spo.training.sharding import check_sharding
+
 from . import run_fsdp2
 from .test_distributed import (
+    CONFIGS,
     ROUNDING,
     adjusted,
     assert_close,
@@ -37,6 +45,7 @@ from .test_distributed import (
     launch,
     results,
 )
+from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -114,9 +123,139 @@ class TestOneProcessOnThePooledPairs:
         # What is published, and the sample images.
         file = WHOLE if recipe == "whole_unet" else LORA
         assert_tensors_close(load_file(their_folder / file), load_file(own_folder / file))
-        assert (their_folder / "README.md").read_text() == (own_folder / "README.md").read_text()
+        assert "FSDP" not in (their_folder / "README.md").read_text()
+        self.assert_same_checkpoint(their_folder / "checkpoint-2", own_folder / "checkpoint-2", file)
         names = sorted(path.name for path in (own_folder / "images").glob("*.png"))
         assert names == sorted(path.name for path in (their_folder / "images").glob("*.png")) != []
         for name in names:
             pair = [Image.open(folder / "images" / name) for folder in (own_folder, their_folder)]
             assert max(high for _, high in ImageChops.difference(*pair).getextrema()) <= 1, name
+
+    def assert_same_checkpoint(self, theirs: Path, ours: Path, file: str):
+        """Weights to rounding, waiting pairs to the bit; whole tensors, of what is trained only, and no pickled index."""
+        assert_tensors_close(load_file(theirs / file), load_file(ours / file))
+        for path in theirs.rglob("config.json"):
+            assert path.read_text() == (ours / path.relative_to(theirs)).read_text()
+        pools = [load_file(folder / "spo_pairs.safetensors") for folder in (theirs, ours)]
+        assert pools[0].keys() == pools[1].keys()
+        assert all(torch.equal(value, pools[1][name]) for name, value in pools[0].items())
+        states = [json.loads((folder / "spo_state.json").read_text()) for folder in (theirs, ours)]
+        for name in ("num_prompts_seen", "num_pairs_seen", "pool_prompts", "transitions", "base_weights"):
+            assert states[0][name] == states[1][name] != {}, name
+        expected = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file()}
+        expected -= {"optimizer.pt", "rng_state.pth"}
+        names = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()}
+        assert names == expected | {"optimizer.bin", "rng_state_0.pth", "rng_state_1.pth"}
+
+
+GOOD = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+class TestRefusals:
+    """What does not work is said before anything is loaded. `accelerate launch` tells it through the environment alone."""
+
+    @pytest.fixture(autouse=True)
+    def good(self, monkeypatch):
+        for name, value in GOOD.items():
+            monkeypatch.setenv(name, value)
+
+    def test_the_configuration_of_the_package_is_accepted(self, tmp_path):
+        check_sharding(tiny_spo_config(tmp_path))
+        settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+        for name, value in GOOD.items():
+            if name.startswith("FSDP_"):
+                assert str(settings[name.lower()]).lower() == value.lower()
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "message"),
+        [
+            ("FSDP_VERSION", "1", "FSDP 1 is refused"),
+            ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+            ("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D", "name no classes"),
+            ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type: FULL_STATE_DICT"),
+            ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: false"),
+            ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward: true"),
+            ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: false"),
+            ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use `gradient_checkpointing=True`"),
+            ("FSDP_IGNORED_MODULES", "norm", "leave out `fsdp_ignored_modules`"),
+        ],
+    )
+    def test_of_fsdp(self, tmp_path, monkeypatch, variable, value, message):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_sharding(tiny_spo_config(tmp_path))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"compile_regions": True}, {"channels_last": True}, {"memory_budget": 8.0}, {"optim": "adafactor"}],
+    )
+    def test_of_the_run(self, tmp_path, settings):
+        with pytest.raises(ValueError, match=f"SPO under FSDP 2: .*{next(iter(settings))}"):
+            check_sharding(tiny_spo_config(tmp_path, **settings))
+
+    def test_half_precision_with_a_scaler(self, tmp_path):
+        config = tiny_spo_config(tmp_path)
+        config.fp16 = True  # a config refuses it on a CPU
+        with pytest.raises(ValueError, match="`fp16` is refused"):
+            check_sharding(config)
+
+    def test_zero_3(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sharding, "is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match="ZeRO-3 is refused"):
+            check_sharding(tiny_spo_config(tmp_path))
+
+    def test_one_process_has_nothing_to_shard(self, tmp_path):
+        with pytest.raises(ValueError, match="accelerate does not shard here"):
+            SPOTrainer(tiny_spo_config(tmp_path), tiny_sd_pipeline(tmp_path), brightness_reward, PROMPTS)
+
+    def test_a_reward_that_stops_inside_the_denoiser(self, tmp_path):
+        pipeline = tiny_sd_pipeline(tmp_path)
+        reward = LatentRewardModel.from_pipeline(pipeline, shared=True, projection_dim=12)
+        with pytest.raises(ValueError, match="shares the denoiser and stops in the middle of it"):
+            SPOTrainer(tiny_spo_config(tmp_path), pipeline, reward, PROMPTS)
+
+    def test_weights_in_eight_bits(self):
+        network = torch.nn.Linear(2, 2)
+        network.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match="cannot spread a quantised denoiser"):
+            sharding.check_denoiser_for_sharding(network)
+
+    @pytest.mark.parametrize(
+        ("name", "sharded", "message"),
+        [
+            ("optimizer.bin", False, "was written with FSDP and this run trains without it"),
+            ("optimizer.pt", True, "was written without FSDP and this run trains with it"),
+        ],
+    )
+    def test_a_checkpoint_of_the_other_kind(self, tmp_path, name, sharded, message):
+        (tmp_path / name).touch()
+        sharding.check_optimizer_file(tmp_path, not sharded)
+        with pytest.raises(ValueError, match=message):
+            sharding.check_optimizer_file(tmp_path, sharded)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    return launch_sharded(tmp_path_factory.mktemp("resumed"), "resumed_transformer", "resumed_whole_unet")
+
+
+@pytest.mark.parametrize("recipe", ["transformer", "whole_unet"])
+def test_a_resumed_run_is_the_same_run(resumed, recipe):
+    for rank in results(resumed, f"resumed_{recipe}"):
+        first, second = rank["uninterrupted"], rank["resumed"]
+        assert_same_bits(first["weights"], second["weights"])
+        assert first["batches"][1:] == second["batches"] and len(second["batches"]) == 1
+        assert first["logs"][:-1] == second["logs"][:-1]  # the last has the mean loss of this call of `train`
+        for name in ("moments", "pool"):
+            assert first[name].keys() == second[name].keys() != set()
+            assert_same_bits(list(first[name].values()), list(second[name].values()))
+    # The last checkpoints of both have the same file.
+    out = resumed / f"resumed_{recipe}"
+    file = WHOLE if recipe == "whole_unet" else LORA
+    assert (out / "out" / "checkpoint-2" / file).read_bytes() == (out / "again" / "checkpoint-2" / file).read_bytes()

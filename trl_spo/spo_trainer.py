@@ -69,6 +69,7 @@ from .training.sharding import (
     asks_for_fsdp,
     check_denoiser_for_sharding,
     check_equal_weights,
+    check_optimizer_file,
     check_sharding,
     require_sharding,
     shard_frozen,
@@ -779,6 +780,7 @@ class SPOTrainer(StepTrainer):
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
+            check_optimizer_file(folder, self._shards)
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
             check_base(folder, state.get("base_weights"), sample_base_weights(self.pipeline))

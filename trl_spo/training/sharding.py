@@ -173,6 +173,24 @@ def check_equal_weights(network: torch.nn.Module) -> None:
         )
 
 
+def check_optimizer_file(folder: str | Path, sharded: bool) -> None:
+    """
+    Check that the optimizer state of a checkpoint was written as this run reads it: with FSDP by the names of parameters,
+    otherwise by their order.
+
+    Raises:
+        ValueError: if it is of the other kind.
+    """
+    own, other = ("optimizer.bin", "optimizer.pt") if sharded else ("optimizer.pt", "optimizer.bin")
+    folder = Path(folder)
+    if (folder / other).is_file() and not (folder / own).is_file():
+        written, now = ("without", "with") if sharded else ("with", "without")
+        raise ValueError(
+            f"{str(folder)!r} was written {written} FSDP and this run trains {now} it, which reads another optimizer state. "
+            f"Resume {written} FSDP; or start a new run from its weights, with `trainer.load_model(...)` and `trainer.train()`."
+        )
+
+
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     The whole tensors of all parameters that are trained, on the CPU of the first process; the others get none. Every process
