@@ -17,6 +17,7 @@ The program that `test_fsdp2.py` starts in two processes: `run_fsdp2.py FOLDER S
 scenario is left in `FOLDER/SCENARIO_r.pt`. The test calls the same functions in one process, on the pairs of both.
 """
 
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from tests.run_distributed import (
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline
 from trl_spo import LatentRewardModel
 from trl_spo.pipelines.shards import is_sharded, whole
+from trl_spo.step_pairs import StepPairs
 
 
 # Nine prompts in rounds of four: the last round has one, for rank 0 alone. Five prompts to evaluate: three and two. SGD, whose
@@ -59,6 +61,16 @@ COMPARED = {
 }
 
 
+HALF = {
+    "max_steps": 1,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 0.0,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "log_images_steps": 0,
+}
+
+
 def unet(folder: Path):
     """Stable Diffusion 1.5, two inner steps per branch, and a reward that judges images."""
     return tiny_sd_pipeline(folder / f"tokenizer_{RANK}"), redness, {"num_inner_steps": 2, "kl_coef": 0.5}
@@ -73,6 +85,47 @@ def transformer(folder: Path):
     """Stable Diffusion 3 and LPO: a latent reward judges noisy latents. Blocks are recomputed in the backward pass."""
     reward = LatentRewardModel.from_pipeline(tiny_sd3_pipeline(folder / f"reward_tokenizer_{RANK}", seed=1))
     return tiny_sd3_pipeline(folder / f"tokenizer_{RANK}"), reward, {"gradient_checkpointing": True}
+
+
+class Traffic:
+    """
+    Counts what this process exchanges with the others while it is entered.
+
+    Attributes:
+        pairs (`list[tuple[int, int]]`): pairs of each list that it sent, and bytes of the list as it is sent.
+        weights (`int`): bytes of all weights that were gathered, its own part included.
+        calls (`int`): calls of the denoiser.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module):
+        self.denoiser, self.pairs, self.weights, self.calls = denoiser, [], 0, 0
+
+    def __enter__(self) -> "Traffic":
+        distributed = torch.distributed
+        name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
+        self.originals = {n: getattr(distributed, n) for n in (name, "all_gather_object")}
+
+        def gather_object(received, sent, *args, **kwargs):
+            if sent and isinstance(sent[0], StepPairs):
+                self.pairs.append((sum(len(part) for part in sent), len(pickle.dumps(sent))))
+            return self.originals["all_gather_object"](received, sent, *args, **kwargs)
+
+        def gather_weights(output_tensor, *args, **kwargs):
+            self.weights += output_tensor.nbytes
+            return self.originals[name](output_tensor, *args, **kwargs)
+
+        setattr(distributed, name, gather_weights)
+        distributed.all_gather_object = gather_object
+        self.hook = self.denoiser.register_forward_pre_hook(self.count)
+        return self
+
+    def count(self, *args):
+        self.calls += 1
+
+    def __exit__(self, *args):
+        self.hook.remove()
+        for name, function in self.originals.items():
+            setattr(torch.distributed, name, function)
 
 
 def build(folder: Path, recipe: Callable, trainer_class: type = RecordingTrainer, name: str = "out", **settings):
@@ -90,7 +143,15 @@ def finish(trainer) -> dict:
 
 def compared(folder: Path, recipe: Callable) -> dict:
     trainer = build(folder, recipe)
-    result = finish(trainer)
+    denoiser = trainer.pipeline.denoiser
+    with Traffic(denoiser) as training:
+        result = finish(trainer)
+    prompts = PROMPTS[:2]
+    trainer.generate(prompts)  # their embeddings are known then
+    with Traffic(denoiser) as sampling:
+        trainer.generate(prompts)
+    parameters = [(p.shape, p.element_size()) for p in denoiser.parameters()]
+    result |= {"pairs_sent": training.pairs, "sampling": (sampling.calls, sampling.weights), "parameters": parameters}
     units = [type(m).__name__ for m in trainer.pipeline.denoiser.modules() if is_sharded(m)]
     frozen = trainer.pipeline._frozen_copy
     return {**result, "units": units, "frozen_is_sharded": frozen is not None and is_sharded(frozen)}
@@ -102,6 +163,26 @@ def replay(folder: Path, recipe: Callable, recorded: list[dict]) -> dict:
     trainer = build(folder, recipe, ReplayingTrainer, **sizes)
     trainer.recorded = recorded
     return finish(trainer)
+
+
+def half_precision(folder: Path) -> dict:
+    """One step of a bfloat16 denoiser under autocast."""
+    pipeline, reward, settings = transformer(folder)
+    settings = {**COMPARED, **settings, **HALF, "bf16": True}
+    trainer = RecordingTrainer(spo_config(folder, **settings), pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
+    trainer.train()
+    return spo_result(trainer)
+
+
+def half_precision_alone(folder: Path, recorded: list[dict]) -> dict:
+    """The same in one process."""
+    pipeline, reward, settings = transformer(folder)
+    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
+    config = spo_config(folder, **{**COMPARED, **settings, **HALF, **sizes, "bf16": True})
+    trainer = ReplayingTrainer(config, pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
+    trainer.recorded = recorded
+    trainer.train()
+    return spo_result(trainer)
 
 
 def resumed(folder: Path, recipe: Callable) -> dict:

@@ -21,6 +21,7 @@ one that has all of it, on what the two found together.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def assert_tensors_close(ours: dict, theirs: dict):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer")
+    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision")
     return launch_sharded(tmp_path_factory.mktemp("compared"), *scenarios)
 
 
@@ -146,6 +147,37 @@ class TestOneProcessOnThePooledPairs:
         expected -= {"optimizer.pt", "rng_state.pth"}
         names = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()}
         assert names == expected | {"optimizer.bin", "rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_the_bytes_that_travel(compared):
+    """
+    A pair of the tiny model has four latents of 4 x 8 x 8 float32, whether a byte, timestep and row of 8 each, and two scores of
+    4: 4,121 bytes, and its text. A call of the denoiser gathers every weight once, in equal parts, the last ones padded.
+    """
+    for rank in results(compared, "compared_unet"):
+        assert len(rank["pairs_sent"]) == 3 and sum(pairs for pairs, _ in rank["pairs_sent"]) == rank["own_pairs"]
+        for pairs, sent in rank["pairs_sent"]:
+            assert 4121 * pairs <= sent <= 4121 * pairs + 4000
+        calls, gathered = rank["sampling"]
+        assert calls == 5  # steps of the sampler, with two prompts and guidance in one call
+        once = 0
+        for shape, itemsize in rank["parameters"]:
+            rows = math.ceil(shape[0] / 2) * 2
+            once += rows * math.prod(shape[1:]) * itemsize
+        assert gathered == calls * once
+
+
+def test_half_precision_starts_from_the_reference(compared, tmp_path):
+    """The first loss is ln 2 and the first ratios are 1, exactly; the gradient is that of one process as far as bfloat16 goes."""
+    ranks = results(compared, "half_precision")
+    alone = run_fsdp2.half_precision_alone(tmp_path, [rank["rollouts"] for rank in ranks])
+    for run in (*ranks, alone):
+        log = run["logs"][0]
+        assert log["ratio/chosen"] == log["ratio/rejected"] == 1 and log["kl"] == 0
+        assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    ours = torch.cat([gradient.flatten() for gradient in ranks[0]["gradients"][0]])
+    theirs = torch.cat([gradient.flatten() for gradient in alone["gradients"][0]])
+    assert theirs.norm() > 0 and (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 GOOD = {

@@ -404,6 +404,15 @@ def _nonfinite_pairs(
     return found
 
 
+def _not_finite(found: list[NonFinite]) -> ValueError:
+    """The error that names the first of them."""
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return ValueError(
+        f"Not finite: {found[0]}{more}. Check the model named there and its dtype: half precision overflows where "
+        "bfloat16 or float32 do not."
+    )
+
+
 # --- pair ------------------------------------------------------------------------------------------------------------
 
 
@@ -563,11 +572,7 @@ def stepwise_rollout(
     final_scores, final_parts = score_the_rest(scorer, branches, latents, finished, settings.deferred)
     nonfinite = name_nonfinite(scorer, branches, plain_steps, sampler.timesteps, final_scores, plan.stop - 1)
     if nonfinite and on_nonfinite == "raise":
-        more = f", and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""
-        raise ValueError(
-            f"Not finite: {nonfinite[0]}{more}. Check the model named there and its dtype: half precision overflows where "
-            "bfloat16 or float32 do not."
-        )
+        raise _not_finite(nonfinite)
 
     # 4. Pair the chosen with the rejected candidate of each branch.
     parts = []

@@ -59,8 +59,8 @@ def check_sharding(config: SPOConfig) -> None:
     """
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "DeepSpeed ZeRO-3 is refused: rollouts of SPO with parameters that DeepSpeed has sharded were never compared with a "
-            "whole denoiser. Use FSDP 2 (`--accelerate_config fsdp2`), or ZeRO-1 or 2."
+            "DeepSpeed ZeRO-3 is refused: rollouts of SPO with parameters that DeepSpeed has sharded were never compared with "
+            "those of a whole denoiser. Use FSDP 2 (`--accelerate_config fsdp2`), or ZeRO-1 or 2."
         )
     if not asks_for_fsdp(config):
         return
