@@ -794,7 +794,8 @@ class SPOTrainer(StepTrainer):
 
     def load_model(self, directory: str | Path) -> None:
         """
-        Read back what [`~SPOTrainer.save_model`] or a checkpoint wrote, into the model that is being trained.
+        Read back what [`~SPOTrainer.save_model`] or a checkpoint wrote, into the model that is being trained. Under FSDP 2
+        every process must call it.
 
         Args:
             directory (`str` or `Path`): `output_dir`, or one of its `checkpoint-*` folders.
