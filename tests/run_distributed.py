@@ -38,6 +38,7 @@ from transformers import CLIPTextModel, TrainerCallback
 
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config, tiny_step_reward_config
 from trl_spo import LatentRewardModel, SPOConfig, SPOTrainer, StepAwareRewardModel, StepRewardTrainer
+from trl_spo.pipelines.shards import whole
 from trl_spo.rewards.inputs import StepRewardOutput
 from trl_spo.step_pairs import StepPairs
 
@@ -76,10 +77,10 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         if all(gradient is not None for gradient in gradients):  # DeepSpeed and FSDP keep theirs in shards
-            self.gradients.append([gradient.clone() for gradient in gradients])
+            self.gradients.append([whole(gradient).clone() for gradient in gradients])
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        self.weights.append([whole(p.detach()).clone() for p in model.parameters() if p.requires_grad])
 
 
 def logs_of(trainer) -> list[dict]:
@@ -89,9 +90,8 @@ def logs_of(trainer) -> list[dict]:
 
 
 def trained(trainer) -> list[torch.Tensor]:
-    return [
-        p.detach().clone() for p in trainer.accelerator.unwrap_model(trainer.model).parameters() if p.requires_grad
-    ]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
 
 
 # --- SPO -------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class ReplayingTrainer(RecordingTrainer):
     recorded: list[dict]  # one per rank
 
     def rollout(self, prompts, seed=0, **kwargs):
-        parts = [rank[seed] for rank in self.recorded if seed in rank]
+        parts = [rank[seed] for rank in self.recorded if seed in rank and rank[seed][0]]
         assert sorted(prompts) == sorted(prompt for own, _ in parts for prompt in own)
         for _, pairs in parts:
             self._check_scores(pairs)

@@ -278,6 +278,7 @@ class TestAccelerateConfigs:
             "cpu_2proc",
             "deepspeed_zero2",
             "fsdp",
+            "fsdp2",
             "multi_gpu",
             "single_gpu",
         }

@@ -438,14 +438,6 @@ class TestResume:
         logs = [[{k: log[k] for k in keys} for log in t.state.log_history if "loss" in log] for t in (whole, resumed)]
         assert logs[0] == logs[1]
 
-    @pytest.mark.parametrize("settings", [{"fsdp": "full_shard"}, {}])
-    def test_sharding_is_refused(self, tmp_path, monkeypatch, settings):
-        """From the config, and from `accelerate launch`, which tells it through the environment alone."""
-        if not settings:
-            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(ValueError, match="sharded"):
-            make_trainer(tmp_path, **settings)
-
     def test_incomplete_or_foreign_checkpoints_are_refused(self, tmp_path):
         settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
         make_trainer(tmp_path, **settings).train()

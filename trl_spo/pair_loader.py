@@ -46,6 +46,8 @@ class LoaderSizes:
         num_iterations (`int`, *optional*, defaults to `1`): times that each pair is trained on.
         rank (`int`, *optional*, defaults to `0`): number of this process.
         world_size (`int`, *optional*, defaults to `1`): number of processes.
+        every_rank_rolls_out (`bool`, *optional*, defaults to `False`): call the rollout in every round, for no prompts where
+            none is left for this process: the processes share a denoiser that all of them must call.
     """
 
     prompts_per_rollout: int
@@ -56,6 +58,7 @@ class LoaderSizes:
     num_iterations: int = 1
     rank: int = 0
     world_size: int = 1
+    every_rank_rolls_out: bool = False
 
     @property
     def pairs_per_step(self) -> int:
@@ -228,7 +231,7 @@ class PairLoader:
         """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
         own, start, size = self._next_prompts()
         parts = []
-        if own:
+        if own or self.sizes.every_rank_rolls_out:
             parts = [StepPairs.cat([self.rollout(own, start)])]  # `cat` leaves the record of the rollout behind
         # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process. Objects
         # of another device would not come back here.

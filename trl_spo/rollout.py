@@ -33,7 +33,7 @@ Differences from the public implementation:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,21 @@ class Branch:
     def candidates(self) -> torch.Tensor:
         """What the branch ends with, `(K, B, ...)`."""
         return self.trajectory[-1]
+
+    def first_prompts(self, count: int) -> "Branch":
+        """The branch of the first `count` prompts."""
+
+        def rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[:, :count]
+
+        return replace(
+            self,
+            trajectory=[rows(latents) for latents in self.trajectory],
+            judged=rows(self.judged),
+            pred_original_samples=rows(self.pred_original_samples),
+            pair_candidates=rows(self.pair_candidates),
+            next_index=None if self.next_index is None else self.next_index[:count],
+        )
 
     def select(self) -> PairSelection:
         if self.pair_candidates is None:
@@ -236,6 +251,12 @@ class Trajectories(NamedTuple):
     branches: list[Branch]
     plain_steps: dict[int, torch.Tensor]
 
+    def first_prompts(self, count: int) -> "Trajectories":
+        """Those of the first `count` prompts."""
+        branches = [branch.first_prompts(count) for branch in self.branches]
+        plain_steps = {step: finite[:count] for step, finite in self.plain_steps.items()}
+        return Trajectories(self.latents[:count], branches, plain_steps)
+
 
 def sample_trajectories(sampler: Sampler, plan: BranchPlan, scorer: Scorer) -> Trajectories:
     """One trajectory per prompt, with a branch of K candidates wherever the plan has one."""
@@ -267,12 +288,15 @@ def sample_trajectories(sampler: Sampler, plan: BranchPlan, scorer: Scorer) -> T
 
 def choose_next(branch: Branch, scorer: Scorer, settings: RolloutSettings, generator: torch.Generator | None) -> None:
     """Choose the candidate that goes on; score the candidates first where the choice depends on them."""
+    num_candidates, batch_size = branch.candidates.shape[:2]
     if settings.deferred:
-        num_candidates, batch_size = branch.candidates.shape[:2]
         branch.next_index = random_index(num_candidates, batch_size, generator)
         return
-    branch.judged_as = scorer([(branch.judged, branch.scored_timestep)])[0]
-    branch.next_index = resample_index(branch.select(), settings.num_candidates, settings.resample, generator)
+    # The scorer knows the prompts whose pairs are wanted. Others go on from their first candidate.
+    own = branch.first_prompts(len(scorer.prompts))
+    branch.judged_as = own.judged_as = scorer([(own.judged, branch.scored_timestep)])[0]
+    index = resample_index(own.select(), num_candidates, settings.resample, generator)
+    branch.next_index = torch.nn.functional.pad(index, (0, batch_size - len(index)))
 
 
 # --- score -----------------------------------------------------------------------------------------------------------
@@ -380,6 +404,15 @@ def _nonfinite_pairs(
     return found
 
 
+def _not_finite(found: list[NonFinite]) -> ValueError:
+    """The error that names the first of them."""
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return ValueError(
+        f"Not finite: {found[0]}{more}. Check the model named there and its dtype: half precision overflows where "
+        "bfloat16 or float32 do not."
+    )
+
+
 # --- pair ------------------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +495,8 @@ def stepwise_rollout(
     negative_prompt_embeds: torch.Tensor | None = None,
     on_nonfinite: str = "raise",
     generator: torch.Generator | None = None,
+    plan_generator: torch.Generator | None = None,
+    num_padding: int = 0,
     return_trajectory: bool = False,
     **kwargs,
 ) -> StepPairs:
@@ -495,6 +530,10 @@ def stepwise_rollout(
             images or scores. `"raise"` is an error; `"skip"` gives up the pairs it touches and lists them in
             `nonfinite`, as [`SPOTrainer`] does, which stops when they are too many.
         generator (`torch.Generator`, *optional*): source of all randomness of the rollout.
+        plan_generator (`torch.Generator`, *optional*): source of the places of `num_branches`, instead of `generator`.
+            Processes that share one sharded denoiser must branch in the same places, from noise of their own.
+        num_padding (`int`, *optional*, defaults to `0`): so many prompts, the last ones, are there only for the denoiser to be
+            called as often as in other processes. They are not scored, and nothing of theirs is returned.
         return_trajectory (`bool`, *optional*, defaults to `False`): keep latents and x_0 predictions per branch.
         kwargs: fields of [`RolloutSettings`], instead of `settings`.
 
@@ -520,23 +559,20 @@ def stepwise_rollout(
     judges_candidates = reward.sees == "noisy_latents"
     sampler = Sampler(pipeline, embeds, settings, generator, judges_candidates, return_trajectory)
     settings = sampler.settings
-    plan = plan_branches(pipeline, settings, generator)
+    plan = plan_branches(pipeline, settings, plan_generator or generator)
 
     # 2. Sample one trajectory per prompt, with its branches.
     sizes = (settings.vae_decode_batch_size, settings.reward_batch_size, settings.scoring_image_size)
+    prompts = prompts[: len(prompts) - num_padding]
     scorer = Scorer(pipeline, reward, prompts, *sizes)
-    latents, branches, plain_steps = sample_trajectories(sampler, plan, scorer)
+    latents, branches, plain_steps = sample_trajectories(sampler, plan, scorer).first_prompts(len(prompts))
 
     # 3. Score what has no score yet, in full batches, and report what is not finite: it never becomes a pair.
     finished = plan.stop == settings.num_inference_steps
     final_scores, final_parts = score_the_rest(scorer, branches, latents, finished, settings.deferred)
     nonfinite = name_nonfinite(scorer, branches, plain_steps, sampler.timesteps, final_scores, plan.stop - 1)
     if nonfinite and on_nonfinite == "raise":
-        more = f", and {len(nonfinite) - 1} more" if len(nonfinite) > 1 else ""
-        raise ValueError(
-            f"Not finite: {nonfinite[0]}{more}. Check the model named there and its dtype: half precision overflows where "
-            "bfloat16 or float32 do not."
-        )
+        raise _not_finite(nonfinite)
 
     # 4. Pair the chosen with the rejected candidate of each branch.
     parts = []

@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils import DynamoBackend, gather_object, save_fsdp_optimizer
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
 
 from .branch_plan import branch_lengths
@@ -45,6 +46,7 @@ from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
+from .pipelines.shards import is_sharded, plain_class, spread_like
 from .prompts import load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import stepwise_rollout
@@ -57,13 +59,24 @@ from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback, PairEpochCallback
 from .training.checkpointing import CheckpointFiles, global_step_of, write_text
-from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes
+from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes, chunk_limits
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
 from .training.pair_metrics import PairMetrics
 from .training.running_means import gather_from_processes
-from .training.spo_checks import check_reward_timesteps, check_sharding, check_shared_reward, choose_best_metric
+from .training.sharding import (
+    asks_for_fsdp,
+    check_denoiser_for_sharding,
+    check_equal_weights,
+    check_optimizer_file,
+    check_sharding,
+    require_sharding,
+    shard_frozen,
+    trained_state,
+    write_denoiser,
+)
+from .training.spo_checks import check_reward_timesteps, check_shared_reward, choose_best_metric
 from .training.waiting_pairs import check_base, check_waiting_pairs, sample_base_weights, transition_settings
 
 
@@ -165,6 +178,8 @@ class SPOTrainer(StepTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self._shards:
+            require_sharding(self.accelerator)
         self._compile(config)
         self.pair_loader = self._new_pair_loader()
         self._add_callbacks(config, eval_prompts or prompts)
@@ -174,6 +189,7 @@ class SPOTrainer(StepTrainer):
     def _check(self, config: SPOConfig, reward_model, train_dataset, eval_dataset) -> tuple:
         """What can be said before anything is loaded. Returns the prompts to train on and to evaluate with."""
         check_sharding(config)
+        self._shards = asks_for_fsdp(config)  # the denoiser will be spread over the processes
         choose_best_metric(config, self.metrics)
         self.check_output(config)
         if train_dataset is None:
@@ -211,7 +227,7 @@ class SPOTrainer(StepTrainer):
         self.pipeline.check_negative_prompt(config.negative_prompt)
         self.pipeline.latent_shape(config.height, config.width)
         self._check_branches(config)
-        check_shared_reward(config, self.reward)
+        check_shared_reward(config, self.reward, self._shards)
         self.reward.check_pipeline(self.pipeline)
         check_reward_timesteps(config, self.reward, self._set_timesteps(config))
         vae = config.scoring_vae if scoring_vae is None else scoring_vae
@@ -236,10 +252,14 @@ class SPOTrainer(StepTrainer):
                 "`channels_last=True` cannot be had with this adapter or denoiser: DoRA on convolutions looks at their weights as "
                 "rows. Leave `channels_last` at None."
             )
-        self.pipeline.to(config.device)
-        # DeepSpeed sends weights to the other ranks as plain bytes, which weights in another memory order are not.
+        if self._shards:  # the denoiser comes to the device in shards: as a whole it may be too large
+            check_denoiser_for_sharding(self.pipeline.denoiser)
+            check_equal_weights(model)
+        self.pipeline.to(config.device, with_denoiser=not self._shards)
+        # DeepSpeed sends weights to the other ranks as plain bytes, which weights in another memory order are not; FSDP
+        # takes no such weights.
         with_deepspeed = config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        self.pipeline.optimize(self._stores_channels_last(config) and not with_deepspeed)
+        self.pipeline.optimize(self._stores_channels_last(config) and not with_deepspeed and not self._shards)
         switch_dropout(model, on=not config.disable_dropout)
         return model
 
@@ -286,9 +306,10 @@ class SPOTrainer(StepTrainer):
                 f"possible number of steps ({len(self.pair_loader)} per epoch). Set `max_steps` to make it exact."
             )
 
-    @staticmethod
-    def _compiles(config: SPOConfig) -> bool:
+    def _compiles(self, config: SPOConfig) -> bool:
         """Compiling pays on a GPU, where it takes part of a minute and all later steps are faster."""
+        if self._shards:
+            return False
         if config.compile_regions is None:
             return config.torch_compile or config.device.type == "cuda"
         return config.compile_regions
@@ -331,6 +352,7 @@ class SPOTrainer(StepTrainer):
             num_iterations=args.num_iterations,
             rank=args.process_index,
             world_size=args.world_size,
+            every_rank_rolls_out=self._shards,
         )
         return PairLoader(
             self._prompts,
@@ -363,9 +385,22 @@ class SPOTrainer(StepTrainer):
         with self.accelerator.autocast():  # always the same, whoever asks first
             return self._encodings.encode_prompts(self.pipeline, prompts, args.negative_prompt, **size)
 
+    def _require_denoiser(self) -> None:
+        """
+        Raises:
+            RuntimeError: under FSDP 2 before training, when the denoiser is neither whole on the device nor sharded.
+        """
+        if self._shards and not is_sharded(self.pipeline.denoiser):
+            raise RuntimeError(
+                "Under FSDP 2 the denoiser is spread over the processes when `train` begins: call `train` first. "
+                "`eval_on_start=True` evaluates before the first step."
+            )
+
     def rollout(self, prompts: list[str], seed: int = 0, return_trajectory: bool = False) -> StepPairs:
         """
-        One stepwise rollout under the current policy, with the settings of the config.
+        One stepwise rollout under the current policy, with the settings of the config. Under FSDP 2 every process must call
+        it; those with fewer than `per_device_rollout_batch_size` prompts, or none, roll out others besides, which are
+        forgotten.
 
         Args:
             prompts (`list[str]`): prompts of the batch.
@@ -374,14 +409,20 @@ class SPOTrainer(StepTrainer):
 
         Side effects: adds to the metrics of the next log.
         """
+        self._require_denoiser()
         args, start = self.args, time.perf_counter()
         if args.device.type == "cuda":  # work of the training before that is still queued is not the rollout's
             torch.cuda.synchronize(args.device)
             waited = time.perf_counter() - start
             self._metrics.add("time/train", waited, reduce="per_process")
             start += waited
-        generator = torch.Generator(args.device)
-        generator.manual_seed(((args.seed * 1_000_003 + seed) * 4096 + args.process_index) % 2**63)
+        number = (args.seed * 1_000_003 + seed) * 4096 + args.process_index
+        generator = torch.Generator(args.device).manual_seed(number % 2**63)
+        num_own = len(prompts)
+        plan_generator = None
+        if self._shards:  # as many calls of the denoiser in every process
+            plan_generator = torch.Generator().manual_seed((number - args.process_index) % 2**63)
+            prompts = [*prompts, *self._filling(args.per_device_rollout_batch_size - num_own)]
         self.model.eval()
         embeds = self._encode(prompts)
         with self.accelerator.autocast():
@@ -393,12 +434,19 @@ class SPOTrainer(StepTrainer):
                 prompts=prompts,
                 on_nonfinite="skip",
                 generator=generator,
+                plan_generator=plan_generator,
+                num_padding=len(prompts) - max(num_own, 1),
                 return_trajectory=return_trajectory,
             )
-        self._check_scores(pairs)
-        self._metrics.add_rollout(pairs)
+        if num_own:
+            self._check_scores(pairs)
+            self._metrics.add_rollout(pairs)
         self._metrics.add("time/rollout", time.perf_counter() - start, reduce="per_process")
-        return pairs
+        return pairs if num_own else pairs[:0]
+
+    def _filling(self, count: int) -> list[str]:
+        """`count` prompts, or none if it is negative, that only keep the denoiser busy where other processes need it."""
+        return [self._prompts[0]] * count
 
     def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
         """
@@ -415,6 +463,8 @@ class SPOTrainer(StepTrainer):
         return {name: size or self._chunk_sizes[name] for name, size in sizes.items()}
 
     def _choose_chunk_sizes(self, embeds: PromptEmbeds, free: int | None = None) -> dict[str, int]:
+        if self._shards:  # not by free memory, which differs between processes
+            return chunk_limits(self.args, self.pipeline, self.args.device.type, None).busy
         with self.accelerator.autocast():
             return choose_chunk_sizes(self.args, self.pipeline, self.reward, embeds, free)
 
@@ -467,7 +517,8 @@ class SPOTrainer(StepTrainer):
             with self._reference() as reference:
                 ref_mean, std, _ = distribution(reference)
             ref_mean, std = ref_mean.detach(), std.detach()
-            mean = distribution(model).prev_sample_mean
+            # With FSDP the denoiser itself, as in rollouts: whatever is called first is the root of all units.
+            mean = distribution(self.pipeline.denoiser if self._shards else model).prev_sample_mean
 
         # Log-probabilities of both transitions under both; only stochastic steps branch.
         def log_probs(mean):
@@ -499,6 +550,8 @@ class SPOTrainer(StepTrainer):
     @contextlib.contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
         """The untouched model. What it predicts may carry a graph; detach it."""
+        if self._shards and not self.pipeline.use_lora:
+            shard_frozen(self.pipeline._frozen_copy, self.accelerator)
         if self._compiles_blocks:
             with reference_on_same_code(self.pipeline) as reference:
                 yield reference
@@ -574,11 +627,13 @@ class SPOTrainer(StepTrainer):
 
     def generate(self, prompts: list[str], seeds: list[int] | None = None, progress: str | None = None):
         """
-        Images of the current policy with the sampler of the config, one fixed seed per prompt.
+        Images of the current policy with the sampler of the config, one fixed seed per prompt. Under FSDP 2 every process must
+        call it, with as many prompts.
 
         Returns:
             `torch.Tensor` of shape `(len(prompts), 3, height, width)` in [0, 1], on the CPU.
         """
+        self._require_denoiser()
         args = self.args
         self.model.eval()
         with self.weights_for_evaluation(), self.accelerator.autocast():
@@ -652,7 +707,10 @@ class SPOTrainer(StepTrainer):
         rank, world = self.args.process_index, self.args.world_size
         rows = range(rank, len(prompts), world)
         own = [prompts[i] for i in rows]
-        images = self.generate(own, [self.args.eval_seed + i for i in rows])
+        seeds = [self.args.eval_seed + i for i in rows]
+        # With FSDP as many images in every process, as all of them must call the denoiser.
+        num_padding = math.ceil(len(prompts) / world) - len(own) if self._shards else 0
+        images = self.generate(own + self._filling(num_padding), seeds + [0] * num_padding)[: len(own)]
         parts = gather_from_processes(self.score(images, own))
 
         # The parts follow each other by process, and so do the prompts here.
@@ -673,15 +731,36 @@ class SPOTrainer(StepTrainer):
 
     # --- saving and loading ------------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not is_sharded(self.pipeline.denoiser):
+            super().save_model(output_dir, _internal_call)
+            return
+        # The parent would gather the frozen base as well. Every process takes part, one writes.
+        self._save(output_dir, state_dict=trained_state(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._shards:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The parent would write the whole model beside the optimizer.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
         """The adapter in diffusers' format, or the whole denoiser in its folder, its sampler, and a model card."""
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if state_dict is not None:
+            state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
         if self.pipeline.use_lora:
-            if state_dict is not None:
-                state_dict = {k.removeprefix("denoiser."): v for k, v in state_dict.items()}
             self.pipeline.save_lora(folder, state_dict, fold_alpha=not self._staging)
+        elif is_sharded(self.pipeline.denoiser):
+            write_denoiser(self.pipeline.denoiser, state_dict, folder / self.pipeline.denoiser_name)
         else:
             self.pipeline.denoiser.save_pretrained(folder / self.pipeline.denoiser_name)
         write_text(folder / SAMPLER_NAME, json.dumps(sampler_settings(self.args, self.pipeline), indent=2) + "\n")
@@ -690,18 +769,20 @@ class SPOTrainer(StepTrainer):
     def _write_state(self, folder: Path) -> None:
         metrics = self._metrics.checkpoint()
         metrics["metrics"] = gather_from_processes(metrics["metrics"])
+        base_weights = sample_base_weights(self.pipeline)
         if not self.args.should_save:
             return
         state = self.pair_loader.state_dict()
         pool = {name: value.contiguous().clone() for name, value in state.pop("pool").items()}
         save_file(pool, folder / PAIRS_NAME)
         state.update(metrics, transitions=transition_settings(self.args, self._set_timesteps(self.args)))
-        state["base_weights"] = sample_base_weights(self.pipeline)
+        state["base_weights"] = base_weights
         (folder / STATE_NAME).write_text(json.dumps(state))
 
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
+            check_optimizer_file(folder, self._shards)
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
             check_base(folder, state.get("base_weights"), sample_base_weights(self.pipeline))
@@ -715,7 +796,8 @@ class SPOTrainer(StepTrainer):
 
     def load_model(self, directory: str | Path) -> None:
         """
-        Read back what [`~SPOTrainer.save_model`] or a checkpoint wrote, into the model that is being trained.
+        Read back what [`~SPOTrainer.save_model`] or a checkpoint wrote, into the model that is being trained. Under FSDP 2
+        every process must call it.
 
         Args:
             directory (`str` or `Path`): `output_dir`, or one of its `checkpoint-*` folders.
@@ -737,8 +819,9 @@ class SPOTrainer(StepTrainer):
                 raise ValueError(f"{str(directory)!r} has no {LORA_NAME}, so it is no SPO checkpoint.")
             self.pipeline.load_lora(directory)
         else:
-            saved = load_denoiser(type(self.pipeline.denoiser), directory, self.pipeline.denoiser_name)
-            self.pipeline.denoiser.load_state_dict(saved.state_dict())
+            saved = load_denoiser(plain_class(self.pipeline.denoiser), directory, self.pipeline.denoiser_name)
+            denoiser = self.pipeline.denoiser
+            denoiser.load_state_dict(spread_like(saved.state_dict(), denoiser.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.load_model(resume_from_checkpoint)
@@ -764,7 +847,7 @@ class SPOTrainer(StepTrainer):
             step_rule=pipeline.step_rule,
             guidance=pipeline.call_arguments(self.args.guidance_scale, self.args.negative_prompt),
             denoiser_name=pipeline.denoiser_name,
-            denoiser_class=type(pipeline.denoiser).__name__,
+            denoiser_class=plain_class(pipeline.denoiser).__name__,
             use_lora=pipeline.use_lora,
             reward_model=describe_reward(self.reward_model),
             scoring_vae=pipeline.scoring_vae,

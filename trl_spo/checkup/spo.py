@@ -24,7 +24,8 @@ from ..pipelines.base import SPOPipeline
 from ..spo_trainer import SPOTrainer
 from ..training.checkpointing import resume_from
 from ..training.memory_plan import trained_bytes
-from ..training.spo_checks import check_sharding, choose_best_metric
+from ..training.sharding import check_sharding
+from ..training.spo_checks import choose_best_metric
 from .circumstances import Circumstances, precision_of, read_shapes
 from .data import check_prompts
 from .environment import check_devices, check_disk, check_trackers, check_versions

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .reward_adapter import REWARD_ADAPTER, reward_parameters
+from .shards import spread_like
 
 
 logger = logging.get_logger(__name__)
@@ -384,7 +385,7 @@ def load_lora(pipeline: Any, denoiser_name: str, directory: str | Path) -> None:
         for name in layers:
             if ".lora_B." in name:
                 layers[name] = layers[name] / _strength(denoiser, name)
-    set_peft_model_state_dict(denoiser, layers)
+    set_peft_model_state_dict(denoiser, spread_like(layers, expected))
 
 
 def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> bool:

@@ -264,12 +264,16 @@ class SPOPipeline:
         for name, module in {self.denoiser_name: self.denoiser, **self.frozen_modules()}.items():
             check_network(module, name)
 
-    def to(self, device) -> "SPOPipeline":
-        """Move all networks; with `offload_text_encoders` the text encoders stay where they are."""
+    def to(self, device, with_denoiser: bool = True) -> "SPOPipeline":
+        """
+        Move all networks; with `offload_text_encoders` the text encoders stay where they are, without `with_denoiser` what is
+        trained and its frozen copy.
+        """
         frozen = self.frozen_modules()
         encoders = self.text_encoders() if self.offload_text_encoders else {}
         kept = [module for name, module in frozen.items() if name not in encoders]
-        for module in (self.denoiser, self._frozen_copy, self.scoring_vae, *kept):
+        trained = (self.denoiser, self._frozen_copy) if with_denoiser else ()
+        for module in (*trained, self.scoring_vae, *kept):
             if module is not None:
                 module.to(device)
         return self

@@ -127,6 +127,16 @@ class DenoiserForTraining(torch.nn.Module):
     def forward(self, *args, **kwargs):
         return self.denoiser(*args, **kwargs)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """
+        Classes that accelerate makes units of FSDP: the blocks that diffusers names, and the denoiser, since rollouts call it
+        without this wrapper.
+        """
+        present = {type(module).__name__ for module in self.denoiser.modules()}
+        blocks = getattr(self.denoiser, "_no_split_modules", None) or []
+        return [*(name for name in blocks if name in present), type(self.denoiser).__name__]
+
     def activation_checkpointing_enable(self, **kwargs):
         """What `transformers.Trainer` (5.x) calls for `gradient_checkpointing=True`; diffusers has no options for it."""
         self.denoiser.enable_gradient_checkpointing()

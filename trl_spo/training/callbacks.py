@@ -98,11 +98,14 @@ class ImageLoggingCallback(TrainerCallback):
             self._log(args, state)
 
     def _log(self, args, state):
-        if not state.is_world_process_zero:
+        writes = state.is_world_process_zero
+        if not writes and not self.trainer.is_fsdp_enabled:  # all processes call a denoiser that is spread over them
             return
         self._last = state.global_step
         # Sample, and save what the model card shows.
         images = self.trainer.generate(self.prompts)
+        if not writes:
+            return
         pictures = [to_pil(image) for image in images]
         self._save(Path(args.output_dir) / "images", pictures, state.global_step)
 

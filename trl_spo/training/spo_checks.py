@@ -14,28 +14,10 @@
 
 """Checks of SPO before any long work: they refuse settings that cannot be trained, and rewards that do not fit them."""
 
-import os
 from collections.abc import Callable
-
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..rewards.base import Reward
 from ..spo_config import SPOConfig
-
-
-def check_sharding(config: SPOConfig) -> None:
-    """
-    Check that every process will have the whole denoiser.
-
-    Raises:
-        ValueError: if the parameters of the denoiser would be spread over processes.
-    """
-    launched_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # by `accelerate launch`
-    if config.fsdp or launched_sharded or is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "SPO rolls out and scores with the whole denoiser between optimizer steps, so its parameters cannot be "
-            "sharded: use plain data parallel training or DeepSpeed ZeRO-1 or 2 instead of FSDP or ZeRO-3."
-        )
 
 
 def choose_best_metric(config: SPOConfig, metrics: dict[str, Callable]) -> None:
@@ -65,9 +47,10 @@ def choose_best_metric(config: SPOConfig, metrics: dict[str, Callable]) -> None:
         config.lr_scheduler_kwargs = {"mode": mode, **(config.lr_scheduler_kwargs or {})}
 
 
-def check_shared_reward(config: SPOConfig, reward: Reward) -> None:
+def check_shared_reward(config: SPOConfig, reward: Reward, sharded: bool = False) -> None:
     """
-    A reward on the policy's own weights allows neither their training nor a dtype of its own.
+    A reward on the policy's own weights allows neither their training nor a dtype of its own, nor that they are spread over
+    processes (`sharded`).
 
     Raises:
         ValueError: if the config asks for one of them.
@@ -81,6 +64,11 @@ def check_shared_reward(config: SPOConfig, reward: Reward) -> None:
         )
     if config.reward_dtype is not None:
         raise ValueError("The latent reward shares the denoiser, which has its own dtype: leave `reward_dtype` out.")
+    if sharded:
+        raise ValueError(
+            "The latent reward shares the denoiser and stops in the middle of it, which FSDP does not allow. Use a latent reward "
+            "with weights of its own, or train without FSDP."
+        )
 
 
 def check_reward_timesteps(config: SPOConfig, reward: Reward, timesteps: list[int]) -> None:

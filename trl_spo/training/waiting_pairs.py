@@ -20,11 +20,13 @@ and guidance, and its weights are changes of one base model: a run with others m
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import logging
 
 from ..pipelines.adapters import adapter_parameters
 from ..pipelines.base import SPOPipeline
+from ..pipelines.shards import whole
 from ..spo_config import SPOConfig
 from ..step_pairs import StepPairs
 
@@ -95,7 +97,7 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
 
     Returns:
         `dict[str, list[float]]`: name of the denoiser and of each text encoder -> numbers. Networks that are trained as a
-        whole, or whose weights are quantised, have none.
+        whole, or whose weights are quantised, have none. Under FSDP every process must call it.
     """
     numbers = {}
     for name, network in {pipeline.denoiser_name: pipeline.denoiser, **pipeline.text_encoders()}.items():
@@ -106,7 +108,7 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
         chosen = base[:: max(len(base) // SAMPLED_WEIGHTS, 1)][:SAMPLED_WEIGHTS]
         values = []
         for weight in chosen:
-            values += weight.detach().flatten()[:SAMPLED_WEIGHTS].float().tolist()
+            values += whole(weight.detach()).flatten()[:SAMPLED_WEIGHTS].float().tolist()
         if values:
             numbers[name] = values
     return numbers
@@ -114,7 +116,9 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
 
 def _is_comparable(weight: torch.nn.Parameter) -> bool:
     """Whether a weight is frozen and has plain numbers. Rounded to 8 bits or less, those of two models may look alike."""
-    if weight.requires_grad or weight.ndim < 2 or weight.numel() == 0 or is_traceable_wrapper_subclass(weight):
+    if weight.requires_grad or weight.ndim < 2 or weight.numel() == 0:
+        return False
+    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):  # a shard of FSDP is plain
         return False
     return weight.is_floating_point() and torch.finfo(weight.dtype).bits >= 16
 

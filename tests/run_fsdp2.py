@@ -1,0 +1,245 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The program that `test_fsdp2.py` starts in two processes: `run_fsdp2.py FOLDER SCENARIO [SCENARIO ...]`. What rank r saw of a
+scenario is left in `FOLDER/SCENARIO_r.pt`. The test calls the same functions in one process, on the pairs of both.
+"""
+
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.flow_testing import tiny_sd3_pipeline
+from tests.run_distributed import (
+    MORE_PROMPTS,
+    RANK,
+    RecordingTrainer,
+    ReplayingTrainer,
+    redness,
+    shard_on_cpu,
+    spo_config,
+    spo_result,
+)
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline
+from trl_spo import LatentRewardModel
+from trl_spo.pipelines.shards import is_sharded, whole
+from trl_spo.step_pairs import StepPairs
+
+
+# Nine prompts in rounds of four: the last round has one, for rank 0 alone. Five prompts to evaluate: three and two. SGD, whose
+# step is linear in the gradient, so that rounding stays rounding. The norm of all gradients is far above the limit.
+COMPARED = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "max_grad_norm": 0.005,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "num_branches": 2,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "log_images_steps": 2,
+    "num_eval_images": 3,
+}
+
+
+HALF = {
+    "max_steps": 1,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 0.0,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "log_images_steps": 0,
+}
+
+
+def unet(folder: Path):
+    """Stable Diffusion 1.5, two inner steps per branch, and a reward that judges images."""
+    return tiny_sd_pipeline(folder / f"tokenizer_{RANK}"), redness, {"num_inner_steps": 2, "kl_coef": 0.5}
+
+
+def whole_unet(folder: Path):
+    """The same, all of its weights trained."""
+    return tiny_sd_pipeline(folder / f"tokenizer_{RANK}"), redness, {"use_peft": False, "learning_rate": 0.01}
+
+
+def transformer(folder: Path):
+    """Stable Diffusion 3 and LPO: a latent reward judges noisy latents. Blocks are recomputed in the backward pass."""
+    reward = LatentRewardModel.from_pipeline(tiny_sd3_pipeline(folder / f"reward_tokenizer_{RANK}", seed=1))
+    return tiny_sd3_pipeline(folder / f"tokenizer_{RANK}"), reward, {"gradient_checkpointing": True}
+
+
+class Traffic:
+    """
+    Counts what this process exchanges with the others while it is entered.
+
+    Attributes:
+        pairs (`list[tuple[int, int]]`): pairs of each list that it sent, and bytes of the list as it is sent.
+        weights (`int`): bytes of all weights that were gathered, its own part included.
+        calls (`int`): calls of the denoiser.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module):
+        self.denoiser, self.pairs, self.weights, self.calls = denoiser, [], 0, 0
+
+    def __enter__(self) -> "Traffic":
+        distributed = torch.distributed
+        name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
+        self.originals = {n: getattr(distributed, n) for n in (name, "all_gather_object")}
+
+        def gather_object(received, sent, *args, **kwargs):
+            if sent and isinstance(sent[0], StepPairs):
+                self.pairs.append((sum(len(part) for part in sent), len(pickle.dumps(sent))))
+            return self.originals["all_gather_object"](received, sent, *args, **kwargs)
+
+        def gather_weights(output_tensor, *args, **kwargs):
+            self.weights += output_tensor.nbytes
+            return self.originals[name](output_tensor, *args, **kwargs)
+
+        setattr(distributed, name, gather_weights)
+        distributed.all_gather_object = gather_object
+        self.hook = self.denoiser.register_forward_pre_hook(self.count)
+        return self
+
+    def count(self, *args):
+        self.calls += 1
+
+    def __exit__(self, *args):
+        self.hook.remove()
+        for name, function in self.originals.items():
+            setattr(torch.distributed, name, function)
+
+
+def build(folder: Path, recipe: Callable, trainer_class: type = RecordingTrainer, name: str = "out", **settings):
+    pipeline, reward, own = recipe(folder)
+    config = spo_config(folder, **{"output_dir": str(folder / name), **COMPARED, **own, **settings})
+    return trainer_class(config, pipeline, reward, train_dataset=MORE_PROMPTS[:9], eval_dataset=PROMPTS[:5])
+
+
+def finish(trainer) -> dict:
+    """Train, publish and evaluate once more."""
+    trainer.train()
+    trainer.save_model()
+    return {**spo_result(trainer), "evaluation": trainer.evaluate()}
+
+
+def compared(folder: Path, recipe: Callable) -> dict:
+    trainer = build(folder, recipe)
+    denoiser = trainer.pipeline.denoiser
+    with Traffic(denoiser) as training:
+        result = finish(trainer)
+    prompts = PROMPTS[:2]
+    trainer.generate(prompts)  # their embeddings are known then
+    with Traffic(denoiser) as sampling:
+        trainer.generate(prompts)
+    parameters = [(p.shape, p.element_size()) for p in denoiser.parameters()]
+    result |= {"pairs_sent": training.pairs, "sampling": (sampling.calls, sampling.weights), "parameters": parameters}
+    units = [type(m).__name__ for m in trainer.pipeline.denoiser.modules() if is_sharded(m)]
+    frozen = trainer.pipeline._frozen_copy
+    return {**result, "units": units, "frozen_is_sharded": frozen is not None and is_sharded(frozen)}
+
+
+def replay(folder: Path, recipe: Callable, recorded: list[dict]) -> dict:
+    """`compared` in one process, without shards, on the rollouts of two."""
+    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
+    trainer = build(folder, recipe, ReplayingTrainer, **sizes)
+    trainer.recorded = recorded
+    return finish(trainer)
+
+
+def half_precision(folder: Path) -> dict:
+    """One step of a bfloat16 denoiser under autocast."""
+    pipeline, reward, settings = transformer(folder)
+    settings = {**COMPARED, **settings, **HALF, "bf16": True}
+    trainer = RecordingTrainer(spo_config(folder, **settings), pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
+    trainer.train()
+    return spo_result(trainer)
+
+
+def half_precision_alone(folder: Path, recorded: list[dict]) -> dict:
+    """The same in one process."""
+    pipeline, reward, settings = transformer(folder)
+    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
+    config = spo_config(folder, **{**COMPARED, **settings, **HALF, **sizes, "bf16": True})
+    trainer = ReplayingTrainer(config, pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
+    trainer.recorded = recorded
+    trainer.train()
+    return spo_result(trainer)
+
+
+def resumed(folder: Path, recipe: Callable) -> dict:
+    """Two steps, and the second once more, from a checkpoint."""
+    settings = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "max_grad_norm": 1.0,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 1,
+        "eval_strategy": "no",
+        "log_images_steps": 0,
+    }
+    trainer = build(folder, recipe, **settings)
+    trainer.train()
+    again = build(folder, recipe, name="again", **settings)
+    again.train(resume_from_checkpoint=folder / "out" / "checkpoint-1")
+    return {"uninterrupted": state_of(trainer), "resumed": state_of(again)}
+
+
+def state_of(trainer) -> dict:
+    moments = {}
+    for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
+        moments.update({f"{number}.{name}": whole(value) for name, value in state.items()})
+    return {**spo_result(trainer), "moments": moments, "pool": trainer.pair_loader.pool.tensors()}
+
+
+def resumed_transformer(folder: Path) -> dict:
+    return resumed(folder, transformer)
+
+
+def resumed_whole_unet(folder: Path) -> dict:
+    return resumed(folder, whole_unet)
+
+
+def compared_unet(folder: Path) -> dict:
+    return compared(folder, unet)
+
+
+def compared_whole_unet(folder: Path) -> dict:
+    return compared(folder, whole_unet)
+
+
+def compared_transformer(folder: Path) -> dict:
+    return compared(folder, transformer)
+
+
+def main(folder: Path, scenarios: list[str]):
+    for name in scenarios:
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        torch.save(globals()[name](place), folder / f"{name}_{RANK}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    main(Path(sys.argv[1]), sys.argv[2:])

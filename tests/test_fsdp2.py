@@ -1,0 +1,293 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Why this file exists: a denoiser that is spread over processes hangs as soon as one of them calls it once less often, and a
+process that trains on its part of the wrong thing looks well. Two processes with half of the denoiser each are compared with
+one that has all of it, on what the two found together.
+
+`run_fsdp2.py` is the program.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+from trl_spo import LatentRewardModel, SPOTrainer
+from trl_spo.training import sharding
+from trl_spo.training.sharding import check_sharding
+
+from . import run_fsdp2
+from .test_distributed import (
+    CONFIGS,
+    ROUNDING,
+    adjusted,
+    assert_close,
+    assert_logs_close,
+    assert_same_bits,
+    launch,
+    results,
+)
+from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
+
+
+LORA = "pytorch_lora_weights.safetensors"
+WHOLE = "unet/diffusion_pytorch_model.safetensors"
+
+
+def launch_sharded(folder: Path, *scenarios: str) -> Path:
+    """The scenarios in two processes with `fsdp2.yaml`, on the CPU."""
+    run = launch(folder, *scenarios, config=adjusted("fsdp2.yaml", folder, use_cpu=True), program=("run_fsdp2.py",))
+    assert run.status == 0, run.output[-5000:]
+    return folder
+
+
+def assert_tensors_close(ours: dict, theirs: dict):
+    assert ours.keys() == theirs.keys() != set()
+    for name, value in theirs.items():
+        tolerance = ROUNDING["rtol"] * max(value.abs().max().item(), 1e-6)
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision")
+    return launch_sharded(tmp_path_factory.mktemp("compared"), *scenarios)
+
+
+UNITS = {
+    "unet": {"BasicTransformerBlock", "ResnetBlock2D", "UNet2DConditionModel"},
+    "whole_unet": {"BasicTransformerBlock", "ResnetBlock2D", "UNet2DConditionModel"},
+    "transformer": {"JointTransformerBlock", "SD3Transformer2DModel"},
+}
+
+
+@pytest.mark.parametrize("recipe", UNITS)
+class TestOneProcessOnThePooledPairs:
+    """
+    Accumulation, clipping, a last round with a prompt for one rank alone, branches in random places, sample images and uneven
+    evaluations: all of it at once, so that everything that could call the denoiser unequally often is there.
+    """
+
+    @pytest.fixture
+    def both(self, compared, tmp_path, recipe):
+        first, second = results(compared, f"compared_{recipe}")
+        alone = run_fsdp2.replay(tmp_path, getattr(run_fsdp2, recipe), [first["rollouts"], second["rollouts"]])
+        return first, second, alone, tmp_path / "out", compared / f"compared_{recipe}" / "out"
+
+    def test_equals_it(self, both, recipe):
+        first, second, alone, own_folder, their_folder = both
+        for rank in (first, second):
+            assert {name.removeprefix("FSDP") for name in rank["units"]} >= UNITS[recipe]
+            assert rank["frozen_is_sharded"] == (recipe == "whole_unet")
+        # The last round has a prompt for rank 0 only; the padding of rank 1 is nowhere.
+        assert [len(prompts) for prompts, _ in second["rollouts"].values()] == [2, 2, 0]
+        found = first["own_pairs"] + second["own_pairs"]
+        assert sum(alone["batches"]) == 2 * sum(first["batches"]) == 2 * sum(second["batches"]) == found
+        places = [{b.step for b in rank["rollouts"][0][1].branches} for rank in (first, second)]
+        assert places[0] == places[1] and len(places[0]) == 2
+
+        # Gradients, after clipping, and weights: those of all processes, and those of one.
+        for a, b in zip(first["gradients"], second["gradients"], strict=True):
+            assert_same_bits(a, b)
+        norms = [torch.nn.utils.get_total_norm(step) for step in alone["gradients"]]
+        assert all(norm == pytest.approx(run_fsdp2.COMPARED["max_grad_norm"], rel=1e-3) for norm in norms)
+        assert_close(first["gradients"], alone["gradients"])
+        assert_close(first["steps"], alone["steps"])
+
+        # Every logged number, and evaluations.
+        assert first["logs"] == second["logs"]
+        assert_logs_close(first["logs"], alone["logs"])
+        for name, value in alone["evaluation"].items():
+            if "runtime" not in name:
+                assert first["evaluation"][name] == second["evaluation"][name]
+                assert first["evaluation"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+        # What is published, and the sample images.
+        file = WHOLE if recipe == "whole_unet" else LORA
+        assert_tensors_close(load_file(their_folder / file), load_file(own_folder / file))
+        assert "FSDP" not in (their_folder / "README.md").read_text()
+        self.assert_same_checkpoint(their_folder / "checkpoint-2", own_folder / "checkpoint-2", file)
+        names = sorted(path.name for path in (own_folder / "images").glob("*.png"))
+        assert names == sorted(path.name for path in (their_folder / "images").glob("*.png")) != []
+        for name in names:
+            pair = [Image.open(folder / "images" / name) for folder in (own_folder, their_folder)]
+            assert max(high for _, high in ImageChops.difference(*pair).getextrema()) <= 1, name
+
+    def assert_same_checkpoint(self, theirs: Path, ours: Path, file: str):
+        """Weights to rounding, waiting pairs to the bit; whole tensors, of what is trained only, and no pickled index."""
+        assert_tensors_close(load_file(theirs / file), load_file(ours / file))
+        for path in theirs.rglob("config.json"):
+            assert path.read_text() == (ours / path.relative_to(theirs)).read_text()
+        pools = [load_file(folder / "spo_pairs.safetensors") for folder in (theirs, ours)]
+        assert pools[0].keys() == pools[1].keys()
+        assert all(torch.equal(value, pools[1][name]) for name, value in pools[0].items())
+        states = [json.loads((folder / "spo_state.json").read_text()) for folder in (theirs, ours)]
+        for name in ("num_prompts_seen", "num_pairs_seen", "pool_prompts", "transitions", "base_weights"):
+            assert states[0][name] == states[1][name] != {}, name
+        expected = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file()}
+        expected -= {"optimizer.pt", "rng_state.pth"}
+        names = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()}
+        assert names == expected | {"optimizer.bin", "rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_the_bytes_that_travel(compared):
+    """
+    A pair of the tiny model has four latents of 4 x 8 x 8 float32, whether a byte, timestep and row of 8 each, and two scores of
+    4: 4,121 bytes, and its text. A call of the denoiser gathers every weight once, in equal parts, the last ones padded.
+    """
+    for rank in results(compared, "compared_unet"):
+        assert len(rank["pairs_sent"]) == 3 and sum(pairs for pairs, _ in rank["pairs_sent"]) == rank["own_pairs"]
+        for pairs, sent in rank["pairs_sent"]:
+            assert 4121 * pairs <= sent <= 4121 * pairs + 4000
+        calls, gathered = rank["sampling"]
+        assert calls == 5  # steps of the sampler, with two prompts and guidance in one call
+        once = 0
+        for shape, itemsize in rank["parameters"]:
+            rows = math.ceil(shape[0] / 2) * 2
+            once += rows * math.prod(shape[1:]) * itemsize
+        assert gathered == calls * once
+
+
+def test_half_precision_starts_from_the_reference(compared, tmp_path):
+    """The first loss is ln 2 and the first ratios are 1, exactly; the gradient is that of one process as far as bfloat16 goes."""
+    ranks = results(compared, "half_precision")
+    alone = run_fsdp2.half_precision_alone(tmp_path, [rank["rollouts"] for rank in ranks])
+    for run in (*ranks, alone):
+        log = run["logs"][0]
+        assert log["ratio/chosen"] == log["ratio/rejected"] == 1 and log["kl"] == 0
+        assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    ours = torch.cat([gradient.flatten() for gradient in ranks[0]["gradients"][0]])
+    theirs = torch.cat([gradient.flatten() for gradient in alone["gradients"][0]])
+    assert theirs.norm() > 0 and (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+GOOD = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+class TestRefusals:
+    """What does not work is said before anything is loaded. `accelerate launch` tells it through the environment alone."""
+
+    @pytest.fixture(autouse=True)
+    def good(self, monkeypatch):
+        for name, value in GOOD.items():
+            monkeypatch.setenv(name, value)
+
+    def test_the_configuration_of_the_package_is_accepted(self, tmp_path):
+        check_sharding(tiny_spo_config(tmp_path))
+        settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+        for name, value in GOOD.items():
+            if name.startswith("FSDP_"):
+                assert str(settings[name.lower()]).lower() == value.lower()
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "message"),
+        [
+            ("FSDP_VERSION", "1", "FSDP 1 is refused"),
+            ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+            ("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D", "name no classes"),
+            ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type: FULL_STATE_DICT"),
+            ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: false"),
+            ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward: true"),
+            ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: false"),
+            ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use `gradient_checkpointing=True`"),
+            ("FSDP_IGNORED_MODULES", "norm", "leave out `fsdp_ignored_modules`"),
+        ],
+    )
+    def test_of_fsdp(self, tmp_path, monkeypatch, variable, value, message):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_sharding(tiny_spo_config(tmp_path))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"compile_regions": True}, {"channels_last": True}, {"memory_budget": 8.0}, {"optim": "adafactor"}],
+    )
+    def test_of_the_run(self, tmp_path, settings):
+        with pytest.raises(ValueError, match=f"SPO under FSDP 2: .*{next(iter(settings))}"):
+            check_sharding(tiny_spo_config(tmp_path, **settings))
+
+    def test_half_precision_with_a_scaler(self, tmp_path):
+        config = tiny_spo_config(tmp_path)
+        config.fp16 = True  # a config refuses it on a CPU
+        with pytest.raises(ValueError, match="`fp16` is refused"):
+            check_sharding(config)
+
+    def test_zero_3(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sharding, "is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match="ZeRO-3 is refused"):
+            check_sharding(tiny_spo_config(tmp_path))
+
+    def test_one_process_has_nothing_to_shard(self, tmp_path):
+        with pytest.raises(ValueError, match="accelerate does not shard here"):
+            SPOTrainer(tiny_spo_config(tmp_path), tiny_sd_pipeline(tmp_path), brightness_reward, PROMPTS)
+
+    def test_a_reward_that_stops_inside_the_denoiser(self, tmp_path):
+        pipeline = tiny_sd_pipeline(tmp_path)
+        reward = LatentRewardModel.from_pipeline(pipeline, shared=True, projection_dim=12)
+        with pytest.raises(ValueError, match="shares the denoiser and stops in the middle of it"):
+            SPOTrainer(tiny_spo_config(tmp_path), pipeline, reward, PROMPTS)
+
+    def test_weights_in_eight_bits(self):
+        network = torch.nn.Linear(2, 2)
+        network.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match="cannot spread a quantised denoiser"):
+            sharding.check_denoiser_for_sharding(network)
+
+    @pytest.mark.parametrize(
+        ("name", "sharded", "message"),
+        [
+            ("optimizer.bin", False, "was written with FSDP and this run trains without it"),
+            ("optimizer.pt", True, "was written without FSDP and this run trains with it"),
+        ],
+    )
+    def test_a_checkpoint_of_the_other_kind(self, tmp_path, name, sharded, message):
+        (tmp_path / name).touch()
+        sharding.check_optimizer_file(tmp_path, not sharded)
+        with pytest.raises(ValueError, match=message):
+            sharding.check_optimizer_file(tmp_path, sharded)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    return launch_sharded(tmp_path_factory.mktemp("resumed"), "resumed_transformer", "resumed_whole_unet")
+
+
+@pytest.mark.parametrize("recipe", ["transformer", "whole_unet"])
+def test_a_resumed_run_is_the_same_run(resumed, recipe):
+    for rank in results(resumed, f"resumed_{recipe}"):
+        first, second = rank["uninterrupted"], rank["resumed"]
+        assert_same_bits(first["weights"], second["weights"])
+        assert first["batches"][1:] == second["batches"] and len(second["batches"]) == 1
+        assert first["logs"][:-1] == second["logs"][:-1]  # the last has the mean loss of this call of `train`
+        for name in ("moments", "pool"):
+            assert first[name].keys() == second[name].keys() != set()
+            assert_same_bits(list(first[name].values()), list(second[name].values()))
+    # The last checkpoints of both have the same file.
+    out = resumed / f"resumed_{recipe}"
+    file = WHOLE if recipe == "whole_unet" else LORA
+    assert (out / "out" / "checkpoint-2" / file).read_bytes() == (out / "again" / "checkpoint-2" / file).read_bytes()
