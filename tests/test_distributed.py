@@ -62,8 +62,14 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def launch(folder: Path, *scenarios: str, config: Path = CONFIGS / "cpu_2proc.yaml", program=("run_distributed.py",)):
-    """`accelerate launch` of the scenarios in two processes. Port 0: whichever is free."""
+def launch(
+    folder: Path,
+    *scenarios: str,
+    config: Path = CONFIGS / "cpu_2proc.yaml",
+    program=("run_distributed.py",),
+    bound: float = BOUND,
+):
+    """`accelerate launch` of the scenarios in two processes, which may take `bound` seconds. Port 0: whichever is free."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", 0]
@@ -78,12 +84,12 @@ def launch(folder: Path, *scenarios: str, config: Path = CONFIGS / "cpu_2proc.ya
         stderr=subprocess.STDOUT,
     )
     try:
-        output, _ = process.communicate(timeout=BOUND)
+        output, _ = process.communicate(timeout=bound)
     except subprocess.TimeoutExpired:
         for number in processes_of(folder):  # the ranks as well as the launcher
             os.kill(number, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{scenarios} had not ended after {BOUND} seconds:\n{output[-5000:]}")
+        pytest.fail(f"{scenarios} had not ended after {bound} seconds:\n{output[-5000:]}")
     return SimpleNamespace(status=process.returncode, output=output, seconds=time.monotonic() - start)
 
 

@@ -49,13 +49,17 @@ from .test_distributed import (
 from .testing_utils import PROMPTS, brightness_reward, tiny_sd_pipeline, tiny_spo_config
 
 
+BOUND = (
+    600  # seconds of a launch with several scenarios, each of which trains; half a minute per process on free cores
+)
 LORA = "pytorch_lora_weights.safetensors"
 WHOLE = "unet/diffusion_pytorch_model.safetensors"
 
 
 def launch_sharded(folder: Path, *scenarios: str) -> Path:
     """The scenarios in two processes with `fsdp2.yaml`, on the CPU."""
-    run = launch(folder, *scenarios, config=adjusted("fsdp2.yaml", folder, use_cpu=True), program=("run_fsdp2.py",))
+    config = adjusted("fsdp2.yaml", folder, use_cpu=True)
+    run = launch(folder, *scenarios, config=config, program=("run_fsdp2.py",), bound=BOUND)
     assert run.status == 0, run.output[-5000:]
     return folder
 

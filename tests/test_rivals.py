@@ -32,6 +32,13 @@ def test_every_method_has_as_many_trials():
     assert set(rivals.SWEEPS) == set(rivals.METHODS) == {arm.method for arm in rivals.ARMS.values()}
 
 
+def test_a_quick_study_runs_a_trial_of_each_method_without_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "IS_QUICK", True)
+    for method, trials in rivals.SWEEPS.items():
+        assert rivals.settings_of(tmp_path, "flow", f"run/{method}/0") == (method, trials[rivals.CHOSEN[method]], 0)
+    assert rivals.stretch_of(tmp_path, "flow", "nft") == 1
+
+
 def test_captions_that_nobody_has_looked_at():
     """They are a part of the training captions that a study does not train on."""
     study, untouched = (set(world.captions(split)) for split in ("study", "untouched"))
