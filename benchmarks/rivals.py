@@ -28,8 +28,8 @@ same number of settings (`SWEEPS`), judged by the utility of its best checkpoint
 of its own. Then each is trained with the settings that were best, over training seeds. A unit of compute is one sample forward
 through the denoiser; a backward pass counts as two, the backbone of a latent reward as its share of the arithmetic.
 
-A run ends at `BUDGET` evaluations; methods whose evaluations are cheap go on for the CPU time that SPO needs for the budget, so that
-all can also be compared at equal CPU time. Of each run two checkpoints are measured, both chosen on validation captions: the
+A run ends at `BUDGET` evaluations; with the first training seeds, methods whose evaluations are cheap go on for the CPU time that
+SPO needs for the budget, so that all can also be compared at equal CPU time. Of each run two checkpoints are measured, both chosen on validation captions: the
 best within the budget, and the best of all. They are measured on held-out captions, and on captions that neither an earlier study
 nor a choice of this one has looked at.
 
@@ -202,6 +202,7 @@ REWARD_CHECKS = {
 CHECK_SETTINGS = {"learning_rate": 4e-3, "kl_coef": 1.5}
 ARMS = {name: Arm(title, name) for name, (title, _) in METHODS.items()}
 MOST_STRETCH = 3.0  # budgets that a run with cheap evaluations may take at most
+STRETCHED_SEEDS = (0, 1)  # runs of the other seeds end at the budget
 
 
 def full_settings(model: str, method: str, changes: dict) -> dict:
@@ -403,7 +404,7 @@ def best_point(points: list[dict], unit: str, most: float) -> int:
 
 def work_run(model: str, output: Path, method: str, changes: dict, seed: int, is_sweep: bool) -> dict:
     """One run; of those that are not of a sweep the two checkpoints are measured, and the adapter of the first is kept."""
-    stretch = 1.0 if is_sweep else stretch_of(output, model, method)
+    stretch = 1.0 if is_sweep or seed not in STRETCHED_SEEDS else stretch_of(output, model, method)
     pipeline, recorder, settings = run(model, output, method, changes, seed, stretch)
     points = recorder.points
     result = {"method": method, "settings": settings, "seed": seed, "points": points}

@@ -43,7 +43,7 @@ from benchmarks.compare.figures import in_lines
 from benchmarks.compare.report import fill_page, markdown
 from benchmarks.compare.tasks import read_json, write_json
 from benchmarks.latent_rewards import load
-from benchmarks.rivals import ARMS, METHODS, REWARD_CHECKS, SWEEPS
+from benchmarks.rivals import ARMS, METHODS, REWARD_CHECKS, STRETCHED_SEEDS, SWEEPS
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.settings import SAMPLER
 from trl_spo.images import to_pil
@@ -102,9 +102,15 @@ class Study:
     def base_mean(self, metric: str, split: str = "validation") -> float:
         return sum(self.base[split][metric]) / len(self.base[split][metric])
 
+    def runs_of(self, arm: str, checkpoint: str) -> list[dict]:
+        """The runs that a table is about: for equal CPU time those of seeds that went on for so long."""
+        if checkpoint == "best":
+            return self.runs[arm]
+        return [run for run in self.runs[arm] if run["seed"] in STRETCHED_SEEDS]
+
     def change(self, arm: str, split: str, checkpoint: str, metric: str) -> torch.Tensor:
         """Differences to the base model `(seeds, captions)`, float64."""
-        values = [run[split][checkpoint][metric] for run in self.runs[arm]]
+        values = [run[split][checkpoint][metric] for run in self.runs_of(arm, checkpoint)]
         return torch.tensor(values, dtype=torch.float64) - torch.tensor(self.base[split][metric], dtype=torch.float64)
 
     def against(self, arm: str, other: str, split: str, checkpoint: str, metric: str) -> dict:
@@ -114,12 +120,12 @@ class Study:
 
     def by_seed(self, arm: str, split: str, checkpoint: str, metric: str) -> dict[int, torch.Tensor]:
         """Differences to the base model over captions, by training seed."""
-        seeds = [run["seed"] for run in self.runs[arm]]
+        seeds = [run["seed"] for run in self.runs_of(arm, checkpoint)]
         return dict(zip(seeds, self.change(arm, split, checkpoint, metric), strict=True))
 
     def validation_utility(self, arm: str, checkpoint: str) -> float:
         """Of the measured checkpoints, mean over seeds."""
-        points = [run["points"][run[checkpoint]] for run in self.runs[arm]]
+        points = [run["points"][run[checkpoint]] for run in self.runs_of(arm, checkpoint)]
         return sum(point["utility"] for point in points) / len(points)
 
     def best_rival(self, checkpoint: str) -> str:
@@ -142,7 +148,8 @@ def settings_text(settings: dict) -> str:
 def main_table(study: Study, split: str, checkpoint: str) -> str:
     """Changes of all arms, how much the samples of a caption differ, and what it cost."""
     rows = []
-    for arm, runs in study.runs.items():
+    for arm in study.runs:
+        runs = study.runs_of(arm, checkpoint)
         cells = [ARMS[arm].title, str(len(runs))]
         cells += [cell(two_way(study.change(arm, split, checkpoint, metric))) for metric in METRICS]
         change = study.change(arm, split, checkpoint, "diversity") / study.base_mean("diversity", split)
