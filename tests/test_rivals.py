@@ -110,9 +110,13 @@ class TestReport:
         assert study.change("spo", "heldout", "best", "utility").flatten().tolist() == pytest.approx(
             [0.2, 0.3, 0.3, 0.4]
         )
-        assert study.best_rival("best") == "dpo"  # +0.1 and +0.1 on validation captions against +0.05 and +0.15: a tie
         found = study.against("spo", "dpo", "untouched", "best", "utility")
         assert found["mean"] == pytest.approx(0.15) and found["seeds"] == 2
+        table = rivals_report.against_table(study, "untouched", "best")
+        assert (
+            "| SPO, less Diffusion-DPO | 2 | +0.150 ± " in table
+            and "| SPO, less DiffusionNFT | 2 | +0.150 ± " in table
+        )
 
     def test_seeds_that_only_one_has_are_left_out(self, output):
         (output / "flow" / "run" / "dpo" / "0.json").unlink()
