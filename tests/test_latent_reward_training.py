@@ -356,7 +356,7 @@ class TestTraining:
             trainer.train()
             losses[bf16] = train_logs(trainer)[0]["loss"]
         assert trainer.model.dtype == torch.float32
-        assert losses[True] == pytest.approx(losses[False], rel=0.05) and losses[True] != losses[False]
+        assert losses[True] == pytest.approx(losses[False], rel=0.15) and losses[True] != losses[False]
 
 
 class TestBadInput:

@@ -335,6 +335,8 @@ class TestPrecision:
         Regression: an estimate of memory, which a GPU makes by default, left the weights broken, and compiled blocks met them in
         eight bits.
         """
+        if maker is tiny_sd_pipeline and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            pytest.skip("convolutions in bfloat16 have no backward pass under layerwise casting on this processor")
         pipe = self.cast_pipeline(tmp_path, maker)
         config = tiny_spo_config(tmp_path, memory_budget=1.0, max_steps=1)
         with caplog.at_level("WARNING"):

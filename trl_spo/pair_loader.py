@@ -91,7 +91,7 @@ class PairLoader:
             more than this and there is one process; otherwise on the CPU.
 
     Yields:
-        `dict`: `pairs` ([`StepPairs`]) of one micro-batch and `is_fresh` (`(B,)`, bool), which of them are trained on for the
+        `dict`: `pairs` ([`StepPairs`]) of one micro-batch and `is_fresh` (`list[bool]`), which of them are trained on for the
         first time, with `num_pairs` of the optimizer step in this process, and `num_micro_batches` of the step.
     """
 
@@ -204,7 +204,11 @@ class PairLoader:
             parts = [part.pin_memory() for part in parts]
         fresh_parts = is_fresh.split([len(part) for part in parts])
         sizes = {"num_pairs": len(own), "num_micro_batches": accumulation}
-        return [{"pairs": part, "is_fresh": fresh, **sizes} for part, fresh in zip(parts, fresh_parts, strict=True)]
+        # As a list: transformers moves tensors of a batch to the device, and the host would wait for that.
+        return [
+            {"pairs": part, "is_fresh": fresh.tolist(), **sizes}
+            for part, fresh in zip(parts, fresh_parts, strict=True)
+        ]
 
     def _fill_pool(self):
         """

@@ -283,7 +283,7 @@ class SPOTrainer(StepTrainer):
         # Blocks are compiled, so the Trainer must not compile the whole network around them; and a config of another run
         # with `torch_compile` may have left transformers 4's environment variable behind.
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        self._compiles_blocks = self._compiles(config)
+        self._compiles_blocks = self._compiles(config) and not self._shards
         networks = [*self.pipeline.running_networks(), self.reward.module]
         release_blocks(networks)
         if self._compiles_blocks:
@@ -306,10 +306,9 @@ class SPOTrainer(StepTrainer):
                 f"possible number of steps ({len(self.pair_loader)} per epoch). Set `max_steps` to make it exact."
             )
 
-    def _compiles(self, config: SPOConfig) -> bool:
+    @staticmethod
+    def _compiles(config: SPOConfig) -> bool:
         """Compiling pays on a GPU, where it takes part of a minute and all later steps are faster."""
-        if self._shards:
-            return False
         if config.compile_regions is None:
             return config.torch_compile or config.device.type == "cuda"
         return config.compile_regions
@@ -543,7 +542,9 @@ class SPOTrainer(StepTrainer):
             self.guard.watch("log-probabilities", losses.isfinite(), inputs["pairs"].timesteps, pairs.prompts)
         log_ratios = (logps[0] - logps[2], logps[1] - logps[3])
         policy_logps = (chosen_logps, rejected_logps)
-        is_fresh = None if args.num_iterations == 1 else inputs["is_fresh"]
+        is_fresh = inputs.get("is_fresh")
+        if is_fresh is not None:
+            is_fresh = None if all(is_fresh) else torch.tensor(is_fresh).to(args.device, non_blocking=True)
         self._metrics.add_loss(output, losses, kl, policy_logps, log_ratios, args.beta, args.epsilon, is_fresh)
         return (loss, output) if return_outputs else loss
 
