@@ -349,14 +349,18 @@ class TestTraining:
         assert all(p.isfinite().all() for p in trainer.model.parameters())
 
     def test_bfloat16(self, make_trainer):
-        """Autocast rounds, and nothing more: the weights stay float32, and the first loss is nearly that of float32."""
+        """
+        Autocast rounds, and nothing more: the weights stay float32, and the first loss is nearly that of float32. It is a mean over
+        96 pairs, since scores of a single one differ by up to 0.14 of 3, on every processor in its own way.
+        """
         losses = {}
+        rows = image_pairs() * 16
         for bf16 in (False, True):
-            trainer = make_trainer(bf16=bf16)
+            trainer = make_trainer(rows=rows, bf16=bf16, per_device_train_batch_size=len(rows), max_steps=1)
             trainer.train()
             losses[bf16] = train_logs(trainer)[0]["loss"]
         assert trainer.model.dtype == torch.float32
-        assert losses[True] == pytest.approx(losses[False], rel=0.15) and losses[True] != losses[False]
+        assert losses[True] == pytest.approx(losses[False], rel=0.05) and losses[True] != losses[False]
 
 
 class TestBadInput:

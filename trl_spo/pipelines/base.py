@@ -43,7 +43,13 @@ from .adapters import (
 from .autoencoder import decode, encode, shrink_latents
 from .components import check_network, plain_pipeline
 from .conditioning import PromptEmbeds
-from .denoiser import DenoiserForTraining, compute_dtype_of, default_lora_config, takes_any_precision
+from .denoiser import (
+    DenoiserForTraining,
+    compute_dtype_of,
+    default_lora_config,
+    keep_weights_of_convolutions,
+    takes_any_precision,
+)
 
 
 class SPOPipeline:
@@ -220,6 +226,7 @@ class SPOPipeline:
         self._compute_dtype = None
         if self.use_lora:
             self.add_lora(peft_config)
+            keep_weights_of_convolutions(self.denoiser)
         else:
             # Full fine-tuning: the weights must be real numbers that an optimizer can change.
             require_no_adapters(self.denoiser, self.denoiser_name)

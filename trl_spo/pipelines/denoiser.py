@@ -14,6 +14,7 @@
 
 """Helpers for the denoiser of any family: find its dtypes, wrap it for training, and the default LoRA."""
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from diffusers.utils import BaseOutput
 from peft import LoraConfig
 
 from .adapters import adapter_parameters
+
+
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
 def default_lora_config() -> LoraConfig:
@@ -36,12 +40,31 @@ def layerwise_casting(network: torch.nn.Module) -> Any | None:
     and cast them for the time of each call. So the network does not compute in the dtype of its weights, and the weights are
     new tensors after every call.
     """
+    hooks = (_casting_hook(module) for module in network.modules())
+    return next((hook for hook in hooks if hook is not None), None)
+
+
+def _casting_hook(module: torch.nn.Module) -> Any | None:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("layerwise_casting")
+
+
+def keep_weights_of_convolutions(network: torch.nn.Module) -> None:
+    """
+    Make frozen convolutions under layerwise casting trainable through. Autograd keeps the parameter of a convolution for the
+    backward pass, and by then the hook has put it back to few bits, which all but oneDNN refuse ("expected scalar type
+    BFloat16 but found Float8_e4m3fn"). An alias keeps the weight that was computed with; linear layers keep one anyway.
+    """
     for module in network.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("layerwise_casting")
-        if hook is not None:
-            return hook
-    return None
+        if isinstance(module, CONVOLUTIONS) and _casting_hook(module) is not None:
+            module._conv_forward = functools.partial(_convolve_with_alias, module)
+
+
+def _convolve_with_alias(
+    module: torch.nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias: Any
+) -> torch.Tensor:
+    weight = weight if weight.requires_grad else weight.detach()
+    return type(module)._conv_forward(module, inputs, weight, bias)
 
 
 def compute_dtype_of(network: torch.nn.Module) -> torch.dtype:
