@@ -138,20 +138,32 @@ def consistent(pairs):
     )
 
 
+def untrained_reward(kind: str, model: str, pipeline) -> tuple:
+    """
+    A reward before its training, and how it is trained.
+
+    Args:
+        kind (`str`): `"step"`, step-aware; `"clean"`, of finished images; `"latent"`, of noisy latents.
+        model (`str`): `"unet"` or `"flow"`.
+
+    Returns:
+        `tuple`: the reward model, fields of [`StepRewardConfig`], and the number of optimizer steps.
+    """
+    if kind == "latent":
+        reward_model = LatentRewardModel.from_pipeline(pipeline, guidance_scale=1.0)
+        return reward_model, latent_reward_settings(model), LATENT_REWARD_STEPS
+    settings = FLOW_REWARD_SETTINGS if model == "flow" else REWARD_SETTINGS
+    reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP, step_conditioning=kind == "step")
+    return reward_model, {**settings, "timesteps": [0]} if kind == "clean" else settings, REWARD_STEPS
+
+
 def train_reward(kind: str, model: str, pipeline, pairs, seed: int, folder: Path) -> dict:
     """Trains and saves one of `REWARDS`; returns what it cost."""
     torch.manual_seed(seed)  # new layers are random, and every process has a seed of its own
     counts = {}
     if kind == "latent_filtered":
         pairs, counts = consistent(pairs)
-    if kind == "pixel":
-        settings = FLOW_REWARD_SETTINGS if model == "flow" else REWARD_SETTINGS
-        steps = REWARD_STEPS
-        reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP)
-    else:
-        settings = latent_reward_settings(model)
-        steps = LATENT_REWARD_STEPS
-        reward_model = LatentRewardModel.from_pipeline(pipeline, guidance_scale=1.0)
+    reward_model, settings, steps = untrained_reward("step" if kind == "pixel" else "latent", model, pipeline)
     config = reward_config(settings, steps, seed, folder)
     trainer = StepRewardTrainer(config, pipeline, reward_model, train_dataset=pairs)
     start = time.process_time()

@@ -61,6 +61,7 @@ from benchmarks.compare.methods import (
     Meter,
     Recorder,
     SupervisedFineTuning,
+    decided_pairs,
     exact_reward,
     restore_adapter,
     reward_config,
@@ -70,23 +71,23 @@ from benchmarks.compare.methods import (
 )
 from benchmarks.compare.online import ONLINE, ONLINE_DEFAULTS
 from benchmarks.compare.tasks import execute, read_json, write_json
-from benchmarks.latent_rewards import EquivalentMeter, arithmetic_share, consistent, load, pipeline_of
+from benchmarks.latent_rewards import (
+    EquivalentMeter,
+    arithmetic_share,
+    consistent,
+    load,
+    pipeline_of,
+    untrained_reward,
+)
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.preferences import make_preferences
 from examples.shapes.settings import (
-    CLIP,
-    FLOW_REWARD_SETTINGS,
     FLOW_SPO_SETTINGS,
-    LATENT_REWARD_STEPS,
-    REWARD_SETTINGS,
-    REWARD_STEPS,
     SAMPLER,
     SPO_SETTINGS,
-    latent_reward_settings,
     latent_spo_settings,
 )
-from trl_spo import LatentRewardModel, StepAwareRewardModel, StepRewardTrainer, wrap_reward
-from trl_spo.preference_collator import StepPreferenceCollator
+from trl_spo import LatentRewardModel, StepRewardTrainer, wrap_reward
 from trl_spo.rewards.base import load_reward_model
 from trl_spo.sampling import generate_images, score_images
 
@@ -240,27 +241,18 @@ def work_reward(model: str, output: Path, kind: str, seed: int) -> dict:
     `clean_2`, the other one of an ensemble, `clean_filtered`, from pairs with which the CLIP of the world agrees, and `clean_early`,
     with half the learning rate and half the steps. Returns what it cost.
     """
-    kind, _, variant = kind.partition("_")
+    base, _, variant = kind.partition("_")
     pipeline = load(model)
     pairs = preferences(model, output)
     seed_of_training = seed + 1_000 * (variant == "2")
-    settings = FLOW_REWARD_SETTINGS if model == "flow" else REWARD_SETTINGS
-    steps = REWARD_STEPS
     torch.manual_seed(seed_of_training)  # new layers are random
-    if kind == "latent":
-        reward_model = LatentRewardModel.from_pipeline(pipeline, guidance_scale=1.0)
-        settings = latent_reward_settings(model)
-        steps = LATENT_REWARD_STEPS
-    else:
-        reward_model = StepAwareRewardModel.from_clip(CLIP, processor=CLIP, step_conditioning=kind == "step")
-    if kind == "clean":
-        settings = {**settings, "timesteps": [0]}
+    reward_model, settings, steps = untrained_reward(base, model, pipeline)
     if variant == "filtered":
         pairs, _ = consistent(pairs)
     if variant == "early":
         settings = {**settings, "learning_rate": settings["learning_rate"] / 2}
         steps = steps // 2
-    folder = reward_folder(model, output, f"{kind}_{variant}".rstrip("_"), seed)
+    folder = reward_folder(model, output, kind, seed)
     config = reward_config(settings, steps, seed_of_training, folder)
     meter = Meter(pipeline.denoiser)
     trainer = StepRewardTrainer(config, pipeline, reward_model, train_dataset=pairs)
@@ -306,26 +298,6 @@ def lower_score(networks: list) -> Callable:
         return torch.stack([network.score(images * 2 - 1, prompts, timesteps) for network in networks]).amin(0)
 
     return reward
-
-
-@torch.no_grad()
-def encoded_pairs(model: str, output: Path, pipeline) -> dict:
-    """The decided pairs, as `benchmarks.compare.methods.load_pairs` describes them."""
-    dataset = preferences(model, output)
-    collator = StepPreferenceCollator(REWARD_SETTINGS["resolution"])
-    parts = {name: [] for name in ("chosen_mean", "chosen_std", "rejected_mean", "rejected_std")}
-    prompts = []
-    for start in range(0, len(dataset), 128):
-        batch = collator([dataset[i] for i in range(start, min(start + 128, len(dataset)))])
-        decided = (batch["label_0"] != batch["label_1"]).nonzero().flatten()
-        first = (batch["label_0"] > batch["label_1"])[decided].view(-1, 1, 1, 1)
-        images = [batch[f"images_{i}"][decided] for i in (0, 1)]
-        for name, pixels in (("chosen", torch.where(first, *images)), ("rejected", torch.where(first, *images[::-1]))):
-            mean, std = pipeline.image_posterior(pixels)
-            parts[f"{name}_mean"].append(mean)
-            parts[f"{name}_std"].append(std)
-        prompts += [batch["prompts"][i] for i in decided.tolist()]
-    return {"prompts": prompts, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -376,7 +348,7 @@ def run(model: str, output: Path, method: str, changes: dict, seed: int, stretch
     settings = full_settings(model, method, changes)
     own = {name: value for name, value in settings.items() if name != "reward"}
     reward = reward_named(settings["reward"], model, output, seed)
-    pairs = encoded_pairs(model, output, pipeline) if method in ("dpo", "sft") else None
+    pairs = decided_pairs(pipeline, preferences(model, output)) if method in ("dpo", "sft") else None
     meter = meter_of(pipeline, reward)
     learned = None if settings["reward"] == "exact" else reward
     recorder = Recorder(

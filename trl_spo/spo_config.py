@@ -135,9 +135,9 @@ class SPOConfig(StepTrainingArguments):
         beta (`float`, *optional*, defaults to `10.0`):
             Strength of the preference, per log-probability averaged over latent dimensions.
         num_iterations (`int`, *optional*, defaults to `1`):
-            Times that each pair is trained on, in a new order each time. Rollouts are most of the cost, and the loss compares
-            with the reference and not with the policy that drew the pairs, so they stay valid; what several iterations give
-            and what they risk was measured in docs/results.md.
+            Times that each pair is trained on, in a new order each time (GRPO of TRL calls it the same). Rollouts are most of the
+            cost, and the loss compares with the reference and not with the policy that drew the pairs, so they stay valid. What
+            three iterations gave is in docs/results.md.
         epsilon (`float`, *optional*, defaults to `0.1`):
             Clipping range of the probability ratios.
         kl_coef (`float`, *optional*, defaults to `0.0`):

@@ -62,6 +62,7 @@ from trl_spo import (
 )
 from trl_spo.pipelines.base import SPOPipeline
 from trl_spo.pipelines.flow import SPOFlowPipeline
+from trl_spo.preference_collator import StepPreferenceCollator
 
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}  # `SPOConfig`'s
@@ -325,6 +326,30 @@ def train_spo(
 
 
 # ------------------------------------------------------------------------------------------- offline: DPO and SFT
+
+
+@torch.no_grad()
+def decided_pairs(pipeline: SPOPipeline, preferences, batch_size: int = 64) -> dict[str, Any]:
+    """
+    The pairs of a dataset of preferences that are no ties, encoded, as [`load_pairs`] describes them.
+
+    Args:
+        preferences (`datasets.Dataset`): pairs of `examples.shapes.preferences`.
+    """
+    collator = StepPreferenceCollator(world.IMAGE_SIZE)
+    parts: dict[str, list] = {name: [] for name in ("chosen_mean", "chosen_std", "rejected_mean", "rejected_std")}
+    prompts = []
+    for start in range(0, len(preferences), batch_size):
+        batch = collator([preferences[i] for i in range(start, min(start + batch_size, len(preferences)))])
+        decided = (batch["label_0"] != batch["label_1"]).nonzero().flatten()
+        first = (batch["label_0"] > batch["label_1"])[decided].view(-1, 1, 1, 1)
+        images = [batch[f"images_{i}"][decided] for i in (0, 1)]
+        for name, pixels in (("chosen", torch.where(first, *images)), ("rejected", torch.where(first, *images[::-1]))):
+            mean, std = pipeline.image_posterior(pixels)
+            parts[f"{name}_mean"].append(mean)
+            parts[f"{name}_std"].append(std)
+        prompts += [batch["prompts"][i] for i in decided.tolist()]
+    return {"prompts": prompts, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
 
 
 def load_pairs(folder: Path) -> dict[str, Any]:

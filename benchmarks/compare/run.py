@@ -37,9 +37,8 @@ from pathlib import Path
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[2]
-    )  # not this folder: its modules would hide others of the same name
+    # Not this folder: its modules would hide others of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.compare.tasks import execute, read_json, write_json
 
@@ -303,11 +302,11 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
     from safetensors.torch import save_file
 
     from benchmarks.compare.evaluate import Evaluation
+    from benchmarks.compare.methods import decided_pairs
     from examples.shapes.base_scores import load_pipeline
     from examples.shapes.preferences import make_preferences
     from trl_spo import wrap_pipeline
     from trl_spo.images import to_pil
-    from trl_spo.preference_collator import StepPreferenceCollator
 
     # Pairs with labels, for training and for the accuracy of reward models.
     pipeline = load_pipeline()
@@ -317,20 +316,10 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
     fresh.save_to_disk(str(output / "heldout_pairs"))
 
     # Latents of the decided pairs, for the methods that train offline.
-    wrapped = wrap_pipeline(pipeline)
-    batch = StepPreferenceCollator(32)(list(preferences))
-    decided = (batch["label_0"] != batch["label_1"]).nonzero().flatten()
-    first = (batch["label_0"] > batch["label_1"])[decided]
-    posteriors = [
-        [torch.cat(parts) for parts in zip(*map(wrapped.image_posterior, batch[name][decided].split(64)), strict=True)]
-        for name in ("images_0", "images_1")
-    ]
-    pairs = {}
-    for moment, values in zip(("mean", "std"), zip(*posteriors, strict=True), strict=True):
-        pairs[f"chosen_{moment}"] = torch.where(first[:, None, None, None], *values)
-        pairs[f"rejected_{moment}"] = torch.where(first[:, None, None, None], *values[::-1])
+    pairs = decided_pairs(wrap_pipeline(pipeline), preferences)
+    prompts = pairs.pop("prompts")
     save_file({name: value.contiguous() for name, value in pairs.items()}, output / "pairs.safetensors")
-    write_json(output / "pairs.json", [batch["prompts"][i] for i in decided.tolist()])
+    write_json(output / "pairs.json", prompts)
 
     # The base model, with the same noise that every run will be measured with.
     scores = {}
@@ -342,7 +331,7 @@ def work_base(task: str, output: Path, plan: dict) -> dict:
         scores[split] = as_lists(evaluation, values)
     save_file(images, output / "base.safetensors")
     to_pil(torch.cat(list(images["heldout"][:SHOWN]), 2)).save(output / "samples.png")
-    return {"pairs": len(decided), "ties": plan["num_pairs"] - len(decided), "scores": scores}
+    return {"pairs": len(prompts), "ties": plan["num_pairs"] - len(prompts), "scores": scores}
 
 
 def as_lists(evaluation, values: dict) -> dict:
