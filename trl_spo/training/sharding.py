@@ -64,12 +64,14 @@ def check_sharding(config: SPOConfig) -> None:
         )
     if not asks_for_fsdp(config):
         return
-    plugin = FullyShardedDataParallelPlugin(**(getattr(config, "fsdp_plugin_args", None) or {}))
-    if plugin.fsdp_version != 2:
+    settings = getattr(config, "fsdp_plugin_args", None) or {}
+    # Asked first: accelerate's plugin for version 1 cannot even be built on a machine without accelerators.
+    if int(settings.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1)) != 2:
         raise ValueError(
             "FSDP 1 is refused: it flattens parameters inside wrappers, which the rollouts of SPO call past. Use FSDP 2 "
             f"(`fsdp_version: 2`). {ADVICE}"
         )
+    plugin = FullyShardedDataParallelPlugin(**settings)
     for problem in (*_of_the_plugin(plugin), *_of_the_config(config)):
         raise ValueError(f"SPO under FSDP 2: {problem} {ADVICE}")
 
