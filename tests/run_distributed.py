@@ -277,7 +277,7 @@ class Written:
 
 
 def writing(folder: Path) -> dict:
-    """Checkpoints, sample images, TensorBoard, best model: then resumed from the second checkpoint."""
+    """Checkpoints, sample images, TensorBoard, best model: then resumed from the first checkpoint."""
     written = Written(folder / "out")
     settings = {
         "max_steps": 4,
@@ -299,14 +299,14 @@ def writing(folder: Path) -> dict:
     written.active = False
     whole = spo_result(trainer)
     again = spo_trainer(folder, **settings | {"output_dir": str(folder / "again"), "report_to": "none"})
-    again.train(resume_from_checkpoint=folder / "out" / "checkpoint-2")
+    again.train(resume_from_checkpoint=folder / "out" / "checkpoint-1")
     return {
         "written": written.paths,
         "made": written.folders,
         "whole": whole,
         "resumed": spo_result(again),
         "optimizers": [t.optimizer.state_dict()["state"] for t in (trainer, again)],
-        "pools": [t.pair_loader.pool.tensors() for t in (trainer, again)],
+        "pools": [t.pair_loader.state_dict() for t in (trainer, again)],
     }
 
 

@@ -37,8 +37,8 @@ from tests.run_distributed import (
 )
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline
 from trl_spo import LatentRewardModel
+from trl_spo.pair_queue import RowLayout
 from trl_spo.pipelines.shards import is_sharded, whole
-from trl_spo.step_pairs import StepPairs
 
 
 # Nine prompts in rounds of four: the last round has one, for rank 0 alone. Five prompts to evaluate: three and two. SGD, whose
@@ -92,23 +92,29 @@ class Traffic:
     Counts what this process exchanges with the others while it is entered.
 
     Attributes:
-        pairs (`list[tuple[int, int]]`): pairs of each list that it sent, and bytes of the list as it is sent.
+        described (`list[tuple[int, int]]`): pairs of each of its rollouts, and bytes of what it told the others about them.
+        rows (`list[tuple[int, int]]`): pairs that it sent to others, and their bytes.
         weights (`int`): bytes of all weights that were gathered, its own part included.
         calls (`int`): calls of the denoiser.
     """
 
     def __init__(self, denoiser: torch.nn.Module):
-        self.denoiser, self.pairs, self.weights, self.calls = denoiser, [], 0, 0
+        self.denoiser, self.weights, self.calls = denoiser, 0, 0
+        self.described, self.rows = [], []
 
     def __enter__(self) -> "Traffic":
         distributed = torch.distributed
         name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
-        self.originals = {n: getattr(distributed, n) for n in (name, "all_gather_object")}
+        self.originals = {n: getattr(distributed, n) for n in (name, "all_gather_object", "all_to_all_single")}
 
         def gather_object(received, sent, *args, **kwargs):
-            if sent and isinstance(sent[0], StepPairs):
-                self.pairs.append((sum(len(part) for part in sent), len(pickle.dumps(sent))))
+            if isinstance(sent[0], tuple) and isinstance(sent[0][1], RowLayout):
+                self.described.append((len(sent[0][0]), len(pickle.dumps(sent))))
             return self.originals["all_gather_object"](received, sent, *args, **kwargs)
+
+        def exchange(received, sent, *args, **kwargs):
+            self.rows.append((len(sent), sent.nbytes))
+            return self.originals["all_to_all_single"](received, sent, *args, **kwargs)
 
         def gather_weights(output_tensor, *args, **kwargs):
             self.weights += output_tensor.nbytes
@@ -116,6 +122,7 @@ class Traffic:
 
         setattr(distributed, name, gather_weights)
         distributed.all_gather_object = gather_object
+        distributed.all_to_all_single = exchange
         self.hook = self.denoiser.register_forward_pre_hook(self.count)
         return self
 
@@ -151,7 +158,12 @@ def compared(folder: Path, recipe: Callable) -> dict:
     with Traffic(denoiser) as sampling:
         trainer.generate(prompts)
     parameters = [(p.shape, p.element_size()) for p in denoiser.parameters()]
-    result |= {"pairs_sent": training.pairs, "sampling": (sampling.calls, sampling.weights), "parameters": parameters}
+    result |= {
+        "described": training.described,
+        "rows": training.rows,
+        "sampling": (sampling.calls, sampling.weights),
+        "parameters": parameters,
+    }
     units = [type(m).__name__ for m in trainer.pipeline.denoiser.modules() if is_sharded(m)]
     frozen = trainer.pipeline._frozen_copy
     return {**result, "units": units, "frozen_is_sharded": frozen is not None and is_sharded(frozen)}
@@ -208,7 +220,7 @@ def state_of(trainer) -> dict:
     moments = {}
     for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
         moments.update({f"{number}.{name}": whole(value) for name, value in state.items()})
-    return {**spo_result(trainer), "moments": moments, "pool": trainer.pair_loader.pool.tensors()}
+    return {**spo_result(trainer), "moments": moments, "waiting": trainer.pair_loader.state_dict()}
 
 
 def resumed_transformer(folder: Path) -> dict:

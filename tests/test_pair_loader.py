@@ -18,14 +18,17 @@ processes train on the same thing and a resumed run is the uninterrupted one. He
 function of prompts and a number.
 """
 
+import copy
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from trl_spo import StepPairs
 from trl_spo.pair_loader import LoaderSizes, PairLoader
+from trl_spo.pair_queue import PairQueue
 
 
 PROMPTS = ["0 none", "1 fox", "3 cats", "2 dogs", "5 birds", "4 fish"]  # so many pairs each: 15 in all
@@ -40,12 +43,14 @@ def rollout(prompts: list[str], seed: int) -> StepPairs:
     return StepPairs(**{**filled, "latents": latents}, prompts=names)
 
 
-def make_loader(prompts=PROMPTS, rollout=rollout, gather=None, seed=0, why_no_pairs=lambda: "", **sizes) -> PairLoader:
+def make_loader(
+    prompts=PROMPTS, rollout=rollout, processes=None, seed=0, why_no_pairs=lambda: "", **sizes
+) -> PairLoader:
     defaults = {
         "prompts_per_rollout": 2, "pairs_per_micro_batch": 2, "micro_batches_per_step": 2, "max_pairs_per_prompt": 5,
         "num_epochs": 1,
     }  # fmt: skip
-    return PairLoader(prompts, rollout, LoaderSizes(**{**defaults, **sizes}), gather, seed, why_no_pairs)
+    return PairLoader(prompts, rollout, LoaderSizes(**{**defaults, **sizes}), processes, seed, why_no_pairs)
 
 
 def rows_of(batches: list[dict]) -> list[tuple]:
@@ -131,45 +136,190 @@ def test_its_length_is_the_most_it_can_be():
     assert len(list(most)) == len(most)
 
 
+class Threads:
+    """Processes that are threads of this one; what each sends is counted."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self.barrier = threading.Barrier(world_size, timeout=20)
+        self.shared = [None] * world_size
+        self.sent = [0] * world_size  # rows
+
+    def of_rank(self, rank: int) -> "Threads":
+        mine = copy.copy(self)
+        mine.rank = rank
+        return mine
+
+    def gather(self, own) -> list:
+        self.shared[self.rank] = own
+        self.barrier.wait()
+        joined = list(self.shared)
+        self.barrier.wait()
+        return joined
+
+    def exchange(self, rows, num_sent, num_received):
+        assert rows.dtype == torch.uint8 and len(rows) == sum(num_sent) and num_sent[self.rank] == 0
+        self.sent[self.rank] += len(rows)
+        of_all = self.gather(rows.split(num_sent))
+        received = torch.cat([parts[self.rank] for parts in of_all])
+        assert [len(parts[self.rank]) for parts in of_all] == num_received
+        return received
+
+
 def in_processes(world_size: int, job) -> list:
-    """Run `job(rank, gather)` for every rank at once, in threads that wait for each other in `gather`."""
-    barrier, shared, results = threading.Barrier(world_size, timeout=20), [None] * world_size, [None] * world_size
-
-    def run(rank):
-        def gather(parts):
-            shared[rank] = parts
-            barrier.wait()
-            joined = [part for parts in shared for part in parts]
-            barrier.wait()
-            return joined
-
-        results[rank] = job(rank, gather)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    """Run `job(rank, processes)` for every rank at once, in threads that wait for each other."""
+    threads_together = Threads(world_size)
+    with ThreadPoolExecutor(world_size) as pool:
+        jobs = [pool.submit(job, rank, threads_together.of_rank(rank)) for rank in range(world_size)]
+        return [job.result() for job in jobs]
 
 
 def test_two_processes_share_prompts_and_pairs_evenly():
     """Each rolls out prompts of its own and trains on as many pairs as the other, wherever they came from."""
     asked = [[], []]
 
-    def job(rank, gather):
+    def job(rank, processes):
         def counting(prompts, seed):
             asked[rank].extend(prompts)
             return rollout(prompts, seed)
 
         sizes = {"rank": rank, "world_size": 2, "prompts_per_rollout": 1, "pairs_per_micro_batch": 1}
-        return list(make_loader(rollout=counting, gather=gather, **sizes))
+        return list(make_loader(rollout=counting, processes=processes, **sizes))
 
     batches = in_processes(2, job)
     assert sorted(asked[0] + asked[1]) == sorted(PROMPTS) and len(asked[0]) == len(asked[1]) == 3
     assert [len(b["pairs"]) for b in batches[0]] == [len(b["pairs"]) for b in batches[1]]
     rows = rows_of(batches[0]) + rows_of(batches[1])
     assert len(set(rows)) == len(rows) == 12  # the last three are too few for two micro-batches in two processes
+
+
+UNEVEN = {"prompts_per_rollout": 1, "pairs_per_micro_batch": 2, "micro_batches_per_step": 1, "num_epochs": 3}
+
+
+def steps_of(world_size: int, after: int = 0, **sizes) -> tuple[list, list, int]:
+    """By step the pairs of every process, whether they are fresh, and how many pairs were sent; resumed after some steps."""
+
+    def job(rank, processes):
+        def own(prompts, seed):
+            pairs = rollout(prompts, seed)
+            kinds = {"prompt_index": torch.int64, "shared": torch.bool, "chosen_scores": torch.float16}
+            for name, dtype in kinds.items():
+                setattr(pairs, name, (pairs.latents[:, 0] * 7 + pairs.latents[:, 2]).to(dtype))
+            return pairs
+
+        options = {**UNEVEN, "rank": rank, "world_size": world_size, **sizes}
+        loader = make_loader(rollout=own, processes=processes if world_size > 1 else None, **options)
+        steps = iter(loader)
+        batches = [next(steps) for _ in range(after)]
+        if after:
+            states = processes.gather(loader.state_dict()) if world_size > 1 else [loader.state_dict()]
+            assert all(not state["pool"] for state in states[1:])
+            loader = make_loader(rollout=own, processes=processes if world_size > 1 else None, **options)
+            loader.load_state_dict(states[0])
+        batches += list(loader)
+        return batches, processes.sent[rank]
+
+    results = in_processes(world_size, job)
+    steps = zip(*[batches for batches, _ in results], strict=True)
+    return list(steps), [batches for batches, _ in results], sum(sent for _, sent in results)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_step_trains_on_the_same_pairs_wherever_they_are(world_size, iterations):
+    """
+    Processes whose prompts give nothing to five pairs: steps have the pairs that one process with larger batches takes, every
+    number of them is intact, and as few as possible have travelled.
+    """
+    steps, _, sent = steps_of(world_size, num_iterations=iterations)
+    larger = {"prompts_per_rollout": world_size, "pairs_per_micro_batch": 2 * world_size, "num_iterations": iterations}
+    alone, _, _ = steps_of(1, **larger)
+    # One process knows the last step that has too few pairs for all.
+    assert 0 <= len(alone) - len(steps) <= 1
+    fewest = 0
+    for own, (whole,) in zip(steps, alone, strict=False):
+        sizes = {len(batch["pairs"]) for batch in own}
+        assert len(sizes) == 1
+        found = sum((rows_of([batch]) for batch in own), [])
+        if len(found) == len(whole["pairs"]):  # the last one is of a multiple of the processes
+            assert sorted(found) == sorted(rows_of([whole]))
+        for batch in own:
+            pairs = batch["pairs"]
+            expected = pairs.latents[:, 0] * 7 + pairs.latents[:, 2]
+            assert torch.equal(pairs.prompt_index, expected.long()) and pairs.prompt_index.dtype == torch.int64
+            assert torch.equal(pairs.chosen_scores, expected.half()) and pairs.chosen_scores.dtype == torch.float16
+            assert torch.equal(pairs.shared, expected.bool()) and pairs.shared.dtype == torch.bool
+            assert [float(prompt[0]) for prompt in pairs.prompts] == pairs.latents[:, 0].tolist()
+            assert len(batch["is_fresh"]) == len(pairs)
+        # The rank that found a pair: prompts of a round go to ranks in turn, and the second number is where the round began.
+        owners = [owner_of(row, world_size) for row in found]
+        fewest += sum(max(owners.count(rank) - len(found) // world_size, 0) for rank in range(world_size))
+    assert sent == fewest > 0
+
+
+def owner_of(row: tuple, world_size: int) -> int:
+    """Which rank rolled out the prompt of a pair, from the order of prompts."""
+    number, start = int(row[0]), int(row[1])
+    epoch, position = divmod(start, len(PROMPTS))
+    order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(epoch)).tolist()
+    names = [int(PROMPTS[i][0]) for i in order[position : position + world_size]]
+    return names.index(number)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_several_processes_resume_to_the_same_steps(iterations):
+    """What each process trains on, in which order, after a checkpoint that the first one has."""
+    whole, batches, _ = steps_of(2, num_iterations=iterations)
+    _, resumed, _ = steps_of(2, after=3, num_iterations=iterations)
+    for ours, theirs in zip(batches, resumed, strict=True):
+        assert rows_of(ours) == rows_of(theirs)
+        assert [batch["is_fresh"] for batch in ours] == [batch["is_fresh"] for batch in theirs]
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_processes_goes_on_with_all_pairs(before, now):
+    """Every pair that waited is dealt out once, in shares that are equal."""
+    sizes = {"prompts_per_rollout": 6, "pairs_per_micro_batch": 1, "micro_batches_per_step": 1}
+
+    def first_part(rank, processes):
+        own = processes if before > 1 else None
+        loader = make_loader(processes=own, rank=rank, world_size=before, **sizes)
+        batches = [next(iter(loader))]
+        return batches, loader.state_dict()
+
+    parts = in_processes(before, first_part)
+    seen = sum((rows_of(batches) for batches, _ in parts), [])
+    state = parts[0][1]
+    assert len(state["pool_prompts"]) == 15 - before
+
+    def second_part(rank, processes):
+        loader = make_loader(processes=processes if now > 1 else None, rank=rank, world_size=now, **sizes)
+        loader.load_state_dict(state)
+        return list(loader)
+
+    rest = in_processes(now, second_part)
+    assert len({len(batches) for batches in rest}) == 1
+    rows = seen + sum((rows_of(batches) for batches in rest), [])
+    left = (15 - before) % now
+    assert len(set(rows)) == len(rows) == 15 - left
+
+
+def test_pairs_of_another_precision_travel_without_loss():
+    """A checkpoint in float16, a rollout in bfloat16: rows have room for both, as a joined tensor has."""
+
+    def job(rank, processes):
+        queue = PairQueue(rank, 2, processes)
+        half = rollout(["3 cats"], 0)
+        half.latents = torch.tensor([[1.0009765625, 3, 2]] * 3).half()  # which bfloat16 would round
+        state = {"pool_prompts": half.prompts, "pool": half.tensors(), "pool_owners": [0] * 3, "pool_num_processes": 2}
+        queue.load_state_dict(state)
+        new = rollout(["1 fox"], 1)
+        new.latents = torch.full((1, 3), 1e38).bfloat16()  # which float16 would lose
+        queue.add(new if rank else None)
+        return queue.take(4)[0].latents.float()
+
+    values = torch.cat(in_processes(2, job))
+    assert sorted(values[:, 0].tolist()) == [1.0009765625] * 3 + [float(torch.tensor(1e38).bfloat16())]
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
@@ -221,7 +371,7 @@ def test_no_pairs_at_all_is_an_error_with_a_reason():
 
 
 def test_several_processes_need_a_way_to_meet():
-    with pytest.raises(ValueError, match="`gather` is needed to join the pairs of 2 processes"):
+    with pytest.raises(ValueError, match="`processes` is needed to share the pairs of 2 processes"):
         make_loader(world_size=2)
 
 
@@ -260,6 +410,7 @@ class TestWherePairsWait:
                 "pool": waiting.tensors(),
                 "pool_prompts": waiting.prompts,
                 "pool_is_fresh": [True],
+                "pool_owners": [0],
             }
         )
         batches = list(loader)

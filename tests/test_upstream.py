@@ -146,7 +146,7 @@ def test_every_module_is_there_under_its_new_name(checkout):
     written += [*(checkout / "examples").glob("**/*.*"), *(checkout / "docs").glob("**/*.*")]
     for path in written:
         assert not re.search(r"trl_spo|trl-spo|ddpo_interop", path.read_text()), path
-        folders = r"experimental\.spo\.(pipelines|rewards|training|evaluation)\.|trl\.experimental\.spo/"
+        folders = r"experimental\.spo\.(pipelines|rewards|training|evaluation)\b|trl\.experimental\.spo/"
         assert not re.search(folders, path.read_text()), path  # neither a folder that is gone nor a path with dots
     for path in there.glob("**/*.py"):
         assert path.read_text().startswith("# Copyright 2020-2026 The HuggingFace Team."), path

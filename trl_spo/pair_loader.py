@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
+from .pair_queue import PairQueue, Processes
 from .step_pairs import StepPairs
 
 
@@ -68,13 +69,13 @@ class LoaderSizes:
 
 class PairLoader:
     r"""
-    The train dataloader of SPO. It rolls out prompts whenever fewer pairs are waiting than an optimizer step needs, pools
+    The train dataloader of SPO. It rolls out prompts whenever fewer pairs are waiting than an optimizer step needs, queues
     the pairs of all processes, and deals them out evenly.
 
-    Every process holds the same pool and takes its own slice, so an optimizer step sees the same number of pairs
-    everywhere, and a process whose prompts gave no pair waits for nobody. What a step does not use stays in the pool,
-    across epochs and, through `state_dict`, across checkpoints. Prompt order and rollout noise are functions of the seed
-    and the position in the prompts, so the position is all the random state there is.
+    All processes know the queue, and each holds the pairs that it has found ([`PairQueue`]). An optimizer step takes the same
+    number of pairs everywhere: a process that has found more of them than others sends what is too much. What a step does not
+    use stays in the queue, across epochs and, through `state_dict`, across checkpoints. Prompt order and rollout noise are
+    functions of the seed and the position in the prompts, so the position is all the random state there is.
 
     Args:
         prompts (sequence of `str`): of all processes.
@@ -82,13 +83,12 @@ class PairLoader:
             Makes pairs of prompts, with the randomness of a number. Processes call it at the same time with the same
             number and prompts of their own.
         sizes ([`LoaderSizes`]): of rollouts and micro-batches.
-        gather (`Callable[[list[StepPairs]], list[StepPairs]]`, *optional*):
-            Joins the lists of all processes; needed for several.
+        processes ([`Processes`], *optional*): how the processes meet; needed for several.
         seed (`int`, *optional*, defaults to `0`): of the order of prompts and pairs.
         why_no_pairs (`Callable[[], str]`, *optional*): what to say when prompts give no valid pair.
         pin_memory (`bool`, *optional*, defaults to `False`): hand out micro-batches that can be copied to a GPU without waiting.
-        max_device_bytes (`int`, *optional*, defaults to 1 GiB): pairs wait where the rollout made them while they take no
-            more than this and there is one process; otherwise on the CPU.
+        max_device_bytes (`int`, *optional*, defaults to 1 GiB): pairs wait where the rollout made them while those of this
+            process take no more than this; otherwise on the CPU.
 
     Yields:
         `dict`: `pairs` ([`StepPairs`]) of one micro-batch and `is_fresh` (`list[bool]`), which of them are trained on for the
@@ -100,27 +100,24 @@ class PairLoader:
         prompts: Sequence[str],
         rollout: Callable[[list[str], int], StepPairs],
         sizes: LoaderSizes,
-        gather: Callable[[list[StepPairs]], list[StepPairs]] | None = None,
+        processes: Processes | None = None,
         seed: int = 0,
         why_no_pairs: Callable[[], str] = lambda: "",
         pin_memory: bool = False,
         max_device_bytes: int = MAX_DEVICE_BYTES,
     ):
-        if sizes.world_size > 1 and gather is None:
-            raise ValueError(f"`gather` is needed to join the pairs of {sizes.world_size} processes, got None.")
+        if sizes.world_size > 1 and processes is None:
+            raise ValueError(f"`processes` is needed to share the pairs of {sizes.world_size} processes, got None.")
         self.prompts = prompts
         self.rollout = rollout
         self.sizes = sizes
-        self.gather = gather
         self.seed = seed
         self.why_no_pairs = why_no_pairs
         self.pin_memory = pin_memory
-        self.max_device_bytes = max_device_bytes
+        self.queue = PairQueue(sizes.rank, sizes.world_size, processes, max_device_bytes)
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
-        self.pool: StepPairs | None = None
-        self._is_fresh = torch.empty(0, dtype=torch.bool)  # of the pairs in the pool
         self._order: tuple[int, torch.Tensor] | None = None  # of the epoch it was drawn for
 
     # --- sizes -------------------------------------------------------------------------------------------------------
@@ -138,7 +135,7 @@ class PairLoader:
 
     def __len__(self) -> int:
         """
-        Upper bound on the micro-batches of one epoch: every branch gives a valid pair, and the pool starts as full as it
+        Upper bound on the micro-batches of one epoch: every branch gives a valid pair, and the queue starts as full as it
         can be. Real epochs are shorter.
         """
         pairs = len(self.prompts) * self.sizes.max_pairs_per_prompt * self.sizes.num_iterations
@@ -147,8 +144,8 @@ class PairLoader:
 
     @property
     def waiting(self) -> int:
-        """Pairs in the pool."""
-        return 0 if self.pool is None else len(self.pool)
+        """Pairs in the queue, of all processes."""
+        return len(self.queue)
 
     @property
     def epoch(self) -> float:
@@ -178,7 +175,7 @@ class PairLoader:
 
     def _next_step(self) -> list[dict] | None:
         """This process's micro-batches of one optimizer step, or `None` at the end of training."""
-        self._fill_pool()
+        self._fill_queue()
 
         # The last step of a run takes what is left, as long as every micro-batch of every process gets a pair.
         accumulation = self.sizes.micro_batches_per_step
@@ -187,17 +184,13 @@ class PairLoader:
         total -= total % world_size
         if total < accumulation * world_size:
             return None
-        step, is_fresh = self.pool[:total], self._is_fresh[:total]
-        self.pool, self._is_fresh = self.pool[total:], self._is_fresh[total:]
+        own, is_fresh = self.queue.take(total)
         self.num_pairs_seen += total
 
-        # Each process takes its own slice, in micro-batches of nearly the same size.
-        share = total // world_size
-        rows_of_rank = slice(self.sizes.rank * share, (self.sizes.rank + 1) * share)
-        own, is_fresh = step[rows_of_rank], is_fresh[rows_of_rank]
+        # Each process has its own share, in micro-batches of nearly the same size.
         parts = []
         first = 0
-        for rows in torch.arange(share).tensor_split(accumulation):
+        for rows in torch.arange(len(own)).tensor_split(accumulation):
             parts.append(own[first : first + len(rows)])
             first += len(rows)
         if self.pin_memory:
@@ -210,9 +203,9 @@ class PairLoader:
             for part, fresh in zip(parts, fresh_parts, strict=True)
         ]
 
-    def _fill_pool(self):
+    def _fill_queue(self):
         """
-        Roll out prompts until the pool has the pairs of a step, or the prompts of the run are used up.
+        Roll out prompts until the queue has the pairs of a step, or the prompts of the run are used up.
 
         Raises:
             RuntimeError: if prompt after prompt gives no valid pair.
@@ -232,26 +225,12 @@ class PairLoader:
                 logger.warning(f"The first {without_pair} prompts gave no valid pair. {self.why_no_pairs()}")
 
     def _rollout_round(self):
-        """One rollout per process, on prompts that no other process has; its pairs go to the pool of all."""
-        own, start, size = self._next_prompts()
-        parts = []
-        if own or self.sizes.every_rank_rolls_out:
-            parts = [StepPairs.cat([self.rollout(own, start)])]  # `cat` leaves the record of the rollout behind
-        # Pairs are few and small beside the rollout that made them: move them as objects, of any number per process. Objects
-        # of another device would not come back here.
-        if self.sizes.world_size > 1:
-            parts = self.gather([part.to("cpu") for part in parts])
-        fresh = StepPairs.cat(parts)
-        shuffle = torch.Generator().manual_seed(self.seed + 1 + start)
-        # Pairs that are trained on several times come back in another order, after all of them have been seen.
-        orders = [torch.randperm(len(fresh), generator=shuffle) for _ in range(self.sizes.num_iterations)]
-        first_time = torch.arange(self.sizes.num_iterations).repeat_interleave(len(fresh)) == 0
-        self._is_fresh = torch.cat([self._is_fresh, first_time])
-        fresh = fresh[torch.cat(orders)]
-        together = [fresh] if self.pool is None else [self.pool, fresh]
-        small = sum(part.nbytes for part in together) <= self.max_device_bytes
-        home = fresh.latents.device if small else "cpu"
-        self.pool = StepPairs.cat([part.to(home) for part in together])
+        """One rollout per process, on prompts that no other process has; its pairs join the queue of all."""
+        prompts, start, size = self._next_prompts()
+        own = None
+        if prompts or self.sizes.every_rank_rolls_out:
+            own = StepPairs.cat([self.rollout(prompts, start)])  # `cat` leaves the record of the rollout behind
+        self.queue.add(own, self.sizes.num_iterations, seed=self.seed + 1 + start)
         self.num_prompts_seen += size
 
     def _next_prompts(self) -> tuple[list[str], int, int]:
@@ -279,21 +258,20 @@ class PairLoader:
     def state_dict(self) -> dict:
         """
         The position in the prompts and the pairs that were not trained on yet: numbers and strings for JSON, and under
-        `pool` the tensors of the pairs.
+        `pool` the tensors of the pairs, which the first process gets and no other. Every process must call it.
         """
         return {
             "num_prompts": len(self.prompts),
             "prompts_hash": self._prompts_hash,
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
-            "pool_prompts": [] if self.pool is None else self.pool.prompts,
-            "pool_is_fresh": self._is_fresh.tolist(),
-            "pool": {} if self.pool is None else self.pool.tensors(),
+            **self.queue.state_dict(),
         }
 
     def load_state_dict(self, state: dict):
         """
-        Continue from what [`~PairLoader.state_dict`] returned. Other entries are not looked at.
+        Continue from what [`~PairLoader.state_dict`] returned in the first process, which every process is given. Other entries
+        are not looked at.
 
         Raises:
             ValueError: if it belongs to another prompt dataset.
@@ -305,6 +283,4 @@ class PairLoader:
             )
         self.num_prompts_seen = state["num_prompts_seen"]
         self.num_pairs_seen = state["num_pairs_seen"]
-        self.pool = StepPairs(**state["pool"], prompts=state["pool_prompts"]) if state["pool"] else None
-        is_fresh = state.get("pool_is_fresh", [True] * self.waiting)  # before there were iterations, all were
-        self._is_fresh = torch.tensor(is_fresh, dtype=torch.bool)
+        self.queue.load_state_dict(state)

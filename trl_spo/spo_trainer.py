@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, gather_object, save_fsdp_optimizer
+from accelerate.utils import DynamoBackend, save_fsdp_optimizer
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
@@ -63,6 +63,7 @@ from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes, chunk_limits
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
+from .training.pair_exchange import PairExchange
 from .training.pair_metrics import PairMetrics
 from .training.running_means import gather_from_processes
 from .training.sharding import (
@@ -357,23 +358,11 @@ class SPOTrainer(StepTrainer):
             self._prompts,
             lambda prompts, seed: self.rollout(prompts, seed=seed),
             sizes,
-            gather=self._gather_pairs,
+            processes=PairExchange(args.device, args.ddp_timeout) if args.world_size > 1 else None,
             seed=args.seed if args.data_seed is None else args.data_seed,
             why_no_pairs=self.why_no_pairs,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
-
-    def _gather_pairs(self, parts: list[StepPairs]) -> list[StepPairs]:
-        """The parts of all processes. This is where one that has finished its rollout waits for the others."""
-        args = self.args
-        try:
-            return gather_object(parts)
-        except RuntimeError as error:  # of gloo; with NCCL its watchdog ends the process and says so
-            raise RuntimeError(
-                f"Rank {args.process_index} waited for the rollouts of the other ranks and got none: a rank has died, and "
-                f"its own error is the cause, or was silent for `ddp_timeout={args.ddp_timeout}` seconds ({error}). If a "
-                "rollout may take that long, raise `ddp_timeout`."
-            ) from error
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
@@ -771,9 +760,9 @@ class SPOTrainer(StepTrainer):
         metrics = self._metrics.checkpoint()
         metrics["metrics"] = gather_from_processes(metrics["metrics"])
         base_weights = sample_base_weights(self.pipeline)
+        state = self.pair_loader.state_dict()
         if not self.args.should_save:
             return
-        state = self.pair_loader.state_dict()
         pool = {name: value.contiguous().clone() for name, value in state.pop("pool").items()}
         save_file(pool, folder / PAIRS_NAME)
         state.update(metrics, transitions=transition_settings(self.args, self._set_timesteps(self.args)))
@@ -785,11 +774,14 @@ class SPOTrainer(StepTrainer):
         if folder is not None:
             check_optimizer_file(folder, self._shards)
             state = json.loads((Path(folder) / STATE_NAME).read_text())
-            self.pair_loader.load_state_dict({**state, "pool": load_file(Path(folder) / PAIRS_NAME)})
+            pool = load_file(Path(folder) / PAIRS_NAME)
+            self.pair_loader.load_state_dict({**state, "pool": pool})
             check_base(folder, state.get("base_weights"), sample_base_weights(self.pipeline))
             now = transition_settings(self.args, self._set_timesteps(self.args))
             latent_shape = self.pipeline.latent_shape(self.args.height, self.args.width)
-            check_waiting_pairs(folder, state.get("transitions"), now, self.pair_loader.pool, latent_shape)
+            # All of them, in every process: one that refused them alone would leave the others waiting.
+            waiting = StepPairs(**pool, prompts=state["pool_prompts"]) if pool else None
+            check_waiting_pairs(folder, state.get("transitions"), now, waiting, latent_shape)
             rank, world = self.args.process_index, self.args.world_size
             self._metrics.restore(state["metrics"], state["last_rollout_metrics"], rank, world)
         self._seen_before = (self.pair_loader.num_pairs_seen, 0 if folder is None else global_step_of(folder))
