@@ -250,7 +250,9 @@ class TestTheHeadOnAFreshModel:
         moved = changed(before, model)
         assert "head.query_tokens" in moved and any(name.startswith("backbone") for name in moved)
         before = state_of(model)
-        config = tiny_spo_config(tmp_path, branch_start_step=0, preference_threshold=0.0, memory_budget=1.0)
+        config = tiny_spo_config(
+            tmp_path, branch_start_step=0, preference_threshold=0.0, memory_budget=1.0, max_steps=2
+        )
         trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS)
         trainer.train()
         first = next(log for log in trainer.state.log_history if "loss" in log)

@@ -348,6 +348,7 @@ class TestInTheLoop:
             save_strategy="steps",
             save_steps=1,
             load_best_model_at_end=True,
+            max_steps=2,
         )
         trainer = SPOTrainer(
             config, tiny_sd_pipeline(tmp_path / "p"), model, train_dataset=PROMPTS, eval_dataset=PROMPTS[:3]
@@ -499,7 +500,12 @@ class TestTransformers:
         evaluations = []
         model.backbone.register_forward_hook(lambda m, args, output: evaluations.append(len(args[1])))
         config = tiny_spo_config(
-            tmp_path, branch_start_step=0, beta=500.0, preference_threshold=[0.0, 0.001], memory_budget=1.0
+            tmp_path,
+            branch_start_step=0,
+            beta=500.0,
+            preference_threshold=[0.0, 0.001],
+            memory_budget=1.0,
+            max_steps=2,
         )
         trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS, eval_dataset=PROMPTS[:2])
         trainer.train()
@@ -658,6 +664,7 @@ class TestShared:
             preference_threshold=0.0,
             torch_compile=True,
             torch_compile_backend="eager",
+            max_steps=2,
         )
         trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS, peft_config=lora())
         trainer.train()
