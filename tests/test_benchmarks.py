@@ -293,3 +293,20 @@ def test_the_gpu_benchmark_refuses(gpu, arguments, capsys):
         gpu.parse_arguments(["--device", "cpu", *arguments])
     message = capsys.readouterr().err
     assert any(words in message for words in ("must be of exact", "must be positive", "there is no GPU"))
+
+
+def test_pair_traffic(capsys, monkeypatch):
+    """
+    Nothing travels in one process. Of two pairs for two processes both are of one of them half of the time, and then one leaves:
+    a quarter of all pairs. A row is four latents, two numbers of eight bytes, two of four, and a byte.
+    """
+    monkeypatch.syspath_prepend(BENCHMARKS.parent)
+    traffic = importlib.import_module("benchmarks.pair_traffic")
+    sizes = traffic.Sizes(prompts=10, branches=16, pairs_per_step=1)
+    assert traffic.simulate(1, sizes, rounds=3)["travelled"] == 0
+    two = traffic.simulate(2, sizes, rounds=20)
+    assert two["travelled"] == pytest.approx(0.25, abs=0.03) and two["found"] == pytest.approx(160 * 2 / 3, rel=0.05)
+    assert traffic.bytes_of_a_pair((4, 64, 64), torch.float16) == 4 * 4 * 64 * 64 * 2 + 2 * 8 + 2 * 4 + 1
+    monkeypatch.setattr(sys, "argv", ["pair_traffic.py", "--rounds", "2"])
+    traffic.main()
+    assert "| 512 |" in capsys.readouterr().out
