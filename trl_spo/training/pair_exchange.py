@@ -40,8 +40,10 @@ class PairExchange:
             raise self._alone(error) from error
 
     def exchange(self, rows: torch.Tensor, num_sent: list[int], num_received: list[int]) -> torch.Tensor:
-        """Rows of bytes, by who gets them, for rows by who sent them; see [`Processes`]. They arrive on the device."""
-        rows = rows.to(self.device).contiguous()
+        """Rows of bytes, by who gets them, for rows by who sent them; see [`Processes`]. They arrive where they are sent from."""
+        # Gloo sends from the CPU; the libraries of accelerators send from the device alone.
+        place = "cpu" if dist.get_backend() == dist.Backend.GLOO else self.device
+        rows = rows.to(place).contiguous()
         received = rows.new_empty(sum(num_received), rows.shape[1])
         try:
             dist.all_to_all_single(received, rows, num_received, num_sent)
