@@ -243,7 +243,7 @@ def snapshot(trainer, output_dir: Path) -> dict[str, str]:
     if isinstance(trainer, SPOTrainer):
         loader = trainer.pair_loader
         parts["position"] = [loader.num_prompts_seen, loader.num_pairs_seen]
-        parts["pairs"] = [loader.pool.tensors(), loader.pool.prompts] if loader.pool is not None else None
+        parts["pairs"] = loader.queue.state_dict()
     else:
         parts["position"] = [trainer._position.epoch, trainer._position.first_step]
     result = {name: digest(value) for name, value in parts.items()}
@@ -366,7 +366,7 @@ def points() -> list[Point]:
     add("rollout: last branch of the third", Kill(BRANCH, "Branch", 9, "after"))
     add("rollout: scoring", Kill(lambda: rollout.Scorer, "_score", 3))
     add("rollout: decoding", Kill(lambda: rollout.Scorer, "_decode", 3, "after"))
-    add("rollout: pairs not yet in the pool", Kill(lambda: rollout.StepPairs, "cat", 4))
+    add("rollout: pairs not yet in the pool", Kill(lambda: rollout.StepPairs, "cat", 3))
     add("between rollout and training", Kill(LOADER, "_rollout_round", 3, "after"))
     # an optimizer step
     add("forward pass", Kill(lambda: UNet2DConditionModel, "forward", 40))
