@@ -307,6 +307,7 @@ def test_pair_traffic(capsys, monkeypatch):
     two = traffic.simulate(2, sizes, rounds=20)
     assert two["travelled"] == pytest.approx(0.25, abs=0.03) and two["found"] == pytest.approx(160 * 2 / 3, rel=0.05)
     assert traffic.bytes_of_a_pair((4, 64, 64), torch.float16) == 4 * 4 * 64 * 64 * 2 + 2 * 8 + 2 * 4 + 1
+    assert traffic.bytes_of_a_pair((4, 8, 8), torch.float32) == 4121  # which two processes sent in `test_fsdp2.py`
     monkeypatch.setattr(sys, "argv", ["pair_traffic.py", "--rounds", "2"])
     traffic.main()
     assert "| 512 |" in capsys.readouterr().out

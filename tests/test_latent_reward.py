@@ -293,6 +293,16 @@ class TestFiles:
             LatentRewardModelConfig({}, [{"architecture": "T5EncoderModel"}])
 
 
+# Two steps of LPO: branches from the first step on, a threshold that changes with the timestep.
+LPO = {
+    "branch_start_step": 0,
+    "beta": 500.0,
+    "preference_threshold": [0.0, 0.001],
+    "memory_budget": 1.0,
+    "max_steps": 2,
+}
+
+
 class TestInTheLoop:
     def test_another_latent_space_is_refused(self, pipe, pipe_xl, model, tmp_path):
         other = model.config.scaling_factor
@@ -323,14 +333,7 @@ class TestInTheLoop:
     def test_lpo_trains(self, tmp_path, pipe, model):
         """LPO's settings: all steps branch, beta 500, a threshold that grows with sigma; memory is estimated, too."""
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        config = tiny_spo_config(
-            tmp_path,
-            branch_start_step=0,
-            beta=500.0,
-            preference_threshold=[0.0, 0.001],
-            memory_budget=1.0,
-            max_steps=2,
-        )
+        config = tiny_spo_config(tmp_path, **LPO)
         trainer = SPOTrainer(config, tiny_sd_pipeline(tmp_path / "p"), model, train_dataset=PROMPTS)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -499,14 +502,7 @@ class TestTransformers:
         before = state_of(model)
         evaluations = []
         model.backbone.register_forward_hook(lambda m, args, output: evaluations.append(len(args[1])))
-        config = tiny_spo_config(
-            tmp_path,
-            branch_start_step=0,
-            beta=500.0,
-            preference_threshold=[0.0, 0.001],
-            memory_budget=1.0,
-            max_steps=2,
-        )
+        config = tiny_spo_config(tmp_path, **LPO)
         trainer = SPOTrainer(config, pipeline, model, train_dataset=PROMPTS, eval_dataset=PROMPTS[:2])
         trainer.train()
         first = next(log for log in trainer.state.log_history if "loss" in log)

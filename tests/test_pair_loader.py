@@ -214,6 +214,7 @@ def steps_of(world_size: int, after: int = 0, **sizes) -> tuple[list, list, int]
         if after:
             states = processes.gather(loader.state_dict()) if world_size > 1 else [loader.state_dict()]
             assert all(not state["pool"] for state in states[1:])
+            assert states[0]["pool_owners"]  # pairs wait
             loader = make_loader(rollout=own, processes=processes if world_size > 1 else None, **options)
             loader.load_state_dict(states[0])
         batches += list(loader)
@@ -236,13 +237,14 @@ def test_a_step_trains_on_the_same_pairs_wherever_they_are(world_size, iteration
     alone, _, _ = steps_of(1, **larger)
     # One process knows the last step that has too few pairs for all.
     assert 0 <= len(alone) - len(steps) <= 1
-    fewest = 0
+    fewest = compared = 0
     for own, (whole,) in zip(steps, alone, strict=False):
         sizes = {len(batch["pairs"]) for batch in own}
         assert len(sizes) == 1
         found = sum((rows_of([batch]) for batch in own), [])
         if len(found) == len(whole["pairs"]):  # the last one is of a multiple of the processes
             assert sorted(found) == sorted(rows_of([whole]))
+            compared += 1
         for batch in own:
             pairs = batch["pairs"]
             expected = pairs.latents[:, 0] * 7 + pairs.latents[:, 2]
@@ -255,6 +257,7 @@ def test_a_step_trains_on_the_same_pairs_wherever_they_are(world_size, iteration
         owners = [owner_of(row, world_size) for row in found]
         fewest += sum(max(owners.count(rank) - len(found) // world_size, 0) for rank in range(world_size))
     assert sent == fewest > 0
+    assert compared >= len(steps) - 1 > 1
 
 
 def owner_of(row: tuple, world_size: int) -> int:

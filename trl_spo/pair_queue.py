@@ -58,6 +58,7 @@ class RowLayout(NamedTuple):
 
     @classmethod
     def of(cls, pairs: StepPairs) -> "RowLayout":
+        """That of pairs as they are."""
         tensors = pairs.tensors()
         dtypes = {name: value.dtype for name, value in tensors.items()}
         return cls(dtypes, {name: tuple(value.shape[1:]) for name, value in tensors.items()})
@@ -157,7 +158,7 @@ class PairQueue:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def add(self, own: StepPairs | None, num_iterations: int = 1, seed: int = 0) -> int:
+    def add(self, own: StepPairs | None, num_iterations: int = 1, seed: int = 0) -> None:
         """
         Append the pairs that all processes have found, in an order that the seed draws.
 
@@ -166,9 +167,6 @@ class PairQueue:
             num_iterations (`int`, *optional*, defaults to `1`): times that each will be trained on, every time in another
                 order, after all of them have been seen.
             seed (`int`, *optional*, defaults to `0`): of the orders, the same everywhere.
-
-        Returns:
-            `int`: how many pairs that are.
         """
         # What is said about the pairs of a process: their prompts, and what a row of them looks like.
         said = ([], None) if own is None else (own.prompts, RowLayout.of(own))
@@ -193,14 +191,17 @@ class PairQueue:
             self._ids = torch.cat([self._ids, ids[order]])
             self.is_fresh = torch.cat([self.is_fresh, torch.full_like(order, iteration == 0, dtype=torch.bool)])
             self.prompts += [prompts[i] for i in order.tolist()]
-        return len(prompts)
 
     def take(self, total: int) -> tuple[StepPairs, torch.Tensor]:
         """
         The first `total` pairs leave the queue, in equal shares for all processes.
 
+        Args:
+            total (`int`): a multiple of the number of processes, at most all that wait.
+
         Returns:
-            `tuple`: the share of this process, in the order of the queue, and which of its pairs are trained on for the first time.
+            `tuple` of the share of this process ([`StepPairs`]), in the order of the queue, and a `torch.Tensor` of shape
+            `(total / num_processes,)`, bool: which of its pairs are trained on for the first time.
         """
         trainers = share_out(self._owners[:total], self.num_processes)
         own = self._collect(trainers)

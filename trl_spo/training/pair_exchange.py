@@ -26,6 +26,8 @@ class PairExchange:
     Args:
         device (`torch.device`): of this process.
         timeout (`int`): seconds after which processes give each other up, for the message.
+
+    Both methods raise a `RuntimeError` that says what to look for when another process has died or is silent for too long.
     """
 
     def __init__(self, device: torch.device, timeout: int):
