@@ -27,7 +27,7 @@ import trl_spo
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "notices suggestions training.trainer_options training.arguments step_distribution scheduling_ddim scheduling_flow images captions rollout_settings spo_config step_reward_config pair_selection losses "
-    "training.numerics training.running_means training.gather prompt_suites prompts pair_files label_folder label_session hub_files model_cards "
+    "training.numerics training.running_means training.gather prompt_suites prompts row_stream prompt_source pair_files label_folder label_session hub_files model_cards "
     "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.shards pipelines.adapters pipelines.autoencoder pipelines.denoiser pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "

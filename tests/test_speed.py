@@ -346,4 +346,4 @@ class TestManyPrompts:
             make_trainer(tmp_path, brightness_reward, prompts=prompts)
             for prompts in (PROMPTS, Dataset.from_dict({"prompt": PROMPTS}))
         ]
-        assert trainers[0].pair_loader._prompts_hash == trainers[1].pair_loader._prompts_hash
+        assert trainers[0].pair_loader.source.state_dict() == trainers[1].pair_loader.source.state_dict()

@@ -520,8 +520,14 @@ class TestLoading:
 
     def test_a_hub_id_reaches_load_dataset(self, monkeypatch):
         calls = []
-        monkeypatch.setattr("trl_spo.prompts.load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)))
-        load_preference_dataset("yuvalkirstain/pickapic_v1", "test_unique", streaming=True)
+        stream = datasets.Dataset.from_dict({"caption": ["a cat"]}).to_iterable_dataset()
+
+        def load(*args, **kwargs):
+            calls.append((args, kwargs))
+            return stream
+
+        monkeypatch.setattr("trl_spo.prompts.load_dataset", load)
+        assert load_preference_dataset("yuvalkirstain/pickapic_v1", "test_unique", streaming=True) is stream
         assert calls == [(("yuvalkirstain/pickapic_v1",), {"split": "test_unique", "streaming": True})]
 
     @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ resumed run is the same run bit for bit, and that what it saves is what `from_pr
 
 import io
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -423,8 +424,8 @@ class TestDataOptions:
         captions = [row["caption"] for row in trainer.train_dataset]
         # the captions of rows 2 to 8 are PROMPTS 2, 3, 4, 5, 0, 1 and 2 again
         assert sorted(captions) == sorted(PROMPTS + [PROMPTS[2]] * streaming)
-        if streaming:
-            assert captions != [row["caption"] for row in data[2:]]  # shuffled, as the Trainer cannot do for a stream
+        seen = [prompt for batch in islice(trainer.get_train_dataloader(), 4) for prompt in batch["prompts"]]
+        assert sorted(seen) != seen and sorted(seen) != [row["caption"] for row in data[2:]]  # shuffled
         trainer.train()
         assert trainer.state.global_step == 2 and math.isfinite(first_loss(trainer))
         # a default of accelerate sends tensors from one process to the others, and prompts are none

@@ -14,8 +14,6 @@
 
 """The dataloader of [`SPOTrainer`]: it rolls out prompts whenever an optimizer step needs more pairs, and deals pairs out."""
 
-import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,8 @@ import torch
 from transformers.utils import logging
 
 from .pair_queue import PairQueue, Processes
+from .prompt_source import ListedPrompts, PromptSource, StreamedPrompts
+from .prompts import PromptStream
 from .step_pairs import StepPairs
 
 
@@ -78,7 +78,8 @@ class PairLoader:
     functions of the seed and the position in the prompts, so the position is all the random state there is.
 
     Args:
-        prompts (sequence of `str`): of all processes.
+        prompts (sequence of `str`, or [`PromptStream`]): of all processes. With a stream the loader has no length and no
+            epochs, and each process reads files of its own.
         rollout (`Callable[[list[str], int], StepPairs]`):
             Makes pairs of prompts, with the randomness of a number. Processes call it at the same time with the same
             number and prompts of their own.
@@ -97,7 +98,7 @@ class PairLoader:
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | PromptStream,
         rollout: Callable[[list[str], int], StepPairs],
         sizes: LoaderSizes,
         processes: Processes | None = None,
@@ -108,17 +109,19 @@ class PairLoader:
     ):
         if sizes.world_size > 1 and processes is None:
             raise ValueError(f"`processes` is needed to share the pairs of {sizes.world_size} processes, got None.")
+        source = StreamedPrompts if isinstance(prompts, PromptStream) else ListedPrompts
         self.prompts = prompts
+        self.source: PromptSource = source(prompts, sizes.rank, sizes.world_size, seed)
         self.rollout = rollout
         self.sizes = sizes
         self.seed = seed
         self.why_no_pairs = why_no_pairs
         self.pin_memory = pin_memory
+        self.processes = processes
         self.queue = PairQueue(sizes.rank, sizes.world_size, processes, max_device_bytes)
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
-        self._order: tuple[int, torch.Tensor] | None = None  # of the epoch it was drawn for
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -130,16 +133,21 @@ class PairLoader:
     @property
     def total_prompts(self) -> float:
         """Prompts of the whole run."""
-        total = self.sizes.num_epochs * len(self.prompts)
+        total = self.sizes.num_epochs * self.source.size
         return total if math.isinf(total) else math.ceil(total)
 
     def __len__(self) -> int:
         """
         Upper bound on the micro-batches of one epoch: every branch gives a valid pair, and the queue starts as full as it
         can be. Real epochs are shorter.
+
+        Raises:
+            TypeError: of a stream, as of everything that has no length.
         """
-        pairs = len(self.prompts) * self.sizes.max_pairs_per_prompt * self.sizes.num_iterations
-        left = self.pairs_per_step - 1 if self.total_prompts > len(self.prompts) else 0
+        if math.isinf(self.source.size):
+            raise TypeError("A stream of prompts has no length.")
+        pairs = self.source.size * self.sizes.max_pairs_per_prompt * self.sizes.num_iterations
+        left = self.pairs_per_step - 1 if self.total_prompts > self.source.size else 0
         return math.ceil((pairs + left) / self.pairs_per_step) * self.sizes.micro_batches_per_step
 
     @property
@@ -149,8 +157,8 @@ class PairLoader:
 
     @property
     def epoch(self) -> float:
-        """Passes over the prompts so far."""
-        return self.num_prompts_seen / len(self.prompts)
+        """Passes over the prompts so far; of a stream, those of this process to a file."""
+        return self.source.passes(self.num_prompts_seen)
 
     @property
     def epoch_finished(self) -> bool:
@@ -158,8 +166,10 @@ class PairLoader:
         True if every prompt of this epoch has been rolled out, another epoch follows, and too few pairs are left for a
         step; they carry over.
         """
+        if math.isinf(self.source.size):
+            return False
         more = self.num_prompts_seen < self.total_prompts
-        return more and self.num_prompts_seen % len(self.prompts) == 0 and self.waiting < self.pairs_per_step
+        return more and self.num_prompts_seen % self.source.size == 0 and self.waiting < self.pairs_per_step
 
     @property
     def exhausted(self) -> bool:
@@ -211,6 +221,9 @@ class PairLoader:
             RuntimeError: if prompt after prompt gives no valid pair.
         """
         without_pair = 0  # prompts in a row
+        patience = MIN_PROMPTS_TO_GIVE_UP
+        if not math.isinf(self.source.size):
+            patience = max(patience, self.source.size)
         while self.waiting < self.pairs_per_step and self.num_prompts_seen < self.total_prompts:
             seen = self.num_prompts_seen
             waiting = self.waiting
@@ -219,7 +232,7 @@ class PairLoader:
             if not without_pair:
                 continue
             never_any = self.num_prompts_seen >= self.total_prompts and not self.num_pairs_seen and not self.waiting
-            if never_any or without_pair >= max(len(self.prompts), MIN_PROMPTS_TO_GIVE_UP):
+            if never_any or without_pair >= patience:
                 raise RuntimeError(f"No valid pair in {without_pair} prompts. {self.why_no_pairs()}")
             if seen == 0:
                 logger.warning(f"The first {without_pair} prompts gave no valid pair. {self.why_no_pairs()}")
@@ -236,33 +249,24 @@ class PairLoader:
     def _next_prompts(self) -> tuple[list[str], int, int]:
         """This process's prompts of the next round, the position where the round starts, and its size over all processes."""
         start = self.num_prompts_seen
-        epoch, position = divmod(start, len(self.prompts))
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator))
         size = self.sizes.prompts_per_rollout * self.sizes.world_size
-        size = int(min(size, len(self.prompts) - position, self.total_prompts - start))
-        indices = self._order[1][position : position + size].tolist()
-        own = indices[self.sizes.rank :: self.sizes.world_size]
-        return [self.prompts[i] for i in own], start, size
+        left = self.total_prompts - start
+        if not math.isinf(self.source.size):
+            left = min(left, self.source.size - start % self.source.size)  # a round lies in one epoch
+        size = int(min(size, left))
+        return self.source.take(start, size), start, size
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def _prompts_hash(self) -> str:
-        digest = hashlib.sha256()
-        for i, prompt in enumerate(self.prompts):
-            digest.update(("\0" * (i > 0) + prompt).encode())
-        return digest.hexdigest()
 
     def state_dict(self) -> dict:
         """
         The position in the prompts and the pairs that were not trained on yet: numbers and strings for JSON, and under
         `pool` the tensors of the pairs, which the first process gets and no other. Every process must call it.
         """
+        own = self.source.state_dict()
+        states = [own] if self.processes is None else self.processes.gather(own)
         return {
-            "num_prompts": len(self.prompts),
-            "prompts_hash": self._prompts_hash,
+            "prompt_sources": states,
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
             **self.queue.state_dict(),
@@ -276,11 +280,7 @@ class PairLoader:
         Raises:
             ValueError: if it belongs to another prompt dataset.
         """
-        if state["num_prompts"] != len(self.prompts) or state["prompts_hash"] != self._prompts_hash:
-            raise ValueError(
-                f"The checkpoint was written with {state['num_prompts']} other prompts than the {len(self.prompts)} of "
-                "this run. Resume with the same `train_dataset`."
-            )
+        self.source.load_state_dicts(state.get("prompt_sources", [state]))  # old checkpoints: of one source
         self.num_prompts_seen = state["num_prompts_seen"]
         self.num_pairs_seen = state["num_pairs_seen"]
         self.queue.load_state_dict(state)

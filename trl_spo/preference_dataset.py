@@ -40,7 +40,7 @@ from .hub_files import require_existing
 from .images import is_address, read_image
 from .label_folder import is_label_folder, label_rows
 from .pair_files import TABLES, pair_dataset, read_pair_table
-from .prompts import check_parquet, is_unicode, load_from_hub
+from .prompts import MOST_SHARDS, check_parquet, fields_as_columns, is_unicode, load_from_hub
 
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
             A `.parquet` file; a `.jsonl`, `.json`, `.csv` or `.tsv` file with paths of images ([`read_pair_table`]); a folder that
             `trl-spo label` wrote ([`label_rows`]); a folder of parquet files, in which `datasets.load_dataset` finds the splits (such as
             `data/train-00000-of-00645.parquet`, as the Hub names them; files whose names say nothing are `"train"`);
-            a folder that `save_to_disk` wrote; or anything else that `load_dataset` knows, such as the Hub id
+            a folder of WebDataset's `.tar` files, whose samples have the images as `jpg_0` and `jpg_1` and the other columns
+            in a `json`; a folder that `save_to_disk` wrote; or anything else that `load_dataset` knows, such as the Hub id
             `"yuvalkirstain/pickapic_v1"`.
         split (`str`, *optional*, defaults to `"train"`):
             Split to load.
@@ -148,12 +149,13 @@ def load_preference_dataset(name: str | Path, split: str = "train", streaming: b
         return _as_asked(dataset, streaming)
     if path.is_dir():
         # Without the checks, a few shards of a large dataset load as well: its README.md counts the rows of all.
-        return load_dataset(str(path), split=split, streaming=streaming, verification_mode="no_checks")
+        dataset = load_dataset(str(path), split=split, streaming=streaming, verification_mode="no_checks")
+        return fields_as_columns(dataset)
     hint = "Pass a `.parquet` file, a folder of them, or a Hub id such as 'yuvalkirstain/pickapic_v1'."
     if path.suffix.lower() in TABLES:
         raise FileNotFoundError(f"There is no file {str(path)!r}. {hint}")
     require_existing(name, "preference dataset", hint)
-    return load_from_hub(str(name), split, streaming=streaming)
+    return fields_as_columns(load_from_hub(str(name), split, streaming=streaming))
 
 
 def _load_file(path: Path, split: str, streaming: bool) -> Any:
@@ -177,7 +179,9 @@ def _load_labels(folder: Path) -> Dataset:
 
 
 def _as_asked(dataset: Dataset, streaming: bool) -> Dataset | IterableDataset:
-    return dataset.to_iterable_dataset() if streaming else dataset
+    if not streaming or not len(dataset):  # an empty one cannot be a stream; whoever checks it says that it is empty
+        return dataset
+    return dataset.to_iterable_dataset(num_shards=min(len(dataset), MOST_SHARDS))
 
 
 # --- check a sample of the images ------------------------------------------------------------------------------------

@@ -23,11 +23,12 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from .prompt_suites import SUITES, PromptSuite, find_suite, locate_suite
 from .suggestions import did_you_mean
@@ -56,6 +57,8 @@ OF_OTHER_PROGRAMS = {  # what other programs read as more than text
     "a LoRA": re.compile(r"<(lora|lyco|hypernet):[^<>]*>"),
     "a weight": re.compile(r"\([^()]*:\s*\d+(\.\d+)?\s*\)"),
 }
+MOST_SHARDS = 64  # of a table here that is read as a stream
+NUM_FIRST_PROMPTS = 100  # of a stream, checked before anything is loaded
 WHOLE_SUITE = ("train", "validation", "test")  # a suite has no such splits: each means all of its prompts
 
 
@@ -68,7 +71,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def load_prompts(name: str, split: str = "train"):
+def load_prompts(name: str, split: str = "train", streaming: bool = False):
     """
     Prompts from where users keep them.
 
@@ -84,15 +87,20 @@ def load_prompts(name: str, split: str = "train"):
         split (`str`, *optional*, defaults to `"train"`):
             Split of a dataset; files have none. Of a suite a category, such as `"anime"` of `hpdv2`; `"train"`,
             `"validation"` and `"test"` are all of it.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read prompts when they are needed: of a parquet file, or of a dataset by folder or Hub id, whose files may be
+            parquet or WebDataset's `.tar`. Other files are read whole.
 
     Returns:
         `list[str]` or `datasets.Dataset`: as `SPOTrainer(train_dataset=...)` takes it. Of a suite, a dataset with the
-        columns `prompt` and `category`.
+        columns `prompt` and `category`. With `streaming=True` a `datasets.IterableDataset`.
 
     Raises:
         FileNotFoundError: if the name ends like a file and there is none, or a suite cannot be downloaded.
         ValueError: if a file is in another encoding or of another kind, or breaks the rules of its kind; says where.
     """
+    if streaming:
+        return _stream(Path(name), split)
     path = Path(name)
     suffix = path.suffix.lower()
     suite, folder = find_suite(str(name))
@@ -111,12 +119,30 @@ def load_prompts(name: str, split: str = "train"):
     return READERS[suffix](path)
 
 
-def _dataset_by_name(name: str, split: str) -> Dataset:
+def _stream(path: Path, split: str) -> IterableDataset:
+    """Prompts that are read when they are needed; what has to be read whole all the same becomes a stream as well."""
+    if path.is_dir() and not any((path / mark).is_file() for mark in SAVED_MARKS):
+        return load_dataset(str(path), split=split, streaming=True)
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        check_parquet(path)
+        return load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    is_elsewhere = not path.exists() and path.suffix.lower() not in READERS and find_suite(str(path))[0] is None
+    if is_elsewhere:
+        return _dataset_by_name(str(path), split, streaming=True)
+    loaded = load_prompts(str(path), split)
+    if isinstance(loaded, list):
+        loaded = Dataset.from_dict({"prompt": loaded})
+    if not len(loaded):
+        raise ValueError(f"{str(path)!r} has no prompts.")
+    return loaded.to_iterable_dataset(num_shards=min(len(loaded), MOST_SHARDS))
+
+
+def _dataset_by_name(name: str, split: str, **kwargs) -> Dataset | IterableDataset:
     """A dataset by its folder or Hub id."""
     if Path(name).is_dir():
-        return load_dataset(name, split=split)
+        return load_dataset(name, split=split, **kwargs)
     try:
-        return load_from_hub(name, split)
+        return load_from_hub(name, split, **kwargs)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"There are no prompts under the name {name!r}: it is no file or folder here, no suite ({', '.join(SUITES)}), and no "
@@ -307,9 +333,12 @@ READERS = {  # ending of a file, in small letters -> how it is read
 }
 
 
-def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dataset") -> Sequence[str]:
+def read_prompts(
+    dataset: Any, column: str | None = None, name: str = "train_dataset"
+) -> "Sequence[str] | PromptStream":
     """
-    Prompts of a list, or of the `prompt` or `caption` column of a dataset, which is checked and then read lazily.
+    Prompts of a list, or of the `prompt` or `caption` column of a dataset, which is checked and then read lazily. Of a stream
+    the first hundred are checked.
 
     A prompt may hold any characters of any length, as long as there is something to see and a file can hold it.
 
@@ -319,21 +348,14 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
             Unicode; says which.
     """
     # Find the texts: a column of a dataset, which stays lazy, or a list.
-    if isinstance(dataset, PromptColumn):  # what this function returned before
+    if isinstance(dataset, (PromptColumn, PromptStream)):  # what this function returned before
         return dataset
+    if isinstance(dataset, IterableDataset):
+        return _read_stream(dataset, column, name)
     if isinstance(dataset, Column):  # `dataset["prompt"]`, whose rows are strings
         dataset = list(dataset)
     if isinstance(dataset, Dataset):
-        candidates = [column] if column else ["prompt", "caption"]
-        found = [c for c in candidates if c in dataset.column_names]
-        if not found and not column:  # PartiPrompts has "Prompt"
-            found = [c for c in dataset.column_names if c.lower() in candidates]
-        if not found:
-            raise ValueError(
-                f"`{name}` needs a column {' or '.join(map(repr, candidates))} with the prompts; it has "
-                f"{dataset.column_names}. Rename the column or set `dataset_prompt_column`."
-            )
-        prompts = PromptColumn(dataset, found[0])
+        prompts = PromptColumn(dataset, _column_of_prompts(dataset.column_names, column, name))
     elif isinstance(dataset, str) or not isinstance(dataset, (list, tuple)):
         hint = ""
         if isinstance(dataset, dict):
@@ -351,6 +373,68 @@ def read_prompts(dataset: Any, column: str | None = None, name: str = "train_dat
     return prompts
 
 
+def _column_of_prompts(columns: list[str], column: str | None, name: str) -> str:
+    """The column that is asked for, or else `prompt` or `caption`."""
+    candidates = [column] if column else ["prompt", "caption"]
+    found = [c for c in candidates if c in columns]
+    if not found and not column:  # PartiPrompts has "Prompt"
+        found = [c for c in columns if c.lower() in candidates]
+    if not found:
+        raise ValueError(
+            f"`{name}` needs a column {' or '.join(map(repr, candidates))} with the prompts; it has "
+            f"{columns}. Rename the column or set `dataset_prompt_column`."
+        )
+    return found[0]
+
+
+def _read_stream(dataset: IterableDataset, column: str | None, name: str) -> "PromptStream":
+    dataset = fields_as_columns(dataset)
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"`{name}` has no prompts.")
+    prompts = PromptStream(dataset, _column_of_prompts(list(row), column, name))
+    check_prompts(prompts.first, name)
+    return prompts
+
+
+def fields_as_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    What was read from WebDataset's `.tar` files, with the columns that other formats have: the entries of a sample's `.json`, and its
+    `.txt` as `caption` if there is no other. Other datasets are returned as they are.
+    """
+    row = set(dataset.column_names or next(iter(dataset), {}))
+    if "__key__" not in row or not {"json", "txt"} & row:
+        return dataset
+    return dataset.map(_fields_of, remove_columns=[name for name in ("json", "txt") if name in row])
+
+
+def _fields_of(row: dict[str, Any]) -> dict[str, Any]:
+    fields = dict(row.get("json") or {})
+    if "txt" in row:
+        fields.setdefault("caption", row["txt"])
+    return fields
+
+
+def check_prompt(prompt: Any, position: int, name: str) -> None:
+    """
+    Check one prompt.
+
+    Raises:
+        ValueError: if it cannot be used; says what it is and where.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"`{name}` must hold strings, but item {position} is a `{type(prompt).__name__}`.")
+    if all(unicodedata.category(character) in INVISIBLE for character in prompt):
+        raise ValueError(
+            f"`{name}` has an empty prompt at position {position}. Remove it: it names nothing to prefer."
+        )
+    if not is_unicode(prompt):
+        raise ValueError(
+            f"`{name}` has a prompt at position {position} that is not valid Unicode, {prompt[:60]!r}: half of a surrogate "
+            "pair, which no file can hold. Read the prompts with the encoding they were written in."
+        )
+
+
 def check_prompts(prompts: Sequence[str], name: str) -> None:
     """
     Check every prompt now: a bad one would otherwise stop the run when its turn comes. Warn of what other programs read as
@@ -363,15 +447,7 @@ def check_prompts(prompts: Sequence[str], name: str) -> None:
         raise ValueError(f"`{name}` has no prompts.")
     special: dict[str, list[str]] = {}
     for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"`{name}` must hold strings, but item {i} is a `{type(prompt).__name__}`.")
-        if all(unicodedata.category(character) in INVISIBLE for character in prompt):
-            raise ValueError(f"`{name}` has an empty prompt at position {i}. Remove it: it names nothing to prefer.")
-        if not is_unicode(prompt):
-            raise ValueError(
-                f"`{name}` has a prompt at position {i} that is not valid Unicode, {prompt[:60]!r}: half of a surrogate "
-                "pair, which no file can hold. Read the prompts with the encoding they were written in."
-            )
+        check_prompt(prompt, i, name)
         for what, pattern in OF_OTHER_PROGRAMS.items():
             if pattern.search(prompt):
                 special.setdefault(what, []).append(prompt)
@@ -404,3 +480,21 @@ class PromptColumn(Sequence):
     def __iter__(self) -> Iterator[str]:
         for batch in self.dataset.iter(batch_size=1000):
             yield from batch[self.column]
+
+
+class PromptStream:
+    """
+    The prompts of a `datasets.IterableDataset`, whose number is not known. It has no length; [`StreamedPrompts`] reads it.
+
+    Args:
+        dataset (`datasets.IterableDataset`): with the column.
+        column (`str`): of the prompts.
+
+    Attributes:
+        first (`list[str]`): the first hundred.
+    """
+
+    def __init__(self, dataset: IterableDataset, column: str):
+        self.dataset = dataset.select_columns([column])
+        self.column = column
+        self.first = [row[column] for row in islice(self.dataset, NUM_FIRST_PROMPTS)]

@@ -176,6 +176,9 @@ class SPOConfig(StepTrainingArguments):
             [`load_prompts`].
         dataset_prompt_column (`str`, *optional*):
             Column with the prompts. Defaults to `"prompt"` or `"caption"`, whichever exists.
+        dataset_streaming (`bool`, *optional*, defaults to `False`):
+            Read the prompts of `dataset_name` when they are needed, each process from files of its own; for datasets of
+            millions of prompts. It needs `max_steps`.
 
         > Parameters that control logging and evaluation
 
@@ -289,6 +292,9 @@ class SPOConfig(StepTrainingArguments):
         None, "File of prompts, folder or Hub id of a dataset, or a suite such as parti."
     )
     dataset_prompt_column: str | None = _field(None, "Column with the prompts.")
+    dataset_streaming: bool = _field(
+        False, "Read the prompts of `dataset_name` when they are needed. Needs `max_steps`."
+    )
 
     # Parameters that control logging and evaluation
     num_eval_images: int = _field(4, "Number of images that `log_images_steps` samples.")
@@ -342,6 +348,9 @@ class SPOConfig(StepTrainingArguments):
             raise ValueError(
                 "`torch_compile` compiles the repeated blocks, which `compile_regions=False` forbids; set one of them only."
             )
+
+        if self.dataset_streaming and self.max_steps <= 0:
+            raise ValueError("`dataset_streaming` needs `max_steps`: a stream does not tell how long an epoch is.")
 
         # Settings that are checked one by one.
         rules = {

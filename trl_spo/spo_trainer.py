@@ -47,7 +47,7 @@ from .pipelines.components import changes_of_the_base, commit_of_the_base, parts
 from .pipelines.conditioning import PromptEmbeds
 from .pipelines.encoding_cache import EncodingCache
 from .pipelines.shards import is_sharded, plain_class, spread_like
-from .prompts import load_prompts, read_prompts
+from .prompts import PromptStream, load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout import stepwise_rollout
 from .rollout_settings import RolloutSettings
@@ -102,8 +102,9 @@ class SPOTrainer(StepTrainer):
         reward_model ([`Reward`], [`StepAwareRewardModel`], path, Hub id or callable):
             Scores candidates; everything [`wrap_reward`] accepts: a step-aware or latent reward model, or any
             `(images (B, 3, H, W) in [0, 1], prompts: list[str], timesteps (B,)) -> scores (B,)`.
-        train_dataset (`datasets.Dataset` or `list[str]`, *optional*):
-            Prompts: a list, or a dataset with a `prompt` or `caption` column. Otherwise `config.dataset_name`.
+        train_dataset (`datasets.Dataset`, `datasets.IterableDataset` or `list[str]`, *optional*):
+            Prompts: a list, or a dataset with a `prompt` or `caption` column. Otherwise `config.dataset_name`. A stream is read
+            as [`RowStream`] says, by each process from files of its own, and needs `max_steps`.
         eval_dataset (`datasets.Dataset` or `list[str]`, *optional*):
             Held-out prompts for [`~SPOTrainer.evaluate`].
         metrics (`dict[str, Callable]`, *optional*):
@@ -199,21 +200,25 @@ class SPOTrainer(StepTrainer):
                     "SPO needs prompts: pass `train_dataset` (a list of strings, or a dataset with a 'prompt' or "
                     "'caption' column) or set `config.dataset_name`."
                 )
-            train_dataset = load_prompts(config.dataset_name)
+            train_dataset = load_prompts(config.dataset_name, streaming=config.dataset_streaming)
         prompts = read_prompts(train_dataset, config.dataset_prompt_column)
+        if isinstance(prompts, PromptStream) and config.max_steps <= 0:
+            raise ValueError("A stream of prompts needs `max_steps`: it does not tell how long an epoch is.")
         if eval_dataset is not None:
-            eval_dataset = read_prompts(eval_dataset, config.dataset_prompt_column, "eval_dataset")
+            eval_dataset = _evaluation_prompts(eval_dataset, config)
         elif config.eval_strategy != "no":
             raise ValueError(f"`eval_strategy={str(config.eval_strategy)!r}` needs prompts: pass `eval_dataset`.")
         if not isinstance(reward_model, (str, Path)):
             wrap_reward(reward_model).check_dtype(config.reward_dtype)
         return prompts, eval_dataset
 
-    def _load(self, config: SPOConfig, pipeline, reward_model, scoring_vae, prompts: Sequence[str]) -> None:
+    def _load(
+        self, config: SPOConfig, pipeline, reward_model, scoring_vae, prompts: Sequence[str] | PromptStream
+    ) -> None:
         """Pipeline, reward and the decoder for scoring, and whether they fit the settings and each other."""
         self.reward = wrap_reward(reward_model)
         self._reward_is_the_users = not isinstance(reward_model, (str, Path))
-        self.reward.check_prompts(prompts[:1])
+        self.reward.check_prompts(_first(prompts, 1))
         self.pipeline = wrap_pipeline(pipeline, **(config.model_init_kwargs or {}))
         self.pipeline.check_weights()
         for name, encoder in self.pipeline.text_encoders().items():
@@ -264,10 +269,11 @@ class SPOTrainer(StepTrainer):
         switch_dropout(model, on=not config.disable_dropout)
         return model
 
-    def _start(self, config: SPOConfig, prompts: Sequence[str]) -> None:
+    def _start(self, config: SPOConfig, prompts: Sequence[str] | PromptStream) -> None:
         """The state of a run that has not begun. The parent's constructor asks for some of it."""
         self.pair_loader: PairLoader | None = None
         self._prompts = prompts
+        self._filling_prompt = _first(prompts, 1)
         self._encodings = EncodingCache()
         self._metrics = PairMetrics()
         self._seen_before = (0, 0)  # pairs and steps when this call of `train` began
@@ -295,11 +301,11 @@ class SPOTrainer(StepTrainer):
                 mode=config.torch_compile_mode,
             )
 
-    def _add_callbacks(self, config: SPOConfig, shown_prompts: Sequence[str]) -> None:
+    def _add_callbacks(self, config: SPOConfig, shown_prompts: Sequence[str] | PromptStream) -> None:
         self.add_callback(PairEpochCallback(self))
         self.add_callback(SkipNonFiniteSteps(self))
         if config.log_images_steps > 0:
-            shown = shown_prompts[: config.num_eval_images]
+            shown = _first(shown_prompts, config.num_eval_images)
             self.add_callback(ImageLoggingCallback(self, shown, config.log_images_steps))
         if config.max_steps <= 0 and config.lr_scheduler_type not in ("constant", "constant_with_warmup"):
             logger.warning(
@@ -434,7 +440,7 @@ class SPOTrainer(StepTrainer):
 
     def _filling(self, count: int) -> list[str]:
         """`count` prompts, or none if it is negative, that only keep the denoiser busy where other processes need it."""
-        return [self._prompts[0]] * count
+        return self._filling_prompt * count
 
     def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
         """
@@ -677,7 +683,7 @@ class SPOTrainer(StepTrainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if given is None:
             raise ValueError("There are no prompts to evaluate: pass `eval_dataset` here or to the trainer.")
-        prompts = read_prompts(given, self.args.dataset_prompt_column, "eval_dataset")
+        prompts = _evaluation_prompts(given, self.args)
         start = time.perf_counter()
         # Callbacks of `on_evaluate` see the weights that were evaluated.
         with self.weights_for_evaluation():
@@ -853,6 +859,27 @@ class SPOTrainer(StepTrainer):
             samples=read_samples(output_dir),
             tags=self._tag_names,
         )
+
+
+def _first(prompts: Sequence[str] | PromptStream, count: int) -> list[str]:
+    """The first prompts; a stream has a hundred at hand."""
+    return list((prompts.first if isinstance(prompts, PromptStream) else prompts)[:count])
+
+
+def _evaluation_prompts(dataset: Any, config: SPOConfig) -> Sequence[str]:
+    """
+    Prompts to evaluate with, all of which are sampled.
+
+    Raises:
+        TypeError, ValueError: see [`read_prompts`]; a stream does not end.
+    """
+    prompts = read_prompts(dataset, config.dataset_prompt_column, "eval_dataset")
+    if isinstance(prompts, PromptStream):
+        raise TypeError(
+            "`eval_dataset` must be a list of prompts or a `datasets.Dataset`, got a stream: every evaluation samples all of its "
+            "prompts. Take some of them: `[row['prompt'] for row in stream.take(64)]`."
+        )
+    return prompts
 
 
 def _rows_of_pairs(pairs: StepPairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -75,8 +75,11 @@ class StepRewardConfig(StepTrainingArguments):
             optionally `has_label`, `are_different` and `num_example_per_prompt`) or TRL's (`prompt`, `chosen`,
             `rejected`).
         dataset_streaming (`bool`, *optional*, defaults to `False`):
-            Read the rows of `dataset_name` as they are needed and shuffle them in a buffer of 1,000 pairs, instead of
-            copying all of them to the local disk first. It needs `max_steps`.
+            Read the rows of `dataset_name` as they are needed, instead of copying all of them to the local disk first, and mix
+            them as [`RowStream`] says, in blocks of 1,000 pairs; the same for a `datasets.IterableDataset` that is passed
+            as `train_dataset`, which is otherwise read in its own order. A run that was stopped goes on without reading what came
+            before, except with `dataloader_num_workers > 0`, where a buffer of 1,000 pairs mixes the rows and all are read
+            again. It needs `max_steps`.
         dataset_prompt_column (`str`, *optional*):
             Column with the prompts. Defaults to `"caption"` or `"prompt"`, whichever exists.
         max_bad_image_fraction (`float`, *optional*, defaults to `0.01`):

@@ -44,15 +44,21 @@ def is_readable_here(name: str) -> bool:
 
 
 def check_prompts(
-    option: str, name: str, split: str = "train", column: str | None = None, pipeline: str | None = None
+    option: str,
+    name: str,
+    split: str = "train",
+    column: str | None = None,
+    pipeline: str | None = None,
+    streaming: bool = False,
 ) -> tuple[list[Finding], int | None]:
     """
-    The prompts of a local file or dataset.
+    The prompts of a local file or dataset; of a stream the first hundred.
 
     Args:
         option (`str`): argument that names them.
         name (`str`), split (`str`), column (`str`, *optional*): as [`load_prompts`] and [`read_prompts`] take them.
         pipeline (`str`, *optional*): folder or Hub id of the pipeline, whose tokenizers tell how much of a prompt is read.
+        streaming (`bool`, *optional*, defaults to `False`): they will be read when they are needed.
 
     Returns:
         `tuple`: findings, and the number of prompts, or `None` if it is not known.
@@ -60,16 +66,19 @@ def check_prompts(
     if not is_readable_here(name):
         return [], None
     try:
-        loaded = load_prompts(name, split)
-        prompts = list(read_prompts(loaded, column, option))
+        loaded = load_prompts(name, split, streaming)
+        read = read_prompts(loaded, column, option)
+        prompts = read.first if streaming else list(read)
     except Exception as error:  # each kind of file breaks in its own way, and says so
         return [Finding(SECTION, PROBLEM, option, str(error).strip())], None
-    where = f" in column {read_prompts(loaded, column, option).column!r}" if hasattr(loaded, "column_names") else ""
+    where = f" in column {read.column!r}" if hasattr(read, "column") else ""
     text = f"{len(prompts):,} prompts{where} of {name!r}"
+    if streaming:
+        text = f"a stream of {loaded.num_shards:,} shards with prompts{where} of {name!r}; the first {len(prompts)} can be used"
     findings = [Finding(SECTION, OK, option, text), *check_texts(option, prompts)]
     if pipeline is not None:
         findings += check_lengths(option, prompts, pipeline)
-    return findings, len(prompts)
+    return findings, None if streaming else len(prompts)
 
 
 def check_texts(option: str, prompts: Sequence[str]) -> list[Finding]:

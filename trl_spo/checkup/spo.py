@@ -87,7 +87,12 @@ def _check_data(report: Report, model_args, data_args, config) -> int | None:
         report.add("data", PROBLEM, "dataset_name", "is missing: SPO needs prompts, a dataset or a .txt file of them.")
         return None
     findings, count = check_prompts(
-        "dataset_name", config.dataset_name, "train", column, model_args.model_name_or_path
+        "dataset_name",
+        config.dataset_name,
+        "train",
+        column,
+        model_args.model_name_or_path,
+        streaming=config.dataset_streaming,
     )
     report.extend(findings)
     if data_args.eval_dataset_name is not None:

@@ -62,7 +62,8 @@ def main(
     if config.use_peft:
         model_args.check_lora()
     reward_args.check()
-    prompts = read_prompts(load_prompts(config.dataset_name, "train"), config.dataset_prompt_column)
+    prompts = load_prompts(config.dataset_name, "train", streaming=config.dataset_streaming)
+    prompts = read_prompts(prompts, config.dataset_prompt_column)
     evaluation = None
     if data_args.eval_dataset_name is not None:
         evaluation = load_prompts(data_args.eval_dataset_name, data_args.eval_split)
