@@ -34,9 +34,10 @@ from tests.run_distributed import (
     shard_on_cpu,
     spo_config,
     spo_result,
+    trained,
 )
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline
-from trl_spo import LatentRewardModel
+from trl_spo import LatentRewardModel, SPOTrainer
 from trl_spo.pair_queue import RowLayout
 from trl_spo.pipelines.shards import is_sharded, whole
 
@@ -229,6 +230,20 @@ def resumed_transformer(folder: Path) -> dict:
 
 def resumed_whole_unet(folder: Path) -> dict:
     return resumed(folder, whole_unet)
+
+
+def rolled_out_apart(folder: Path) -> dict:
+    """Rollouts by the shards, and by a process of each rank that has the whole denoiser; two rounds without padding."""
+    results = {}
+    for name, devices in (("shards", None), ("apart", ["cpu", "cpu"])):
+        pipeline, reward, own = unet(folder / name)
+        settings = {**COMPARED, **own, "num_branches": None, "rollout_devices": devices, "rollout_ahead": True}
+        config = spo_config(folder, **{**settings, "output_dir": str(folder / name), "eval_strategy": "no"})
+        trainer = SPOTrainer(config, pipeline, reward, train_dataset=MORE_PROMPTS[:8])
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        results[name] = {"weights": trained(trainer), "losses": losses}
+    return results
 
 
 def compared_unet(folder: Path) -> dict:

@@ -284,7 +284,8 @@ class TestRefusals:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    return launch_sharded(tmp_path_factory.mktemp("resumed"), "resumed_transformer", "resumed_whole_unet")
+    scenarios = ("resumed_transformer", "resumed_whole_unet", "rolled_out_apart")
+    return launch_sharded(tmp_path_factory.mktemp("resumed"), *scenarios)
 
 
 @pytest.mark.parametrize("recipe", ["transformer", "whole_unet"])
@@ -308,3 +309,12 @@ def test_a_resumed_run_is_the_same_run(resumed, recipe):
     assert_same_bits([first[name] for name in first], [second[name] for name in first])
     with safe_open(files[0], "pt") as first, safe_open(files[1], "pt") as second:
         assert first.metadata() == second.metadata()
+
+
+def test_workers_with_the_whole_denoiser_find_the_pairs_of_the_shards(resumed):
+    """Weights travel from shards to whole denoisers before each rollout; the run is the one that rolls out by its shards."""
+    for rank in results(resumed, "rolled_out_apart"):
+        shards, apart = rank["shards"], rank["apart"]
+        assert len(shards["losses"]) == len(apart["losses"]) >= 2
+        assert apart["losses"] == pytest.approx(shards["losses"], rel=1e-5)
+        assert_tensors_close(dict(enumerate(apart["weights"])), dict(enumerate(shards["weights"])))

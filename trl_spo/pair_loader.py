@@ -30,6 +30,7 @@ from .step_pairs import StepPairs
 logger = logging.get_logger(__name__)
 
 MAX_DEVICE_BYTES = 2**30  # of pairs that wait on the device of the rollout; 160 of SD1.5 in half precision take 20 MiB
+MOST_ROUNDS_AHEAD = 16
 MIN_PROMPTS_TO_GIVE_UP = 100  # without a single valid pair; in small datasets they are seen several times
 
 
@@ -47,6 +48,8 @@ class LoaderSizes:
         num_iterations (`int`, *optional*, defaults to `1`): times that each pair is trained on.
         rank (`int`, *optional*, defaults to `0`): number of this process.
         world_size (`int`, *optional*, defaults to `1`): number of processes.
+        looks_ahead (`bool`, *optional*, defaults to `False`): start the rollouts of the next optimizer step before this one
+            changes the weights, so that both can run at once. Its pairs are then those of a policy one step older.
         every_rank_rolls_out (`bool`, *optional*, defaults to `False`): call the rollout in every round, for no prompts where
             none is left for this process: the processes share a denoiser that all of them must call.
     """
@@ -59,6 +62,7 @@ class LoaderSizes:
     num_iterations: int = 1
     rank: int = 0
     world_size: int = 1
+    looks_ahead: bool = False
     every_rank_rolls_out: bool = False
 
     @property
@@ -82,7 +86,8 @@ class PairLoader:
             epochs, and each process reads files of its own.
         rollout (`Callable[[list[str], int], StepPairs]`):
             Makes pairs of prompts, with the randomness of a number. Processes call it at the same time with the same
-            number and prompts of their own.
+            number and prompts of their own. It may start the work elsewhere and return a function that waits for the
+            pairs, and returns `None` if there were no prompts.
         sizes ([`LoaderSizes`]): of rollouts and micro-batches.
         processes ([`Processes`], *optional*): how the processes meet; needed for several.
         seed (`int`, *optional*, defaults to `0`): of the order of prompts and pairs.
@@ -90,6 +95,8 @@ class PairLoader:
         pin_memory (`bool`, *optional*, defaults to `False`): hand out micro-batches that can be copied to a GPU without waiting.
         max_device_bytes (`int`, *optional*, defaults to 1 GiB): pairs wait where the rollout made them while those of this
             process take no more than this; otherwise on the CPU.
+        goes_on (`Callable[[], bool]`, *optional*): whether another step follows the one that is dealt out; asked before the
+            loader looks ahead.
 
     Yields:
         `dict`: `pairs` ([`StepPairs`]) of one micro-batch and `is_fresh` (`list[bool]`), which of them are trained on for the
@@ -99,13 +106,14 @@ class PairLoader:
     def __init__(
         self,
         prompts: Sequence[str] | PromptStream,
-        rollout: Callable[[list[str], int], StepPairs],
+        rollout: Callable[[list[str], int], StepPairs | Callable[[], StepPairs | None]],
         sizes: LoaderSizes,
         processes: Processes | None = None,
         seed: int = 0,
         why_no_pairs: Callable[[], str] = lambda: "",
         pin_memory: bool = False,
         max_device_bytes: int = MAX_DEVICE_BYTES,
+        goes_on: Callable[[], bool] = lambda: True,
     ):
         if sizes.world_size > 1 and processes is None:
             raise ValueError(f"`processes` is needed to share the pairs of {sizes.world_size} processes, got None.")
@@ -117,11 +125,16 @@ class PairLoader:
         self.seed = seed
         self.why_no_pairs = why_no_pairs
         self.pin_memory = pin_memory
+        self.goes_on = goes_on
         self.processes = processes
         self.queue = PairQueue(sizes.rank, sizes.world_size, processes, max_device_bytes)
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
+        self._rounds: list[
+            tuple
+        ] = []  # started and not joined: what the rollout returned, and the position of the round
+        self._pairs_of_last_round = 0
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -166,16 +179,20 @@ class PairLoader:
         True if every prompt of this epoch has been rolled out, another epoch follows, and too few pairs are left for a
         step; they carry over.
         """
-        if math.isinf(self.source.size):
+        if self._rounds or self.waiting >= self.pairs_per_step:
             return False
-        more = self.num_prompts_seen < self.total_prompts
-        return more and self.num_prompts_seen % self.source.size == 0 and self.waiting < self.pairs_per_step
+        return self.num_prompts_seen < self.total_prompts and self._is_between_epochs
+
+    @property
+    def _is_between_epochs(self) -> bool:
+        """Whether all prompts of this epoch have been handed out, or none; a stream has no epochs."""
+        return not math.isinf(self.source.size) and self.num_prompts_seen % self.source.size == 0
 
     @property
     def exhausted(self) -> bool:
         """There is nothing left to train on."""
         smallest = self.sizes.micro_batches_per_step * self.sizes.world_size
-        return self.num_prompts_seen >= self.total_prompts and self.waiting < smallest
+        return self.num_prompts_seen >= self.total_prompts and self.waiting < smallest and not self._rounds
 
     # --- iteration ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +202,7 @@ class PairLoader:
 
     def _next_step(self) -> list[dict] | None:
         """This process's micro-batches of one optimizer step, or `None` at the end of training."""
+        self._join_rounds()
         self._fill_queue()
 
         # The last step of a run takes what is left, as long as every micro-batch of every process gets a pair.
@@ -196,6 +214,7 @@ class PairLoader:
             return None
         own, is_fresh = self.queue.take(total)
         self.num_pairs_seen += total
+        self._look_ahead()
 
         # Each process has its own share, in micro-batches of nearly the same size.
         parts = []
@@ -239,12 +258,41 @@ class PairLoader:
 
     def _rollout_round(self):
         """One rollout per process, on prompts that no other process has; its pairs join the queue of all."""
+        self._start_round()
+        self._join_rounds()
+
+    def _start_round(self):
+        """Hand the next prompts to the rollout, under the weights as they are."""
         prompts, start, size = self._next_prompts()
-        own = None
+        result = None
         if prompts or self.sizes.every_rank_rolls_out:
-            own = StepPairs.cat([self.rollout(prompts, start)])  # `cat` leaves the record of the rollout behind
-        self.queue.add(own, self.sizes.num_iterations, seed=self.seed + 1 + start)
+            result = self.rollout(prompts, start)
+        self._rounds.append((result, start))
         self.num_prompts_seen += size
+
+    def _join_rounds(self):
+        """Wait for the rollouts that were started; their pairs join the queue of all, in the order of the rounds."""
+        while self._rounds:
+            result, start = self._rounds.pop(0)
+            if callable(result):
+                result = result()
+            own = None if result is None else StepPairs.cat([result])  # `cat` leaves the record of the rollout behind
+            waiting = self.waiting
+            self.queue.add(own, self.sizes.num_iterations, seed=self.seed + 1 + start)
+            self._pairs_of_last_round = self.waiting - waiting
+
+    def _look_ahead(self):
+        """
+        Start the rollouts that the next step will need, as many as the last round says, before this step changes the weights.
+        None across the end of an epoch, which would not be noticed.
+        """
+        missing = self.pairs_per_step - self.waiting
+        if not self.sizes.looks_ahead or missing <= 0 or not self.goes_on():
+            return
+        for _ in range(min(math.ceil(missing / max(self._pairs_of_last_round, 1)), MOST_ROUNDS_AHEAD)):
+            if self.num_prompts_seen >= self.total_prompts or self._is_between_epochs:
+                return
+            self._start_round()
 
     def _next_prompts(self) -> tuple[list[str], int, int]:
         """This process's prompts of the next round, the position where the round starts, and its size over all processes."""
@@ -263,12 +311,14 @@ class PairLoader:
         The position in the prompts and the pairs that were not trained on yet: numbers and strings for JSON, and under
         `pool` the tensors of the pairs, which the first process gets and no other. Every process must call it.
         """
+        self._join_rounds()  # their pairs are in the checkpoint, and would join the queue before the next step anyway
         own = self.source.state_dict()
         states = [own] if self.processes is None else self.processes.gather(own)
         return {
             "prompt_sources": states,
             "num_prompts_seen": self.num_prompts_seen,
             "num_pairs_seen": self.num_pairs_seen,
+            "pairs_of_last_round": self._pairs_of_last_round,
             **self.queue.state_dict(),
         }
 
@@ -283,4 +333,5 @@ class PairLoader:
         self.source.load_state_dicts(state.get("prompt_sources", [state]))  # old checkpoints: of one source
         self.num_prompts_seen = state["num_prompts_seen"]
         self.num_pairs_seen = state["num_pairs_seen"]
+        self._pairs_of_last_round = state.get("pairs_of_last_round", 0)
         self.queue.load_state_dict(state)

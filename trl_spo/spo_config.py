@@ -101,6 +101,13 @@ class SPOConfig(StepTrainingArguments):
         defer_scoring (`bool`, *optional*, defaults to `True`):
             Score the candidates of all steps together after the rollout, in full batches. The same scores; with
             `resample` other than `"random"` the next step needs them and they are scored step by step.
+        rollout_ahead (`bool`, *optional*, defaults to `False`):
+            Roll out for the next optimizer step before this one changes the weights, so that both can run at once: its pairs
+            are those of a policy one step older. Useful with `rollout_devices`.
+        rollout_devices (`list[str]`, *optional*):
+            Devices of this machine that only roll out, such as `["cuda:4", "cuda:5"]`, each in a process of its own with the whole
+            denoiser and the reward. Processes that train share them evenly, and each of the devices rolls out
+            `per_device_rollout_batch_size` prompts. `None`: every process rolls out for itself.
         compile_regions (`bool`, *optional*):
             Compile the blocks that denoiser and reward model repeat, and the decoder. `None`: on CUDA only; blocks that
             cannot be compiled there run as they are. `torch_compile=True` means this, too, on any device.
@@ -253,6 +260,10 @@ class SPOConfig(StepTrainingArguments):
     reward_batch_size: int | None = _field(None, "Maximum number of images in one call of the reward model.")
     memory_budget: float | None = _field(None, "GiB that activations of rollout and scoring may take.")
     defer_scoring: bool = _field(True, "Score the candidates of all steps together after the rollout.")
+    rollout_ahead: bool = _field(False, "Roll out for the next step before this one changes the weights.")
+    rollout_devices: list[str] | None = _field(
+        None, "Devices that only roll out, each in a process of its own, such as cuda:4 cuda:5."
+    )
     compile_regions: bool | None = _field(None, "Compile repeated blocks and the decoder; by default on CUDA only.")
     channels_last: bool | None = _field(None, "Store convolution weights channels-last; by default not on CUDA.")
     scoring_vae: str | None = _field(None, "Path or Hub id of an AutoencoderTiny that decodes for scoring.")

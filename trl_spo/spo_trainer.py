@@ -45,26 +45,25 @@ from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
 from .pipelines.conditioning import PromptEmbeds
-from .pipelines.encoding_cache import EncodingCache
 from .pipelines.shards import is_sharded, plain_class, spread_like
 from .prompts import PromptStream, load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
-from .rollout import stepwise_rollout
 from .rollout_settings import RolloutSettings
 from .sampler_file import SAMPLER_NAME, sampler_settings
-from .sampling import generate_images, given_size, score_images
+from .sampling import generate_images, score_images
 from .spo_config import SPOConfig
 from .step_distribution import gaussian_kl, stochastic_log_prob
 from .step_pairs import StepPairs
 from .training.base import StepTrainer
 from .training.callbacks import ImageLoggingCallback, PairEpochCallback
 from .training.checkpointing import CheckpointFiles, global_step_of, write_text
-from .training.chunk_sizes import CHUNK_SIZES, choose_chunk_sizes, chunk_limits
 from .training.compilation import compile_blocks, reference_on_same_code, release_blocks
 from .training.model_card import describe_reward, read_samples, spo_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps
 from .training.pair_exchange import PairExchange
 from .training.pair_metrics import PairMetrics
+from .training.rollout_workers import RolloutWorkers, own_rollout_devices
+from .training.rollouts import RolloutMixin
 from .training.running_means import gather_from_processes
 from .training.sharding import (
     asks_for_fsdp,
@@ -90,7 +89,7 @@ STATE_NAME = "spo_state.json"
 REFERENCE_SENSITIVITY = 0.68
 
 
-class SPOTrainer(StepTrainer):
+class SPOTrainer(RolloutMixin, StepTrainer):
     r"""
     Trainer for Step-aware Preference Optimization (SPO) of diffusion models.
 
@@ -191,6 +190,7 @@ class SPOTrainer(StepTrainer):
     def _check(self, config: SPOConfig, reward_model, train_dataset, eval_dataset) -> tuple:
         """What can be said before anything is loaded. Returns the prompts to train on and to evaluate with."""
         check_sharding(config)
+        own_rollout_devices(config)
         self._shards = asks_for_fsdp(config)  # the denoiser will be spread over the processes
         choose_best_metric(config, self.metrics)
         self.check_output(config)
@@ -274,16 +274,19 @@ class SPOTrainer(StepTrainer):
         self.pair_loader: PairLoader | None = None
         self._prompts = prompts
         self._filling_prompt = _first(prompts, 1)
-        self._encodings = EncodingCache()
+        self._begin_rollouts(config.device)
         self._metrics = PairMetrics()
         self._seen_before = (0, 0)  # pairs and steps when this call of `train` began
-        self._chunk_sizes: dict[str, int] = {}
         self._step_weights: torch.Tensor | None = None
         self.guard = NonFiniteGuard(
             config.max_nonfinite_fraction,
             "Check the model that is named there and its dtype: float16 overflows where bfloat16 or float32 do not.",
         )
         self.model_tags = self._tag_names
+        devices = own_rollout_devices(config)
+        self._workers = None
+        if devices:
+            self._workers = RolloutWorkers(devices, config, self.pipeline, self.reward, self._compiles(config))
 
     def _compile(self, config: SPOConfig) -> None:
         """Compile the blocks that repeat, where it pays."""
@@ -349,8 +352,9 @@ class SPOTrainer(StepTrainer):
         most_pairs = settings.end - settings.branch_start_step
         if settings.num_branches is not None:
             most_pairs = min(most_pairs, settings.num_branches * settings.num_inner_steps)
+        num_devices = 1 if self._workers is None else len(self._workers.devices)
         sizes = LoaderSizes(
-            prompts_per_rollout=args.per_device_rollout_batch_size,
+            prompts_per_rollout=args.per_device_rollout_batch_size * num_devices,
             pairs_per_micro_batch=args.per_device_train_batch_size,
             micro_batches_per_step=args.gradient_accumulation_steps,
             max_pairs_per_prompt=most_pairs,
@@ -358,26 +362,24 @@ class SPOTrainer(StepTrainer):
             num_iterations=args.num_iterations,
             rank=args.process_index,
             world_size=args.world_size,
+            looks_ahead=args.rollout_ahead,
             every_rank_rolls_out=self._shards,
         )
         return PairLoader(
             self._prompts,
-            lambda prompts, seed: self.rollout(prompts, seed=seed),
+            self._start_rollout,
             sizes,
             processes=PairExchange(args.device, args.ddp_timeout) if args.world_size > 1 else None,
             seed=args.seed if args.data_seed is None else args.data_seed,
             why_no_pairs=self.why_no_pairs,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            goes_on=lambda: args.max_steps <= 0 or self.state.global_step + 1 < args.max_steps,
         )
 
     # --- rollouts ----------------------------------------------------------------------------------------------------
 
-    def _encode(self, prompts: list[str]) -> PromptEmbeds:
-        """Embeddings of prompts; the most recent ones are kept, so that an epoch does not encode them twice."""
-        args = self.args
-        size = given_size(args.height, args.width)
-        with self.accelerator.autocast():  # always the same, whoever asks first
-            return self._encodings.encode_prompts(self.pipeline, prompts, args.negative_prompt, **size)
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return self.accelerator.autocast()
 
     def _require_denoiser(self) -> None:
         """
@@ -410,57 +412,39 @@ class SPOTrainer(StepTrainer):
             waited = time.perf_counter() - start
             self._metrics.add("time/train", waited, reduce="per_process")
             start += waited
-        number = (args.seed * 1_000_003 + seed) * 4096 + args.process_index
-        generator = torch.Generator(args.device).manual_seed(number % 2**63)
         num_own = len(prompts)
-        plan_generator = None
         if self._shards:  # as many calls of the denoiser in every process
-            plan_generator = torch.Generator().manual_seed((number - args.process_index) % 2**63)
             prompts = [*prompts, *self._filling(args.per_device_rollout_batch_size - num_own)]
         self.model.eval()
-        embeds = self._encode(prompts)
-        with self.accelerator.autocast():
-            pairs = stepwise_rollout(
-                self.pipeline,
-                embeds,
-                self.reward,
-                settings=args.rollout_settings(**self.chunk_sizes(embeds)),
-                prompts=prompts,
-                on_nonfinite="skip",
-                generator=generator,
-                plan_generator=plan_generator,
-                num_padding=len(prompts) - max(num_own, 1),
-                return_trajectory=return_trajectory,
-            )
+        padding = len(prompts) - max(num_own, 1)
+        pairs = self._roll_out(prompts, seed, args.process_index, padding, return_trajectory)
         if num_own:
             self._check_scores(pairs)
             self._metrics.add_rollout(pairs)
         self._metrics.add("time/rollout", time.perf_counter() - start, reduce="per_process")
         return pairs if num_own else pairs[:0]
 
+    def _start_rollout(self, prompts: list[str], seed: int) -> StepPairs | Callable[[], StepPairs | None]:
+        """The pairs of prompts, or a function that waits for them where other processes roll out."""
+        if self._workers is None:
+            return self.rollout(prompts, seed=seed)
+        wait = self._workers.start(prompts, seed, version=self.state.global_step)
+
+        def join() -> StepPairs | None:
+            start = time.perf_counter()
+            parts, seconds = wait()
+            self._metrics.add("time/rollout", time.perf_counter() - start, reduce="per_process")
+            self._metrics.add("time/rollout_workers", seconds, reduce="per_process")
+            for pairs in parts:
+                self._check_scores(pairs)
+                self._metrics.add_rollout(pairs)
+            return StepPairs.cat(parts) if parts else None
+
+        return join
+
     def _filling(self, count: int) -> list[str]:
         """`count` prompts, or none if it is negative, that only keep the denoiser busy where other processes need it."""
         return self._filling_prompt * count
-
-    def chunk_sizes(self, embeds: PromptEmbeds) -> dict[str, int]:
-        """
-        How many samples denoiser, decoder and reward model get at once, by the name of the config field: what the
-        config says; otherwise what fits `memory_budget`; otherwise about as many pixels as keep the device busy, on CUDA
-        no more than fit its free memory. Memory does not grow with the pool of candidates.
-        """
-        args = self.args
-        sizes = {name: getattr(args, name) for name in CHUNK_SIZES}
-        if all(sizes.values()):
-            return sizes
-        if not self._chunk_sizes:
-            self._chunk_sizes = self._choose_chunk_sizes(embeds)
-        return {name: size or self._chunk_sizes[name] for name, size in sizes.items()}
-
-    def _choose_chunk_sizes(self, embeds: PromptEmbeds, free: int | None = None) -> dict[str, int]:
-        if self._shards:  # not by free memory, which differs between processes
-            return chunk_limits(self.args, self.pipeline, self.args.device.type, None).busy
-        with self.accelerator.autocast():
-            return choose_chunk_sizes(self.args, self.pipeline, self.reward, embeds, free)
 
     def why_no_pairs(self) -> str:
         """What kept candidates from forming pairs, and what to change."""
@@ -608,6 +592,15 @@ class SPOTrainer(StepTrainer):
         super().log(logs, start_time)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        if self._workers is None:
+            return super().train(*args, **kwargs)
+        try:
+            self._workers.begin()
+            return super().train(*args, **kwargs)
+        finally:
+            self._workers.end()
 
     def get_train_dataloader(self) -> PairLoader:
         return self.pair_loader

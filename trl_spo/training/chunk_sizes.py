@@ -17,6 +17,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..pipelines.base import SPOPipeline
 from ..pipelines.conditioning import PromptEmbeds
 from ..rewards.base import Reward
@@ -73,7 +75,12 @@ def chunk_limits(args: SPOConfig, pipeline: SPOPipeline, device_type: str, free:
 
 
 def choose_chunk_sizes(
-    args: SPOConfig, pipeline: SPOPipeline, reward: Reward, embeds: PromptEmbeds, free: int | None = None
+    args: SPOConfig,
+    pipeline: SPOPipeline,
+    reward: Reward,
+    embeds: PromptEmbeds,
+    device: torch.device,
+    free: int | None = None,
 ) -> dict[str, int]:
     """
     The sizes that fit `memory_budget`; without one, about as many pixels as keep the device busy, and on CUDA no more than fit
@@ -83,13 +90,14 @@ def choose_chunk_sizes(
         args ([`SPOConfig`]): settings of the run.
         pipeline ([`SPOPipeline`]), reward ([`Reward`]): what runs in a rollout.
         embeds ([`PromptEmbeds`]): embeddings of the first prompts.
+        device (`torch.device`): where the rollout runs.
         free (`int`, *optional*): free bytes on the device; by default they are asked for.
 
     Returns:
         `dict[str, int]`: by the names in `CHUNK_SIZES`.
     """
-    free = free_bytes(args.device) if free is None else free
-    limits = chunk_limits(args, pipeline, args.device.type, free)
+    free = free_bytes(device) if free is None else free
+    limits = chunk_limits(args, pipeline, device.type, free)
     if limits.budget_gib is None:
         return limits.busy
     denoiser, scoring = rollout_chunk_sizes(
