@@ -87,10 +87,12 @@ def work(job: str, folder: Path, count: int) -> dict[str, float]:
     if job == "listed":
         (folder / "listed.json").write_text(json.dumps([source.state_dict()]))
     if job in ("streamed", "streamed, a tenth"):
+        taken = ROLLOUT
         most = count // 10 if job.endswith("tenth") else count * 9 // 10
-        while position < most:
-            source.take(position, 1_000)
-            position += 1_000
+        while taken < most:
+            size = min(1_000, most - taken)
+            source.take(taken, size)
+            taken += size
     if job == "streamed":
         (folder / "streamed.json").write_text(json.dumps([source.state_dict()]))
     return {"seconds": seconds, "peak": peak_memory()}

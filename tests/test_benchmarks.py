@@ -25,6 +25,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -311,3 +312,53 @@ def test_pair_traffic(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pair_traffic.py", "--rounds", "2"])
     traffic.main()
     assert "| 512 |" in capsys.readouterr().out
+
+
+def test_streaming(capsys, tmp_path, monkeypatch):
+    """All prompts that are written are different, all jobs run, and the place that is saved is found again."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(BENCHMARKS.parent)
+    streaming = importlib.import_module("benchmarks.streaming")
+    streaming.write_prompts(tmp_path, 300)
+    prompts = pyarrow.parquet.read_table(tmp_path / "train-00000.parquet")["prompt"].to_pylist()
+    assert len(prompts) == len(set(prompts)) == 300
+    streaming.main(["--num_prompts", "2000", "--folder", str(tmp_path / "prompts")])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith(("| streamed", "| listed"))]
+    assert len(rows) == 2 and "2,000 prompts" in printed
+    place = json.loads((tmp_path / "prompts" / "streamed.json").read_text())[0]["place"]
+    assert (place["number"], place["row"]) == (0, 1800)
+
+
+class TestRolloutSplit:
+    """Numbers that can be computed by hand."""
+
+    def costs(self, **changes):
+        split = importlib.import_module("benchmarks.rollout_split")
+        known = {"rollout": 2.0, "scoring": 1.0, "training": 1.0, "rollout_gathers": 60.0, "training_gathers": 30.0}
+        return split, split.Costs(**{**known, "rollout_gib": 1.0, "training_gib": 1.0, **changes})
+
+    def test_an_even_split_is_as_fast_as_none_and_never_faster(self):
+        split, costs = self.costs()
+        found = split.seconds_per_pair(costs, 8, gather_gb=30.0)
+        assert found["together"] == (0.5, None)
+        assert found["apart, ahead"] == (0.5, 6)
+        assert found["apart"] == (pytest.approx(3 / 5 + 1 / 3), 5)
+        assert found["sharded"] == ((3 + 2 + 1 + 1) / 8, None)
+        assert found["sharded trainers, ahead"] == (pytest.approx(2 / 3), 5)
+        for cards in (8, 64):
+            for rollout in (0.1, 1.0, 10.0):
+                _, other = self.costs(rollout=rollout)
+                found = split.seconds_per_pair(other, cards, gather_gb=30.0)
+                assert found["together"][0] <= found["apart, ahead"][0] + 1e-12
+
+    def test_costs_of_a_preset(self):
+        """SD1.5: 16 branches of four candidates give eight pairs if half of them do; a step calls three times."""
+        split, _ = self.costs()
+        costs = split.costs_of("sd15")
+        assert costs.scoring > costs.rollout > costs.training > 0
+        gigabytes = costs.training_gathers / 3 * 10  # ten pairs per micro-batch
+        assert gigabytes == pytest.approx(1.72, rel=0.05)  # 860 million weights of two bytes
+        assert costs.rollout_gathers == pytest.approx(40 * gigabytes / 80)
+        report = split.report({"sd15": costs}, {8: 300.0})
+        assert report.count("| sd15 |") == 2 and "Pairs per second of 8 cards" in report
