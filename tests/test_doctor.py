@@ -20,6 +20,7 @@ training would take, and a change of settings that it suggests must be enough.
 
 import contextlib
 import json
+import math
 import shlex
 import shutil
 import socket
@@ -34,16 +35,17 @@ from datasets import Dataset
 
 from benchmarks.memory import measured_peak_bytes
 from tests.testing_utils import image_pairs, tiny_spo_config
-from trl_spo import SPOTrainer, StepAwareRewardModel
+from trl_spo import SPOConfig, SPOTrainer, StepAwareRewardModel
 from trl_spo.branch_plan import BranchPlan
 from trl_spo.checkup import environment, networks, work
 from trl_spo.checkup.environment import check_disk
-from trl_spo.checkup.forecast import Card, SPOForecaster, Variant
+from trl_spo.checkup.forecast import Card, SPOForecaster, Variant, gathered_bytes
 from trl_spo.checkup.hub import Hub, Named
 from trl_spo.checkup.names import of_data
 from trl_spo.checkup.published import PUBLISHED
 from trl_spo.checkup.remedies import find_remedies
-from trl_spo.scripts.cli import main
+from trl_spo.scripts.cli import main, resolve_accelerate_config
+from trl_spo.scripts.doctor import processes_of
 from trl_spo.training.memory import GIB
 
 
@@ -332,6 +334,68 @@ class TestMemory:
             with torch.device("meta"):
                 network = networks.build(PUBLISHED[name].components[part])
             assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+
+    def test_shards(self):
+        """Each of eight processes has an eighth of what belongs to the denoiser, and two blocks of it whole while it runs."""
+        model = PUBLISHED["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+        config = SPOConfig(output_dir="out", use_cpu=True, per_device_rollout_batch_size=2)
+        forecasts = {}
+        for is_sharded in (False, True):
+            forecaster = SPOForecaster(model, lambda pipeline: None, lambda pipeline: None, 8, is_sharded)
+            forecasts[is_sharded] = forecaster.forecast(Variant(config, torch.float16))
+        whole, shards = (forecasts[key].resident for key in (False, True))
+        assert shards["unet"] == math.ceil(whole["unet"] / 8)
+        assert shards["adapter"] == math.ceil(whole["adapter"] / 8)
+        assert shards["gradients"] == math.ceil(
+            whole["gradients"] / 2 / 8
+        )  # without the buckets of several whole ones
+        assert shards["VAE"] == whole["VAE"]
+        phases = {phase.name: phase.bytes for phase in forecasts[False].phases}
+        more = {phase.name: phase.bytes - phases[phase.name] for phase in forecasts[True].phases}
+        gathered = more["rollout, unet"]
+        assert (
+            gathered == more["training step"] > 0 == more["optimizer step"] == more["rollout, decode and reward model"]
+        )
+        assert gathered < whole["unet"] / 4
+
+    def test_what_a_process_has_whole(self):
+        """Blocks of 3 and 5 weights inside one of 20 of its own, another of 4, and 7 weights in none: 7 + 20 + 5 + 4 floats."""
+
+        class Inner(torch.nn.Module):
+            def __init__(self, size):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(size))
+
+        class Outer(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(20))
+                self.blocks = torch.nn.ModuleList([Inner(3), Inner(5)])
+
+        class Denoiser(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(7))
+                self.parts = torch.nn.ModuleList([Outer(), Inner(4)])
+
+        trained = torch.nn.Module()
+        trained.denoiser = Denoiser()
+        trained._no_split_modules = ["Inner", "Outer", "Denoiser"]
+        assert gathered_bytes(trained) == (7 + 20 + 5 + 4) * 4
+
+    @pytest.mark.parametrize(
+        ("launch", "expected"),
+        [
+            ([], (1, False)),
+            (["--num_processes", "4"], (4, False)),
+            (["--accelerate_config", "fsdp2", "--num_processes", "8"], (8, True)),
+            (["--accelerate_config", "multi_gpu"], (4, False)),
+            (["--use_fsdp", "--num_processes=2"], (2, True)),
+            (["--accelerate_config", "fsdp2", "--num_processes", "1"], (1, False)),
+        ],
+    )
+    def test_it_reads_how_a_run_is_launched(self, launch, expected):
+        assert processes_of(launch, resolve_accelerate_config) == expected
 
     def test_a_chain_of_changes(self):
         """Where no change is enough alone, those that are together, without any that is not needed."""

@@ -19,8 +19,9 @@ tensors without values (`training.memory`), at the sizes that the run would choo
 
 import copy
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -272,6 +273,26 @@ def _largest(bytes_of_batch: Callable[[int], int], limits: ChunkLimits) -> int:
     return size
 
 
+def gathered_bytes(trained: torch.nn.Module) -> int:
+    """
+    Weights of a sharded denoiser that a process has whole at one time: what is in no block; of two blocks, as the next one is
+    gathered while one computes; and of one block around these, if blocks hold others.
+    """
+    denoiser = trained.denoiser
+    names = set(trained._no_split_modules) - {type(denoiser).__name__}
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+    own, around = [], [0]  # bytes of each block without those of blocks inside it
+    for block in blocks:
+        inside = [module for module in block.modules() if module is not block and type(module).__name__ in names]
+        held = {id(p): p.nbytes for p in block.parameters()}
+        for module in inside:
+            for parameter in module.parameters():
+                held.pop(id(parameter), None)
+        (around if inside else own).append(sum(held.values()))
+    rest = module_bytes(denoiser) - sum(own) - sum(around)
+    return rest + sum(sorted(own)[-2:]) + max(around)
+
+
 class SPOForecaster:
     """
     Predicts the memory of SPO runs that differ in settings, and builds the networks of each precision once.
@@ -282,6 +303,7 @@ class SPOForecaster:
             for a reward that is not known.
         peft_config (`Callable[[SPOPipeline], PeftConfig | None]`): the adapter of the run.
         world_size (`int`, *optional*, defaults to `1`): processes of the run.
+        is_sharded (`bool`, *optional*, defaults to `False`): whether FSDP 2 spreads the denoiser over them.
     """
 
     def __init__(
@@ -290,11 +312,13 @@ class SPOForecaster:
         make_reward: Callable[[SPOPipeline], torch.nn.Module | None],
         peft_config: Callable[[SPOPipeline], Any],
         world_size: int = 1,
+        is_sharded: bool = False,
     ):
         self.model = model
         self.make_reward = make_reward
         self.peft_config = peft_config
         self.world_size = world_size
+        self.is_sharded = is_sharded
         self._networks: dict[tuple, Networks] = {}
 
     def networks(self, variant: Variant) -> Networks:
@@ -328,8 +352,11 @@ class SPOForecaster:
         found["adapter" if config.use_peft else f"{pipeline.denoiser_name}, trained in float32"] = trained
         if pipeline._frozen_copy is not None:
             found["frozen copy of it"] = module_bytes(pipeline._frozen_copy)
-        found["gradients"] = trained * (2 if self.world_size > 1 else 1)  # several processes exchange them in buckets
+        exchanges_buckets = self.world_size > 1 and not self.is_sharded
+        found["gradients"] = trained * (2 if exchanges_buckets else 1)
         found["optimizer states"] = int(optimizer_share(config) * trained)
+        if self.is_sharded:  # so far everything is of the denoiser, of which each process has a part
+            found = {name: math.ceil(size / self.world_size) for name, size in found.items()}
         found |= frozen_bytes(pipeline)
         if networks.reward is not None:
             found["reward model"] = module_bytes(networks.reward)
@@ -351,6 +378,13 @@ class SPOForecaster:
         with autocast_of(autocast_dtype(config), like_cuda=card is not None and card.device_type == "cuda"):
             phases += self._rollout(config, networks, self._free(variant, card, resident), card)
             phases.append(self._training_step(config, networks))
+        if self.is_sharded:
+            whole = gathered_bytes(networks.trained)
+            uses_denoiser = [not phase.name.startswith(("text", "rollout, decode")) for phase in phases]
+            phases = [
+                replace(phase, bytes=phase.bytes + whole * uses)
+                for phase, uses in zip(phases, uses_denoiser, strict=True)
+            ]
         phases.append(Phase("optimizer step", 0))
         return Forecast(resident, phases)
 
@@ -373,7 +407,7 @@ class SPOForecaster:
         if not all(sizes.values()):
             limits = chunk_limits(config, pipeline, "cpu" if card is None else card.device_type, free)
             chosen = limits.busy
-            if limits.budget_gib is not None:
+            if limits.budget_gib is not None and not self.is_sharded:  # shards go by no memory, which may differ
                 chosen = limits.sizes(*(_largest(phase, limits) for phase in (denoiser_of, scoring_of)))
             sizes = {name: size or chosen[name] for name, size in sizes.items()}
         denoiser, decoder, _ = (min(size, most) for size in sizes.values())

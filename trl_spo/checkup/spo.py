@@ -141,9 +141,18 @@ def _check_networks(report: Report, model: PublishedModel, note: str, arguments:
         report.add(MEMORY, NOTE, "networks", text)
     card = where.card(config.device)
     forecaster = SPOForecaster(
-        model, lambda paper: _quiet_reward(reward_args, paper, where), model_args.peft_config, where.world_size
+        model,
+        lambda paper: _quiet_reward(reward_args, paper, where),
+        model_args.peft_config,
+        where.world_size,
+        where.is_sharded,
     )
     variant = Variant(config, dtype, quantised)
+    if where.is_sharded:
+        text = f"the denoiser is spread over {where.world_size} processes (FSDP 2); predicted from its shapes, never measured on GPUs"
+        report.add(MEMORY, NOTE, "shards", text)
+        if quantised is not None:
+            report.add(SETTINGS, PROBLEM, "shards", "a quantised denoiser cannot be spread: leave out one of the two.")
     report_memory(report, forecaster.forecast, variant, card, pipeline.denoiser_name)
     if num_prompts or config.max_steps > 0:
         report_work(report, works, num_prompts, config)

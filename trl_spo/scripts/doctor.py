@@ -49,18 +49,24 @@ def split_own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[
     return own, rest
 
 
-def number_of_processes(launch: list[str], resolve) -> int:
-    """What the options of `accelerate launch` say, or the configuration that they name."""
+def processes_of(launch: list[str], resolve) -> tuple[int, bool]:
+    """
+    How many processes the options of `accelerate launch` ask for, or the configuration that they name, and whether FSDP spreads the
+    denoiser over them.
+    """
     words = split_values(launch)
+    content = {}
+    if "--accelerate_config" in words:
+        import yaml
+
+        file = resolve(words[words.index("--accelerate_config") + 1])
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    number = int(content.get("num_processes", 1))
     for option, value in zip(words, words[1:], strict=False):
         if option in ("--num_processes", "--num-processes"):
-            return int(value)
-    if "--accelerate_config" not in words:
-        return 1
-    import yaml
-
-    content = yaml.safe_load(resolve(words[words.index("--accelerate_config") + 1]).read_text(encoding="utf-8"))
-    return int(content.get("num_processes", 1))
+            number = int(value)
+    uses_fsdp = content.get("distributed_type") == "FSDP" or {"--use_fsdp", "--use-fsdp"} & set(words)
+    return number, bool(uses_fsdp) and number > 1
 
 
 def main(command: str, parser, arguments: list[str], launch: list[str] = (), resolve=None) -> int:
@@ -87,7 +93,7 @@ def main(command: str, parser, arguments: list[str], launch: list[str] = (), res
         parsed = parser.parse_args_and_config([*arguments, *(["--use_cpu"] if on_cpu and has_option else [])])
         from ..checkup.run import CHECKS, Circumstances
 
-        where = Circumstances(own.card_memory, number_of_processes(list(launch), resolve), on_cpu)
+        where = Circumstances(own.card_memory, *processes_of(list(launch), resolve), on_cpu)
         report = CHECKS[command](*parsed, where)
     print(report.text())
     if own.json:
