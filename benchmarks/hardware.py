@@ -17,10 +17,12 @@ Which preset fits which card: the prediction of `trl-spo doctor` for every pair 
 
 ```
 python benchmarks/hardware.py --json benchmarks/results/hardware.json
+python benchmarks/hardware.py --fsdp2 2 4 8 --presets sd3 flux qwen_image --json benchmarks/results/hardware_fsdp2.json
 ```
 
 A cell is the predicted peak in GiB where the preset fits as it is (a tenth of the card is left for workspaces and fragments);
-otherwise the change of settings that costs the least time and is enough, with its peak. Nothing is measured.
+otherwise the change of settings that costs the least time and is enough, with its peak. Nothing is measured. With `--fsdp2` the
+table is about a denoiser that is spread over so many cards: the peak of each, and the smallest of the cards on which that fits.
 """
 
 import argparse
@@ -47,17 +49,7 @@ CARDS = (12, 16, 24, 40, 80)
 
 def predict(preset: str, cards: tuple[int, ...]) -> dict[str, dict]:
     """Card -> peak, whether it fits, and what makes it fit."""
-    config_file = ROOT / "examples" / "configs" / f"spo_{preset}.yaml"
-    arguments = ["--config", str(config_file), "--dataset_name", "prompts.txt", "--use_cpu"]
-    model_args, reward_args, _, config = spo.make_parser().parse_args_and_config(arguments)
-    where = Circumstances(card_memory=24)
-    where.hub.why_not = "shapes as published are what is wanted"
-    dtype, quantised = precision_of(model_args, config.model_init_kwargs)
-    model, _ = read_shapes(model_args, config.model_init_kwargs, where.hub)
-    forecaster = SPOForecaster(
-        model, lambda pipeline: reward_on_paper(reward_args, pipeline, online=False)[0], model_args.peft_config
-    )
-    variant = Variant(config, dtype, quantised)
+    forecaster, variant = planned(preset)
     name = forecaster.networks(variant).pipeline.denoiser_name
     found = {}
     for gib in cards:
@@ -70,6 +62,41 @@ def predict(preset: str, cards: tuple[int, ...]) -> dict[str, dict]:
         found[str(gib)] = entry
         print(preset, gib, json.dumps(entry), file=sys.stderr, flush=True)
     return found
+
+
+def predict_sharded(preset: str, processes: list[int], cards: tuple[int, ...]) -> dict[str, dict]:
+    """Processes -> peak of each with FSDP 2, its phase, and the smallest card on which it fits."""
+    found = {}
+    for count in processes:
+        forecaster, variant = planned(preset, count)
+        for gib in sorted(cards):
+            card = Card.planned(gib)
+            forecast = forecaster.forecast(variant, card)
+            if forecast.fits(card):
+                break
+        entry = {"peak_gib": forecast.peak / GIB, "phase": forecast.highest.name}
+        found[str(count)] = {**entry, "card": gib if forecast.fits(card) else None}
+        print(preset, count, json.dumps(found[str(count)]), file=sys.stderr, flush=True)
+    return found
+
+
+def planned(preset: str, shards: int = 1) -> tuple[SPOForecaster, Variant]:
+    """The run of a preset on paper, its denoiser whole or spread over so many processes."""
+    config_file = ROOT / "examples" / "configs" / f"spo_{preset}.yaml"
+    arguments = ["--config", str(config_file), "--dataset_name", "prompts.txt", "--use_cpu"]
+    model_args, reward_args, _, config = spo.make_parser().parse_args_and_config(arguments)
+    where = Circumstances(card_memory=24)
+    where.hub.why_not = "shapes as published are what is wanted"
+    dtype, quantised = precision_of(model_args, config.model_init_kwargs)
+    model, _ = read_shapes(model_args, config.model_init_kwargs, where.hub)
+    forecaster = SPOForecaster(
+        model,
+        lambda pipeline: reward_on_paper(reward_args, pipeline, online=False)[0],
+        model_args.peft_config,
+        world_size=shards,
+        is_sharded=shards > 1,
+    )
+    return forecaster, Variant(config, dtype, quantised)
 
 
 def cell(entry: dict) -> str:
@@ -95,14 +122,32 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def sharded_table(results: dict[str, dict]) -> str:
+    counts = list(next(iter(results.values())))
+    lines = ["| preset | " + " | ".join(f"{count} cards" for count in counts) + " |", "|---|" + "---|" * len(counts)]
+    for preset, found in results.items():
+        cells = []
+        for entry in found.values():
+            card = "on none" if entry["card"] is None else f"on {entry['card']} GiB"
+            cells.append(f"{entry['peak_gib']:.1f} {card}")
+        lines.append(f"| spo_{preset} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS), help="GiB of each card")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--fsdp2", nargs="+", type=int, help="processes that share a denoiser, instead of whole ones")
     arguments = parser.parse_args(argv)
-    results = {preset: predict(preset, tuple(arguments.cards)) for preset in arguments.presets}
-    print(table(results))
+    cards = tuple(arguments.cards)
+    if arguments.fsdp2:
+        results = {preset: predict_sharded(preset, arguments.fsdp2, cards) for preset in arguments.presets}
+        print(sharded_table(results))
+    else:
+        results = {preset: predict(preset, cards) for preset in arguments.presets}
+        print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return results

@@ -130,6 +130,8 @@ def launch_with_accelerate(module: str, launch: list[str], arguments: list[str])
         launch[index : index + 2] = ["--config_file", str(resolve_accelerate_config(launch[index + 1]))]
     # torch kills processes that take longer than this to stop, and a rollout may have to be finished first.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    # In a store that outlives them, processes that are started anew find the addresses of dead ones (torch 2.13).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     parsed = launch_command_parser().parse_args([*launch, "--module", module, *arguments])
     try:
         with signals_for_children():

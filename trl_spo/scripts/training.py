@@ -34,10 +34,10 @@ def check_run(config, trainer_class: type) -> None:
     Raises:
         ValueError, OSError: for what cannot work, or would mix two runs in one folder.
     """
-    from ..training.checkpointing import EARLIER_RUN_ADVICE, check_for_earlier_run, resume_from
+    from ..training.checkpointing import EARLIER_RUN_ADVICE, check_for_earlier_run, restarts, resume_from
 
     trainer_class.check_output(config)
-    if resume_from(config) is None and not config.overwrite_output_dir:
+    if resume_from(config) is None and not config.overwrite_output_dir and restarts() == 0:
         check_for_earlier_run(config.output_dir, EARLIER_RUN_ADVICE)
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
@@ -136,6 +137,15 @@ def resume_from(config: Any) -> str | bool | None:
     if word in ("true", "last"):
         return True
     return None if word in ("false", "none") else value
+
+
+def restarts() -> int:
+    """
+    How often the launcher has started the processes of this run anew, after one of them had died (`--max_restarts`). Every process
+    must call it: of several launchers only that of the process that died counts.
+    """
+    own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return max(gather_object([own]))
 
 
 def sync_folder(folder: str | Path):
@@ -511,6 +521,7 @@ class CheckpointingMixin:
     checkpoint_files = CheckpointFiles()
     run_record: RunRecord | None = None  # of the training that has begun
     _staging = False  # a checkpoint is being written
+    _has_begun = False  # `train` has been called in this process
     _resumed_at_end = False  # the run that is resumed has taken its last step already
 
     @property
@@ -610,7 +621,8 @@ class CheckpointingMixin:
 
         Args:
             resume_from_checkpoint (`str`, `Path` or `bool`, *optional*): a `checkpoint-*` folder, or `True` for the last
-                complete one in `output_dir`.
+                complete one in `output_dir`. Where `torchrun --max-restarts` or `accelerate launch --max_restarts` has
+                started the processes anew, the last one goes before what is given here.
 
         Returns:
             `TrainOutput`.
@@ -621,6 +633,7 @@ class CheckpointingMixin:
         if self.args.should_save:
             clear_staging(self.args.output_dir)
         self.accelerator.wait_for_everyone()
+        resume_from_checkpoint = self._after_restart(resume_from_checkpoint)
         folder = checkpoint_to_resume(
             resume_from_checkpoint, self.args.output_dir, self.args.world_size, self.checkpoint_files
         )
@@ -643,6 +656,21 @@ class CheckpointingMixin:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, StopOnSignalCallback):
                     callback.release()
+
+    def _after_restart(self, given):
+        """
+        What `train` was told to resume from; or, in processes that the launcher has started anew, the last checkpoint that the ones
+        before them wrote.
+        """
+        is_first_call, self._has_begun = not self._has_begun, True
+        count = restarts()
+        if count == 0 or not is_first_call:
+            return given
+        found = last_checkpoint(self.args.output_dir, self.checkpoint_files)
+        if found is None:
+            return given
+        self._notice(f"The launcher has started the processes anew ({count}). The run goes on from {found!r}.")
+        return found
 
     def _begin_or_go_on(self, folder: str | None) -> None:
         """The record of the run that begins, or goes on from `folder`, with what there is to say about it."""

@@ -1,0 +1,88 @@
+# Copyright 2026 The trl_spo authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The program that `test_elastic.py` starts under a launcher: `run_elastic.py FOLDER [die]`. Each rank trains SPO and appends what it
+trained on to `FOLDER/steps_{rank}.txt`. With `die`, rank 1 is killed once, in its first life, after a step that no checkpoint has.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.run_distributed import redness, shard_on_cpu
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config
+from trl_spo import SPOTrainer
+from trl_spo.pipelines.shards import whole
+
+
+RANK = int(os.environ["RANK"])
+
+
+def count_life(folder: Path) -> int:
+    """How often this rank has begun before. Of two launchers, only that of the rank that died counts restarts."""
+    with open(folder / f"lives_{RANK}.txt", "a") as file:
+        file.write(".")
+    return len((folder / f"lives_{RANK}.txt").read_text()) - 1
+
+
+class Dies(TrainerCallback):
+    """After the third step, of which the second one is in a checkpoint."""
+
+    def __init__(self, life: int):
+        self.life = life
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and RANK == 1 and self.life == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Recording(SPOTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        pairs = inputs["pairs"]
+        entry = {"life": self.life, "step": self.state.global_step, "prompts": pairs.prompts}
+        entry["latents"] = pairs.latents.double().sum().item()
+        with open(self.folder / f"steps_{RANK}.txt", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def main(folder: Path, dies: bool):
+    config = tiny_spo_config(
+        folder / "out", max_steps=5, num_inference_steps=3, guidance_scale=1.0, per_device_rollout_batch_size=1,
+        per_device_train_batch_size=2, save_strategy="steps", save_steps=2, learning_rate=1e-2, ddp_timeout=60,
+    )  # fmt: skip
+    pipeline = tiny_sd_pipeline(folder / f"tokenizer_{RANK}")
+    life = count_life(folder)
+    trainer = Recording(config, pipeline, redness, train_dataset=PROMPTS, callbacks=[Dies(life)] if dies else None)
+    trainer.folder, trainer.life = folder, life
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = [whole(p.detach()) for p in model.parameters() if p.requires_grad]
+    torch.save({"weights": weights, "life": life, "shards": trainer._shards}, folder / f"end_{RANK}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    shard_on_cpu()
+    main(Path(sys.argv[1]), "die" in sys.argv[2:])
