@@ -202,6 +202,8 @@ REWARD_CHECKS = {
 }
 CHECK_SETTINGS = {"learning_rate": 4e-3, "kl_coef": 1.5}
 ARMS = {name: Arm(title, name) for name, (title, _) in METHODS.items()}
+# Only run where they are named with `--arms`: what one change costs.
+FURTHER_ARMS = {"spo_ahead": Arm("SPO, rolling out one update ahead", "spo", {"rollout_ahead": True})}
 MOST_STRETCH = 3.0  # budgets that a run with cheap evaluations may take at most
 STRETCHED_SEEDS = (0, 1)  # runs of the other seeds end at the budget
 
@@ -374,7 +376,9 @@ def best_point(points: list[dict], unit: str, most: float) -> int:
     return max(within, key=lambda i: points[i]["utility"])
 
 
-def work_run(model: str, output: Path, method: str, changes: dict, seed: int, is_sweep: bool) -> dict:
+def work_run(
+    model: str, output: Path, method: str, changes: dict, seed: int, is_sweep: bool, arm: str | None = None
+) -> dict:
     """One run; of those that are not of a sweep the two checkpoints are measured, and the adapter of the first is kept."""
     stretch = 1.0 if is_sweep or seed not in STRETCHED_SEEDS else stretch_of(output, model, method)
     pipeline, recorder, settings = run(model, output, method, changes, seed, stretch)
@@ -394,7 +398,7 @@ def work_run(model: str, output: Path, method: str, changes: dict, seed: int, is
             result.setdefault(split, {})[name] = measured[result[name]]
     restore_adapter(pipeline.denoiser, recorder.states[result["best"]])
     if pipeline.use_lora:
-        pipeline.save_lora(output / model / "run" / method / str(seed))
+        pipeline.save_lora(output / model / "run" / (arm or method) / str(seed))
     return result
 
 
@@ -438,7 +442,7 @@ def settings_of(output: Path, model: str, task: str) -> tuple[str, dict, int]:
         return name, SWEEPS[name][int(number)], SWEEP_SEED
     if kind == "check":
         return "lpo" if name == "latent" else "spo", {**CHECK_SETTINGS, "reward": name}, SWEEP_SEED
-    arm = ARMS[name]
+    arm = {**ARMS, **FURTHER_ARMS}[name]
     tuned = chosen_settings(output, model, arm.method)
     return arm.method, {**tuned, **arm.settings}, int(number)
 
@@ -462,7 +466,7 @@ def work(model: str, output: Path, task: str) -> None:
     elif kind == "reward":
         result = work_reward(model, output, rest[0], int(rest[1]))
     else:
-        result = work_run(model, output, *settings_of(output, model, task), is_sweep=kind != "run")
+        result = work_run(model, output, *settings_of(output, model, task), is_sweep=kind != "run", arm=rest[0])
     write_json(output / model / f"{task}.json", result)
 
 
@@ -487,7 +491,7 @@ def study(args: argparse.Namespace) -> int:
     failed = do(["base", "pairs"]) + do(rewards_needed(args.output, args.model, trials)) + do(trials)
     if failed or not args.seeds:
         return failed
-    arms = [name for name, arm in ARMS.items() if arm.method in methods]
+    arms = args.arms or [name for name, arm in ARMS.items() if arm.method in methods]
     runs = [f"run/{name}/{seed}" for seed in args.seeds for name in arms]
     return do(rewards_needed(args.output, args.model, runs)) + do(runs)
 
@@ -501,6 +505,9 @@ def main(argv=None) -> int:
     parser.add_argument("--quick", action="store_true", help="One seed, a small budget, no sweep, and the table last.")
     parser.add_argument("--seeds", type=int, nargs="*", help="Training seeds. Default: 0 1 2 3 4; quick: 0.")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="Default: all; quick: five of them.")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[*ARMS, *FURTHER_ARMS], help="What is run over seeds. Default: all methods."
+    )
     parser.add_argument("--jobs", type=int, default=2, help="Processes at a time, with one thread each.")
     parser.add_argument("--ddpo_python", type=Path, default=ROOT / ".venv-ddpo" / "bin" / "python")
     parser.add_argument("--work", help=argparse.SUPPRESS)

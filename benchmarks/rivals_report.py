@@ -44,7 +44,7 @@ from benchmarks.compare.figures import in_lines
 from benchmarks.compare.report import fill_page, markdown
 from benchmarks.compare.tasks import read_json, write_json
 from benchmarks.latent_rewards import load
-from benchmarks.rivals import ARMS, METHODS, REWARD_CHECKS, STRETCHED_SEEDS, SWEEPS
+from benchmarks.rivals import ARMS, FURTHER_ARMS, METHODS, REWARD_CHECKS, STRETCHED_SEEDS, SWEEPS
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.settings import SAMPLER
 from trl_spo.images import to_pil
@@ -78,6 +78,7 @@ class Study:
     Attributes:
         base (`dict`): scores of the base model, by split and metric, a list over captions.
         runs (`dict[str, list[dict]]`): by arm, in the order of seeds.
+        further (`dict[str, list[dict]]`): the same of those that differ from an arm in one setting.
         sweeps (`dict[str, list[dict | None]]`): by method, the trials.
         checks (`dict[str, dict]`): what each reward came to.
     """
@@ -86,11 +87,11 @@ class Study:
         self.folder = output / model
         self.model = model
         self.base = read_json(self.folder / "base.json")
-        self.runs = {}
-        for arm in ARMS:
+        self.runs, self.further = {}, {}
+        for arm in (*ARMS, *FURTHER_ARMS):
             paths = sorted((self.folder / "run" / arm).glob("*.json"), key=lambda path: int(path.stem))
             if paths:
-                self.runs[arm] = [read_json(path) for path in paths]
+                (self.runs if arm in ARMS else self.further)[arm] = [read_json(path) for path in paths]
         self.sweeps = {
             method: [self._read(f"sweep/{method}/{i}") for i in range(len(t))] for method, t in SWEEPS.items()
         }
@@ -106,9 +107,10 @@ class Study:
 
     def runs_of(self, arm: str, checkpoint: str) -> list[dict]:
         """The runs that a table is about: for equal CPU time those of seeds that went on for so long."""
+        runs = {**self.runs, **self.further}[arm]
         if checkpoint == "best":
-            return self.runs[arm]
-        return [run for run in self.runs[arm] if run["seed"] in STRETCHED_SEEDS]
+            return runs
+        return [run for run in runs if run["seed"] in STRETCHED_SEEDS]
 
     def change(self, arm: str, split: str, checkpoint: str, metric: str) -> torch.Tensor:
         """Differences to the base model `(seeds, captions)`, float64."""
@@ -167,6 +169,19 @@ def against_table(study: Study, split: str, checkpoint: str) -> str:
     return markdown(["", "seeds", *METRICS, "95% interval of utility", "standard errors"], rows)
 
 
+def further_table(study: Study) -> str:
+    """Arms against the one that they differ from in one setting, on both sets of captions, paired."""
+    rows = []
+    for arm in study.further:
+        method = FURTHER_ARMS[arm].method
+        for split in ("untouched", "heldout"):
+            found = study.against(arm, method, split, "best", "utility")
+            cells = [f"{FURTHER_ARMS[arm].title}, less {ARMS[method].title}", split, str(found["seeds"])]
+            cells += [cell(study.against(arm, method, split, "best", metric)) for metric in METRICS]
+            rows.append([*cells, f"{found['low']:+.3f} to {found['high']:+.3f}"])
+    return markdown(["", "captions", "seeds", *METRICS, "95% interval of utility"], rows)
+
+
 def sweep_table(study: Study) -> str:
     """Validation scores of the best checkpoint of every trial."""
     rows = []
@@ -204,6 +219,8 @@ def tables_of(study: Study) -> dict[str, str]:
             found[f"{split}_{study.model}"] = main_table(study, split, "best")
         found[f"time_{study.model}"] = main_table(study, "untouched", "best_of_time")
         found[f"against_{study.model}"] = against_table(study, "untouched", "best")
+        if study.further:
+            found[f"further_{study.model}"] = further_table(study)
         found[f"against_time_{study.model}"] = against_table(study, "untouched", "best_of_time")
     return found
 

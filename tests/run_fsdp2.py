@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from tests.flow_testing import tiny_sd3_pipeline
 from tests.run_distributed import (
@@ -68,6 +69,18 @@ HALF = {
     "max_grad_norm": 0.0,
     "eval_strategy": "no",
     "save_strategy": "no",
+    "log_images_steps": 0,
+}
+
+
+RESUMED = {
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "max_grad_norm": 1.0,
+    "max_steps": 2,
+    "gradient_accumulation_steps": 1,
+    "save_steps": 1,
+    "eval_strategy": "no",
     "log_images_steps": 0,
 }
 
@@ -200,21 +213,37 @@ def half_precision_alone(folder: Path, recorded: list[dict]) -> dict:
 
 def resumed(folder: Path, recipe: Callable) -> dict:
     """Two steps, and the second once more, from a checkpoint."""
-    settings = {
-        "optim": "adamw_torch",
-        "learning_rate": 1e-2,
-        "max_grad_norm": 1.0,
-        "max_steps": 2,
-        "gradient_accumulation_steps": 1,
-        "save_steps": 1,
-        "eval_strategy": "no",
-        "log_images_steps": 0,
-    }
-    trainer = build(folder, recipe, **settings)
+    trainer = build(folder, recipe, **RESUMED)
     trainer.train()
-    again = build(folder, recipe, name="again", **settings)
+    again = build(folder, recipe, name="again", **RESUMED)
     again.train(resume_from_checkpoint=folder / "out" / "checkpoint-1")
     return {"uninterrupted": state_of(trainer), "resumed": state_of(again)}
+
+
+class Beginning(TrainerCallback):
+    """Keeps the weights and the pairs that wait before the first step."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.weights = [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
+
+
+def resumed_by_others(folder: Path) -> dict:
+    """The second step of `resumed_transformer`, by another number of processes."""
+    beginning = Beginning()
+    settings = {**RESUMED, "output_dir": str(folder / "out")}
+    pipeline, reward, own = transformer(folder)
+    config = spo_config(folder, **{**COMPARED, **own, **settings})
+    trainer = SPOTrainer(config, pipeline, reward, train_dataset=MORE_PROMPTS[:9], callbacks=[beginning])
+    trainer.train(resume_from_checkpoint=folder.parent / "resumed_transformer" / "out" / "checkpoint-1")
+    steps = [float(whole(state["step"])) for state in trainer.optimizer.state_dict()["state"].values()]
+    return {
+        "beginning": beginning.weights,
+        "weights": trained(trainer),
+        "steps": steps,
+        "pairs": trainer.pair_loader.num_pairs_seen,
+        "waiting": trainer.pair_loader.waiting,
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+    }
 
 
 def state_of(trainer) -> dict:

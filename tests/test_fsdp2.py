@@ -318,3 +318,24 @@ def test_workers_with_the_whole_denoiser_find_the_pairs_of_the_shards(resumed):
         assert len(shards["losses"]) == len(apart["losses"]) >= 2
         assert apart["losses"] == pytest.approx(shards["losses"], rel=1e-5)
         assert_tensors_close(dict(enumerate(apart["weights"])), dict(enumerate(shards["weights"])))
+
+
+def test_three_processes_go_on_where_two_had_been(resumed):
+    """The weights, moments and pairs of the checkpoint, spread over three: the warning, and no pair is lost."""
+    config = adjusted("fsdp2.yaml", resumed, use_cpu=True, num_processes=3)
+    run = launch(resumed, "resumed_by_others", config=config, program=("run_fsdp2.py",), bound=BOUND)
+    assert run.status == 0, run.output[-5000:]
+    assert "was written by 2 process(es) and this run has 3" in run.output
+    checkpoint = resumed / "resumed_transformer" / "out" / "checkpoint-1"
+    state = json.loads((checkpoint / "spo_state.json").read_text())
+    ranks = [torch.load(resumed / f"resumed_by_others_{rank}.pt", weights_only=False) for rank in range(3)]
+    saved = sorted(float(value.double().norm()) for value in load_file(checkpoint / LORA).values())
+    for rank in ranks:
+        assert_same_bits(rank["beginning"], ranks[0]["beginning"])
+        assert_same_bits(rank["weights"], ranks[0]["weights"])
+        assert sorted(float(value.double().norm()) for value in rank["beginning"]) == pytest.approx(saved, rel=1e-6)
+        assert not all(torch.equal(a, b) for a, b in zip(rank["beginning"], rank["weights"], strict=True))
+        assert set(rank["steps"]) == {2.0} and len(rank["logs"]) == 2
+        # Three pairs for each of three processes; what waits are those of the checkpoint and of new rollouts, less these.
+        assert rank["pairs"] == state["num_pairs_seen"] + 9
+        assert rank["waiting"] == ranks[0]["waiting"]
