@@ -343,6 +343,7 @@ def options_of_parser(parser: argparse.ArgumentParser) -> set[str]:
 
 
 LAUNCHER = {"--config", "--accelerate_config", "--num_processes", "--config_file"}
+LAUNCHER |= {"--max_restarts", "--rdzv_backend", "--main_process_ip", "--num_machines"}
 LAUNCHER |= {"--dry_run", "--card_memory", "--json"}  # of `trl-spo doctor`
 MADE = {"validation.txt", "prompts.txt", "train.txt", "heldout.txt"}  # by the reader
 MADE |= {"demo_output/train.txt", "demo_output/heldout.txt"}  # by the demo

@@ -23,11 +23,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from trl_spo import SPOTrainer
+from trl_spo.scripts.training import check_run
 from trl_spo.training.checkpointing import restarts
 
 from .test_checkpointing import spo_trainer
@@ -43,11 +46,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def wait_until_taken(port: int) -> None:
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"nobody listens on port {port}")
+
+
 def launch_all(folder: Path, config: Path, launchers: int, *words: str) -> list[str]:
     """Two processes under one launcher or two, which may start them anew once. Returns what each launcher printed."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    # In a store that outlives them, processes that are started anew find the addresses of dead ones. `trl-spo` sets it, too.
+    # In a store that outlives them, processes that are started anew find the addresses of dead ones. The command line sets it, too.
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     program = [str(Path(__file__).parent / "run_elastic.py"), str(folder), *words]
     options = ["--max_restarts", "1", "--monitor_interval", "0.5", "--rdzv_backend", "c10d"]
@@ -55,6 +67,8 @@ def launch_all(folder: Path, config: Path, launchers: int, *words: str) -> list[
     port = free_port()
     running = []
     for machine in range(launchers):
+        if machine == 1:  # on one machine it would take the port of the first
+            wait_until_taken(port)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *options]
         command += ["--main_process_port", str(port), "--machine_rank", str(machine), *program]
         running.append(
@@ -118,6 +132,14 @@ class TestOneProcess:
         assert again._seen_before[1] == 4  # it went on from checkpoint-4
         again.train()  # a second training in the same process begins anew
         assert again._seen_before[1] == 0
+
+    def test_the_command_is_not_refused_for_its_own_checkpoints(self, tmp_path, monkeypatch):
+        trainer = spo_trainer(tmp_path)
+        trainer.train()
+        with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+            check_run(trainer.args, SPOTrainer)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        check_run(trainer.args, SPOTrainer)
 
     def test_without_a_checkpoint_it_begins_as_it_was_told(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")

@@ -103,7 +103,7 @@ class RolloutWorkers:
         self._unsent: set[int] = set()
         # Written before training changes anything: what has been prepared for training cannot be sent. A file, once for each
         # machine, as what processes share in memory is limited to a few megabytes in many containers.
-        self._folder = tempfile.TemporaryDirectory(prefix="trl-spo-rollout-")
+        self._folder = tempfile.TemporaryDirectory(prefix="spo-rollout-")
         if args.local_process_index == 0:
             self._write(args, reward, compiles)
 
