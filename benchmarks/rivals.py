@@ -203,7 +203,11 @@ REWARD_CHECKS = {
 CHECK_SETTINGS = {"learning_rate": 4e-3, "kl_coef": 1.5}
 ARMS = {name: Arm(title, name) for name, (title, _) in METHODS.items()}
 # Only run where they are named with `--arms`: what one change costs.
-FURTHER_ARMS = {"spo_ahead": Arm("SPO, rolling out one update ahead", "spo", {"rollout_ahead": True})}
+FURTHER_ARMS = {
+    "spo_ahead": Arm("SPO, rolling out one update ahead", "spo", {"rollout_ahead": True}),
+    "spo_exact": Arm("SPO with the exact reward", "spo", {"reward": "exact"}),
+    "grpo_exact": Arm("Flow-GRPO with the exact reward", "grpo", {"reward": "exact"}),
+}
 MOST_STRETCH = 3.0  # budgets that a run with cheap evaluations may take at most
 STRETCHED_SEEDS = (0, 1)  # runs of the other seeds end at the budget
 
