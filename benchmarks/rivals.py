@@ -160,8 +160,11 @@ SWEEPS = {
         {"learning_rate": 2e-3, "batch_size": 64},
     ],
 }
-# What the sweep chose on the flow-matching model; what `--quick` runs without a sweep.
-CHOSEN = {"spo": 1, "lpo": 2, "dpo": 4, "nft": 4, "grpo": 1, "ddpo": 1, "sft": 1}
+# What the sweeps chose, by model; what `--quick` runs without a sweep.
+CHOSEN = {
+    "flow": {"spo": 1, "lpo": 2, "dpo": 4, "nft": 4, "grpo": 1, "sft": 1},
+    "unet": {"spo": 2, "lpo": 0, "dpo": 4, "nft": 0, "grpo": 0, "ddpo": 2, "sft": 1},
+}
 QUICK_METHODS = ("spo", "lpo", "dpo", "nft", "grpo")
 ON_UNET_ONLY = ("ddpo",)  # TRL's trainer knows no other model
 
@@ -412,7 +415,7 @@ def work_run(
 def chosen_settings(output: Path, model: str, method: str) -> dict:
     """The settings of the sweep whose best checkpoint has the highest utility on validation captions."""
     if IS_QUICK:
-        return SWEEPS[method][CHOSEN[method]]
+        return SWEEPS[method][CHOSEN[model][method]]
     trials = [read_json(output / model / "sweep" / method / f"{i}.json") for i in range(len(SWEEPS[method]))]
     for trial, changes in zip(trials, SWEEPS[method], strict=True):
         if trial["settings"] != full_settings(model, method, changes):

@@ -397,6 +397,19 @@ class TestMemory:
     def test_it_reads_how_a_run_is_launched(self, launch, expected):
         assert processes_of(launch, resolve_accelerate_config) == expected
 
+    def test_streams_and_devices_that_roll_out(self, examine, prompts):
+        options = ["--dataset_name", prompts, "--dataset_streaming", "true", "--max_steps", "5"]
+        _, findings, _ = examine(*RUN, *options, "--rollout_devices", "cpu", "cpu")
+        assert "a stream of 3 shards" in texts(findings, name="dataset_name")
+        assert texts(findings, name="rollout_devices").startswith("cpu, cpu roll out")
+        status, findings, _ = examine(*RUN, *options, "--rollout_devices", "cuda:99")
+        assert status == 1 and "names 'cuda:99', and this machine has" in texts(findings, "problem", "rollout_devices")
+
+    def test_shards_of_a_command(self, examine, prompts):
+        options = ["--dataset_name", prompts, "--accelerate_config", "fsdp2", "--num_processes", "8"]
+        _, findings, _ = examine(*RUN, *options, "--card_memory", "24")
+        assert "spread over 8 processes" in texts(findings, name="shards")
+
     def test_a_chain_of_changes(self):
         """Where no change is enough alone, those that are together, without any that is not needed."""
         from trl_spo.checkup.forecast import Forecast, Phase

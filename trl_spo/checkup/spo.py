@@ -24,6 +24,7 @@ from ..pipelines.base import SPOPipeline
 from ..spo_trainer import SPOTrainer
 from ..training.checkpointing import resume_from
 from ..training.memory_plan import trained_bytes
+from ..training.rollout_workers import own_rollout_devices
 from ..training.sharding import check_sharding
 from ..training.spo_checks import choose_best_metric
 from .circumstances import Circumstances, precision_of, read_shapes
@@ -66,6 +67,7 @@ def check_spo(model_args, reward_args, data_args, config, where: Circumstances) 
 
     # The networks, without weights: settings, memory, work.
     report.extend(check_settings(config))
+    _check_rollout_devices(report, config, where)
     try:
         reward_args.check()
     except (FileNotFoundError, TypeError, ValueError) as error:
@@ -101,6 +103,21 @@ def _check_data(report: Report, model_args, data_args, config) -> int | None:
     elif config.eval_strategy != "no":
         report.add("data", PROBLEM, "eval_dataset_name", "is missing, and `eval_strategy` wants to evaluate.")
     return count
+
+
+def _check_rollout_devices(report: Report, config, where: Circumstances) -> None:
+    """Devices that only roll out: whether they are here, and what they hold."""
+    if not config.rollout_devices:
+        return
+    names = ", ".join(config.rollout_devices)
+    if not where.planned:
+        try:
+            own_rollout_devices(config)
+        except ValueError as error:
+            report.add(SETTINGS, PROBLEM, "rollout_devices", str(error))
+            return
+    text = f"{names} roll out: the phases of a rollout are theirs, beside the denoiser, the VAE and the reward; the others are of the devices that train"
+    report.add(SETTINGS, NOTE, "rollout_devices", text)
 
 
 def check_settings(config) -> list[Finding]:
