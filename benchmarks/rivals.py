@@ -79,6 +79,7 @@ from benchmarks.latent_rewards import (
     pipeline_of,
     untrained_reward,
 )
+from examples.shapes import world
 from examples.shapes.base_scores import evaluation_set
 from examples.shapes.preferences import make_preferences
 from examples.shapes.settings import (
@@ -337,6 +338,16 @@ def work_base(model: str, output: Path) -> dict:
     return {split: measure(load(model), split) for split in REPEATS}
 
 
+@torch.no_grad()
+def ceiling(model: str) -> dict[str, float]:
+    """Exact scores of faultless renderings of the untouched captions that have passed the VAE: no sample can be much better."""
+    prompts, _ = evaluation_set("untouched", REPEATS["untouched"])
+    vae = load(model).vae
+    images = world.render(prompts, torch.Generator().manual_seed(0)) * 2 - 1
+    decoded = vae.decode(vae.encode(images).latent_dist.mean).sample / 2 + 0.5
+    return {name: values.mean().item() for name, values in exact_scores(decoded.clamp(0, 1), prompts).items()}
+
+
 def meter_of(pipeline, reward) -> Meter:
     if not isinstance(reward, LatentRewardModel):
         return Meter(pipeline.denoiser)
@@ -517,6 +528,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="Processes at a time, with one thread each.")
     parser.add_argument("--ddpo_python", type=Path, default=ROOT / ".venv-ddpo" / "bin" / "python")
+    parser.add_argument("--ceiling", action="store_true", help="Only print the scores of faultless images.")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.output = args.output or Path("compare_quick" if args.quick else "compare_output/rivals")
@@ -524,6 +536,9 @@ def main(argv=None) -> int:
     args.methods = args.methods or list(QUICK_METHODS if args.quick else METHODS)
     if args.quick:
         make_small()
+    if args.ceiling:
+        print(", ".join(f"{name} {value:.3f}" for name, value in ceiling(args.model).items()))
+        return 0
     if args.work:
         work(args.model, args.output, args.work)
         return 0

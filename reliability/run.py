@@ -44,6 +44,7 @@ class Check(NamedTuple):
 
 CHECKS = [
     Check("kill", "killed anywhere, resumed, the same run bit for bit", ["reliability/kill_matrix.py"]),
+    Check("ranks", "a rank killed, the launcher starts anew, the same run", ["reliability/kill_ranks.py"]),
     Check("checkpoints", "no half-written checkpoint is picked up", [*PYTEST, "tests/test_checkpointing.py"]),
     Check("faults", "full disk, read-only folder: an error, and nothing lost", [*PYTEST, "tests/test_faults.py"]),
     Check("processes", "two processes: same numbers, no deadlock, one writer", [*PYTEST, "tests/test_distributed.py"]),

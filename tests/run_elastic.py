@@ -13,8 +13,9 @@
 # limitations under the License.
 
 """
-The program that `test_elastic.py` starts under a launcher: `run_elastic.py FOLDER [die]`. Each rank trains SPO and appends what it
-trained on to `FOLDER/steps_{rank}.txt`. With `die`, rank 1 is killed once, in its first life, after a step that no checkpoint has.
+The program that `test_elastic.py` starts under a launcher: `run_elastic.py FOLDER [PLACE]`. Each rank trains SPO and appends what it
+trained on to `FOLDER/steps_{rank}.txt`. With a place of `test_elastic.PLACES` one rank is killed there, in its first life, when a checkpoint
+has the first two of five steps.
 """
 
 import json
@@ -30,6 +31,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.run_distributed import redness, shard_on_cpu
+from tests.test_elastic import PLACES
 from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_spo_config
 from trl_spo import SPOTrainer
 from trl_spo.pipelines.shards import whole
@@ -45,44 +47,65 @@ def count_life(folder: Path) -> int:
     return len((folder / f"lives_{RANK}.txt").read_text()) - 1
 
 
-class Dies(TrainerCallback):
-    """After the third step, of which the second one is in a checkpoint."""
+class Recording(SPOTrainer):
+    """Writes down what it trains on, and dies where it is told."""
 
-    def __init__(self, life: int):
-        self.life = life
+    folder: Path
+    life: int
+    place: str | None
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3 and RANK == 1 and self.life == 0:
+    def die_in(self, place: str) -> None:
+        rank, step = PLACES[place]
+        if (self.place, self.life, self.state.global_step, RANK) == (place, 0, step, rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def rollout(self, *args, **kwargs):
+        pairs = super().rollout(*args, **kwargs)
+        self.die_in("rollout")
+        return pairs
 
-class Recording(SPOTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         pairs = inputs["pairs"]
         entry = {"life": self.life, "step": self.state.global_step, "prompts": pairs.prompts}
         entry["latents"] = pairs.latents.double().sum().item()
         with open(self.folder / f"steps_{RANK}.txt", "a") as file:
             file.write(json.dumps(entry) + "\n")
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.die_in("backward")
+        return loss
+
+    def _write_state(self, folder: Path) -> None:
+        super()._write_state(folder)
+        self.die_in("checkpoint")
 
 
-def main(folder: Path, dies: bool):
+class Dies(TrainerCallback):
+    """Between two steps."""
+
+    def __init__(self, trainer: Recording):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.die_in("step")
+
+
+def main(folder: Path, place: str | None):
     config = tiny_spo_config(
         folder / "out", max_steps=5, num_inference_steps=3, guidance_scale=1.0, per_device_rollout_batch_size=1,
         per_device_train_batch_size=2, save_strategy="steps", save_steps=2, learning_rate=1e-2, ddp_timeout=60,
     )  # fmt: skip
     pipeline = tiny_sd_pipeline(folder / f"tokenizer_{RANK}")
-    life = count_life(folder)
-    trainer = Recording(config, pipeline, redness, train_dataset=PROMPTS, callbacks=[Dies(life)] if dies else None)
-    trainer.folder, trainer.life = folder, life
+    trainer = Recording(config, pipeline, redness, train_dataset=PROMPTS)
+    trainer.folder, trainer.life, trainer.place = folder, count_life(folder), place
+    trainer.add_callback(Dies(trainer))
     trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = [whole(p.detach()) for p in model.parameters() if p.requires_grad]
-    torch.save({"weights": weights, "life": life, "shards": trainer._shards}, folder / f"end_{RANK}.pt")
+    torch.save({"weights": weights, "life": trainer.life, "shards": trainer._shards}, folder / f"end_{RANK}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     shard_on_cpu()
-    main(Path(sys.argv[1]), "die" in sys.argv[2:])
+    main(Path(sys.argv[1]), next(iter(sys.argv[2:]), None))

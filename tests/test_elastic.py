@@ -38,6 +38,8 @@ from .test_distributed import CONFIGS, ROOT, adjusted, assert_same_bits, process
 
 
 BOUND = 150  # seconds
+# Where a rank dies -> which one, and after how many steps.
+PLACES = {"rollout": (1, 2), "backward": (0, 2), "step": (1, 3), "checkpoint": (0, 4)}
 
 
 def free_port() -> int:
@@ -95,28 +97,35 @@ def steps_of(folder: Path) -> list[list[dict]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "launchers"), [("cpu_2proc.yaml", 1), ("fsdp2.yaml", 2)])
-def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(tmp_path, name, launchers):
-    whole, restarted = tmp_path / "whole", tmp_path / "restarted"
-    for folder in (whole, restarted):
-        folder.mkdir()
-    config = adjusted(name, tmp_path, use_cpu=True) if name == "fsdp2.yaml" else CONFIGS / name
+def kill_and_compare(folder: Path, name: str, launchers: int, place: str) -> None:
+    """A run in which a rank dies at one of `PLACES`, against one in which nobody does."""
+    whole, restarted = folder / "whole", folder / "restarted"
+    for each in (whole, restarted):
+        each.mkdir(parents=True)
+    config = adjusted(name, folder, use_cpu=True) if name == "fsdp2.yaml" else CONFIGS / name
     launch_all(whole, config, 1)
-    outputs = launch_all(restarted, config, launchers, "die")
+    outputs = launch_all(restarted, config, launchers, place)
     assert sum("The launcher has started the processes anew (1)" in output for output in outputs) >= 1
 
     for rank, (steps, expected) in enumerate(zip(steps_of(restarted), steps_of(whole), strict=True)):
-        # In the first life three steps were taken, and two of them are in the checkpoint that the second life goes on from.
-        first = [entry for entry in steps if entry["life"] == 0]
+        # The second life goes on from the checkpoint that has two steps; what the first one did beyond these is done again.
         second = [entry for entry in steps if entry["life"] == 1]
-        assert {entry["step"] for entry in first} >= {0, 1, 2} and [entry["step"] for entry in second] == [2, 3, 4]
-        kept = [entry for entry in first if entry["step"] < 2]
+        assert [entry["step"] for entry in second] == [2, 3, 4]
+        kept = [entry for entry in steps if entry["life"] == 0 and entry["step"] < 2]
         trained = [(entry["step"], entry["prompts"], entry["latents"]) for entry in [*kept, *second]]
         assert trained == [(entry["step"], entry["prompts"], entry["latents"]) for entry in expected]
-        ends = [torch.load(folder / f"end_{rank}.pt") for folder in (whole, restarted)]
+        ends = [torch.load(each / f"end_{rank}.pt") for each in (whole, restarted)]
         assert [end["life"] for end in ends] == [0, 1]
         assert ends[0]["shards"] == ends[1]["shards"] == (name == "fsdp2.yaml")
         assert_same_bits(ends[0]["weights"], ends[1]["weights"])
+
+
+@pytest.mark.parametrize(
+    ("name", "launchers", "place"), [("cpu_2proc.yaml", 1, "step"), ("fsdp2.yaml", 2, "checkpoint")]
+)
+def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(tmp_path, name, launchers, place):
+    """All places with all ways to launch: `reliability/kill_ranks.py`."""
+    kill_and_compare(tmp_path, name, launchers, place)
 
 
 class TestOneProcess:

@@ -70,6 +70,12 @@ def test_captions_that_nobody_has_looked_at():
     assert (len(study), len(untouched)) == (310, 94)
 
 
+def test_faultless_images_lose_a_little_in_the_vae(capsys):
+    assert rivals.main(["--model", "unet", "--ceiling"]) == 0
+    scores = dict(part.split() for part in capsys.readouterr().out.strip().split(", "))
+    assert 0.9 < float(scores["aesthetics"]) < 0.95 < float(scores["alignment"]) <= 1
+
+
 def test_marks_end_with_the_run(monkeypatch):
     monkeypatch.setattr(rivals, "BUDGET", 18_000)
     monkeypatch.setattr(rivals, "NUM_MARKS", 3)
