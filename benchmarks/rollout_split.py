@@ -42,16 +42,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from anywhere
 
-from trl_spo.checkup.circumstances import Circumstances, precision_of, read_shapes
+from benchmarks.hardware import planned
 from trl_spo.checkup.forecast import Card, SPOForecaster, Variant
-from trl_spo.checkup.networks import reward_on_paper
 from trl_spo.checkup.rates import MEASURED, rate_of
 from trl_spo.checkup.work import network_tflop, plan_work
-from trl_spo.scripts import spo
 from trl_spo.training.memory import GIB
 
 
-ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("sd15", "sdxl", "sd3", "flux")
 SHARE = 0.5  # of the branches that give a pair
 CARDS = (8, 64)
@@ -79,17 +76,8 @@ class Costs:
 
 def costs_of(preset: str) -> Costs:
     """Those of a preset, from shapes alone."""
-    file = ROOT / "examples" / "configs" / f"spo_{preset}.yaml"
-    arguments = ["--config", str(file), "--dataset_name", "prompts.txt", "--use_cpu"]
-    model_args, reward_args, _, config = spo.make_parser().parse_args_and_config(arguments)
-    where = Circumstances(card_memory=80)
-    where.hub.why_not = "shapes as published are what is wanted"
-    dtype, quantised = precision_of(model_args, config.model_init_kwargs)
-    model, _ = read_shapes(model_args, config.model_init_kwargs, where.hub)
-    forecaster = SPOForecaster(
-        model, lambda pipeline: reward_on_paper(reward_args, pipeline, online=False)[0], model_args.peft_config
-    )
-    variant = Variant(config, dtype, quantised)
+    forecaster, variant = planned(preset)
+    config = variant.config
     networks = forecaster.networks(variant)
     pipeline = networks.pipeline
 
@@ -110,7 +98,7 @@ def costs_of(preset: str) -> Costs:
 
     # Gigabytes of weights per pair: a call of the denoiser serves all prompts of a rollout, or all pairs of a micro-batch. Each
     # candidate step is one call more than the plain step, as all candidates go through together.
-    gigabytes = sum(p.numel() for p in pipeline.denoiser.parameters()) * dtype.itemsize / 1e9
+    gigabytes = sum(p.numel() for p in pipeline.denoiser.parameters()) * variant.dtype.itemsize / 1e9
     pairs_per_rollout = work.pairs / work.prompts * config.per_device_rollout_batch_size
     calls_per_rollout = 2 * config.num_inference_steps
     training_calls = 3  # reference, policy, backward
