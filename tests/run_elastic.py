@@ -109,3 +109,6 @@ def main(folder: Path, place: str | None):
 if __name__ == "__main__":
     shard_on_cpu()
     main(Path(sys.argv[1]), next(iter(sys.argv[2:]), None))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # on a busy machine a thread of torch aborts one of many processes that end, which would count as a death
