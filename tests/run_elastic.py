@@ -111,4 +111,6 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), next(iter(sys.argv[2:]), None))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # on a busy machine a thread of torch aborts one of many processes that end, which would count as a death
+    os._exit(
+        0
+    )  # on a busy machine a thread of torch aborts one of many processes that end, which would count as a death
