@@ -107,7 +107,7 @@ METHODS = {  # title, and the reward that is asked where the settings name no ot
     "nft": ("DiffusionNFT", "clean"),
     "grpo": ("Flow-GRPO", "clean"),
     "ddpo": ("DDPO (TRL)", "clean"),
-    "sft": ("fine-tuning on chosen images", None),
+    "sft": ("fine-tuning", None),
 }
 # As many trials for each method, judged on validation captions. What is not named is the default of `full_settings`.
 SWEEPS = {

@@ -415,7 +415,7 @@ PROMPT_CASES = [
     refused("prompts-dict", TypeError, r"got `dict` with the entries \['prompt'\]. Pass one of them", train_on({"prompt": ["a"]})),
     refused("prompts-dataset-dict", TypeError, r"got `DatasetDict` with the entries \['train'\]. Pass one of them, such as `dataset\['train'\]`", train_on(lambda: DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})}))),
     refused("prompts-generator", TypeError, r"got `generator`. Collect the prompts first, with `list\(...\)`", train_on(lambda: (p for p in PROMPTS))),
-    refused("prompts-stream", TypeError, "got `IterableDataset`. Collect the prompts first", train_on(lambda: Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset())),
+    refused("prompts-stream", ValueError, "A stream of prompts needs `max_steps`", train_on(lambda: Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset())),
     refused("prompts-set", TypeError, "got `set`. Collect the prompts first", train_on({"a", "b"})),
     refused("prompts-for-evaluation", ValueError, "`eval_dataset` has an empty prompt at position 0", lambda world: SPOTrainer(world.spo_config(), "x/y/z", brightness_reward, train_dataset=["a"], eval_dataset=[""])),
     refused("dataset-name-missing", FileNotFoundError, "nowhere", lambda world: _exactly(FileNotFoundError, lambda: world.trainer("x/y/z", prompts=None, dataset_name=str(world.folder / "nowhere")))),

