@@ -163,7 +163,7 @@ SWEEPS = {
 }
 # What the sweeps chose, by model; what `--quick` runs without a sweep.
 CHOSEN = {
-    "flow": {"spo": 1, "lpo": 2, "dpo": 4, "nft": 4, "grpo": 1, "sft": 1},
+    "flow": {"spo": 1, "lpo": 2, "dpo": 4, "nft": 4, "grpo": 1, "sft": 4},
     "unet": {"spo": 2, "lpo": 0, "dpo": 4, "nft": 0, "grpo": 0, "ddpo": 2, "sft": 1},
 }
 QUICK_METHODS = ("spo", "lpo", "dpo", "nft", "grpo")
