@@ -25,6 +25,7 @@ from diffusers import AutoencoderTiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_spo import SPOTrainer, StepAwareRewardModel, stepwise_rollout, wrap_pipeline
+from trl_spo.prompt_source import ListedPrompts
 from trl_spo.prompts import PromptColumn, read_prompts
 
 from .testing_utils import PROMPTS, brightness_reward, ddim_scheduler, tiny_clip, tiny_sd_pipeline, tiny_spo_config
@@ -332,13 +333,12 @@ class TestManyPrompts:
         trainer = make_trainer(tmp_path, brightness_reward)
         trainer.train()
         loader = trainer.pair_loader
-        loader.prompts = Counting([PROMPTS[i % len(PROMPTS)] for i in range(100_000)])
+        loader.source = ListedPrompts(Counting([PROMPTS[i % len(PROMPTS)] for i in range(100_000)]), 0, 1, seed=0)
         loader.num_prompts_seen = 0
-        loader._order = None
         loader._rollout_round()
-        order = loader._order
+        order = loader.source._order
         loader._rollout_round()
-        assert Counting.reads == 6 and loader._order is order
+        assert Counting.reads == 6 and loader.source._order is order
 
     def test_checkpoints_agree_with_those_of_a_list(self, tmp_path):
         """The same prompts as a list and as a dataset are the same run."""
