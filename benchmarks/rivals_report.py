@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script from anywhere
 
-from benchmarks.compare.evaluate import interpolate, two_way
+from benchmarks.compare.evaluate import compute_to_reach, interpolate, two_way
 from benchmarks.compare.figures import in_lines
 from benchmarks.compare.report import fill_page, markdown
 from benchmarks.compare.tasks import read_json, write_json
@@ -182,6 +182,40 @@ def further_table(study: Study) -> str:
     return markdown(["", "captions", "seeds", *METRICS, "95% interval of utility"], rows)
 
 
+def reach_table(study: Study) -> str:
+    """
+    What SPO needs for the best that each rival has on validation captions, where the mean over its seeds is highest. A rival that
+    never leaves the base model has no row.
+    """
+    rows = []
+    for rival in study.runs:
+        if rival in OURS or "spo" not in study.runs:
+            continue
+        cells = [ARMS[rival].title]
+        for unit, form in (("evaluations", ",.0f"), ("cpu_seconds", ".0f")):
+            own, theirs = (curves_of(study, arm, unit) for arm in ("spo", rival))
+            where, best = highest_mean(theirs)
+            found = compute_to_reach(own, theirs, where)
+            needed = []
+            for name in ("compute", "low", "high"):
+                needed.append(format(found[name], form) if math.isfinite(found[name]) else "never")
+            cells += [f"{best:+.3f}"] if unit == "evaluations" else []
+            cells += [format(where, form), f"{needed[0]} ({needed[1]} to {needed[2]})"]
+        if best > 0:
+            rows.append(cells)
+    columns = ["evaluations it takes", "evaluations SPO takes", "its CPU seconds", "SPO's CPU seconds"]
+    return markdown(["rival", "its best utility", *columns], rows)
+
+
+def highest_mean(curves: list[tuple[list[float], list[float]]]) -> tuple[float, float]:
+    """Where the mean of curves is highest, as far as all go, and how high."""
+    longest = min(x[-1] for x, _ in curves)
+    places = [longest * k / 60 for k in range(61)]
+    means = [sum(interpolate(x, y, at) for x, y in curves) / len(curves) for at in places]
+    best = max(range(len(places)), key=means.__getitem__)
+    return places[best], means[best]
+
+
 def sweep_table(study: Study) -> str:
     """Validation scores of the best checkpoint of every trial."""
     rows = []
@@ -219,6 +253,7 @@ def tables_of(study: Study) -> dict[str, str]:
             found[f"{split}_{study.model}"] = main_table(study, split, "best")
         found[f"time_{study.model}"] = main_table(study, "untouched", "best_of_time")
         found[f"against_{study.model}"] = against_table(study, "untouched", "best")
+        found[f"reach_{study.model}"] = reach_table(study)
         if study.further:
             found[f"further_{study.model}"] = further_table(study)
         found[f"against_time_{study.model}"] = against_table(study, "untouched", "best_of_time")

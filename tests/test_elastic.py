@@ -37,7 +37,7 @@ from .test_checkpointing import spo_trainer
 from .test_distributed import CONFIGS, ROOT, adjusted, assert_same_bits, processes_of
 
 
-BOUND = 150  # seconds
+BOUND = 300  # seconds
 # Where a rank dies -> which one, and after how many steps.
 PLACES = {"rollout": (1, 2), "backward": (0, 2), "step": (1, 3), "checkpoint": (0, 4)}
 

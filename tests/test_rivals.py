@@ -172,6 +172,14 @@ class TestReport:
         study = rivals_report.Study(output, "flow")
         assert study.against("spo", "dpo", "untouched", "best", "utility")["mean"] == pytest.approx(0.2)
 
+    def test_what_spo_needs_for_the_best_of_a_rival(self, output):
+        """Straight lines: 0.2 and 0.3 more than 0 after 100 evaluations, a mean of 0.25; Diffusion-DPO ends at 0.1, so after 40."""
+        table = rivals_report.reach_table(rivals_report.Study(output, "flow"))
+        row = next(line for line in table.splitlines() if line.startswith("| Diffusion-DPO"))
+        assert row.split(" | ")[1:4] == ["+0.100", "100", "40 (33 to 50)"]
+        rising = [([0.0, 10.0], [0.0, 1.0]), ([0.0, 20.0], [0.0, 4.0])]
+        assert rivals_report.highest_mean(rising) == pytest.approx((10.0, 1.5))
+
     def test_the_page_gets_tables_and_figures(self, output, tmp_path):
         page = tmp_path / "docs" / "results.md"
         page.parent.mkdir()
