@@ -279,6 +279,21 @@ def test_several_processes_resume_to_the_same_steps(iterations):
         assert [batch["is_fresh"] for batch in ours] == [batch["is_fresh"] for batch in theirs]
 
 
+def test_an_old_checkpoint_knows_one_list_of_prompts():
+    """Number and hash of the prompts stood beside the other numbers, and nothing was said about the last round."""
+    whole = make_loader(num_epochs=2)
+    batches = iter(whole)
+    seen = [next(batches) for _ in range(2)]
+    state = whole.state_dict()
+    state.pop("pairs_of_last_round")
+    old = {**state.pop("prompt_sources")[0], **state}
+    loader = make_loader(num_epochs=2)
+    loader.load_state_dict(old)
+    assert rows_of(list(loader)) == rows_of(list(batches)) and seen
+    with pytest.raises(ValueError, match="written with 6 other prompts than the 2 of this run"):
+        make_loader(PROMPTS[:2]).load_state_dict(old)
+
+
 @pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 3)])
 def test_another_number_of_processes_goes_on_with_all_pairs(before, now):
     """Every pair that waited is dealt out once, in shares that are equal."""

@@ -131,9 +131,8 @@ class PairLoader:
         self.dataset = prompts  # the name under which `Trainer` asks for the number of examples
         self.num_prompts_seen = 0
         self.num_pairs_seen = 0
-        self._rounds: list[
-            tuple
-        ] = []  # started and not joined: what the rollout returned, and the position of the round
+        # Started and not joined: what the rollout returned, and the position of the round.
+        self._rounds: list[tuple] = []
         self._pairs_of_last_round = 0
 
     # --- sizes -------------------------------------------------------------------------------------------------------
