@@ -1,7 +1,7 @@
 # `make` without a target lists them.
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test test-ddpo test-gpu compare compare-quick reliability coverage mutation docs upstream quality house style clean
+.PHONY: help demo test test-ddpo test-deepspeed test-gpu compare compare-quick reliability coverage mutation docs upstream quality house style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,6 +9,8 @@ STAMP := .venv/.installed
 DOCS_STAMP := .venv/.installed-docs
 DDPO_BIN := .venv-ddpo/bin
 DDPO_STAMP := .venv-ddpo/.installed
+DEEPSPEED_BIN := .venv-deepspeed/bin
+DEEPSPEED_STAMP := .venv-deepspeed/.installed
 MUTATION_BIN := .venv-mutation/bin
 MUTATION_STAMP := .venv-mutation/.installed
 
@@ -35,7 +37,8 @@ test coverage: export OMP_WAIT_POLICY := PASSIVE
 test coverage: export OMP_NUM_THREADS := 1
 # The tests of `tests/gpu` run on the CPU here, so that they are known to be right when a GPU is at hand.
 test coverage: export TRL_SPO_TEST_DEVICE := cpu
-test-ddpo: export OMP_WAIT_POLICY := PASSIVE
+test-ddpo test-deepspeed: export OMP_WAIT_POLICY := PASSIVE
+test-deepspeed: export OMP_NUM_THREADS := 1
 
 demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world: about 5 minutes once installed; writes demo_output/
 	$(BIN)/python examples/shapes/demo.py --output_dir demo_output
@@ -56,6 +59,17 @@ $(DDPO_STAMP): constraints-ddpo.txt setup.cfg pyproject.toml
 
 test-ddpo: $(DDPO_STAMP)  ## beside the last TRL that has DDPO: its trainer on our pipeline, ours on its
 	$(DDPO_BIN)/python -m pytest tests/test_ddpo_trainer.py tests/test_ddpo_interop.py tests/test_pipelines.py
+
+# DeepSpeed builds on the torch that it finds, so it has an environment of its own, which sees the packages of .venv.
+$(DEEPSPEED_STAMP): $(STAMP)
+	test -x $(DEEPSPEED_BIN)/python || $(BIN)/python -m venv .venv-deepspeed
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(DEEPSPEED_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	$(DEEPSPEED_BIN)/python -m pip install --quiet -c constraints.txt deepspeed
+	touch $@
+
+test-deepspeed: $(DEEPSPEED_STAMP)  ## ZeRO-2 and ZeRO-3 with DeepSpeed, in two processes: about four minutes
+	$(DEEPSPEED_BIN)/python -m pytest tests/test_zero3.py tests/test_distributed.py -k "zero"
 
 compare: $(STAMP) $(DDPO_STAMP)  ## every method, rival and ablation in the shapes world: a night on two cores, resumable
 	$(BIN)/python benchmarks/rivals.py --model flow --output compare_output/rivals

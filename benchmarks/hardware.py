@@ -94,7 +94,7 @@ def planned(preset: str, shards: int = 1) -> tuple[SPOForecaster, Variant]:
         lambda pipeline: reward_on_paper(reward_args, pipeline, online=False)[0],
         model_args.peft_config,
         world_size=shards,
-        is_sharded=shards > 1,
+        sharding="FSDP 2" if shards > 1 else None,
     )
     return forecaster, Variant(config, dtype, quantised)
 

@@ -14,9 +14,9 @@
 
 """
 Kills a rank of two at every one of `PLACES` in `tests/test_elastic.py`, with whole denoisers and with shards, under one launcher and under two that
-stand for two machines. The launcher starts the processes anew; pairs and weights must be those of a run in which nobody died.
+stand for two machines, also where processes of their own roll out. The launcher starts the processes anew; pairs and weights must be those of a run in which nobody died.
 
-    python reliability/kill_ranks.py          # about eight minutes on two cores
+    python reliability/kill_ranks.py          # about ten minutes on two cores
 """
 
 import itertools
@@ -38,18 +38,24 @@ CONFIGS = {"cpu_2proc.yaml": "whole denoisers", "fsdp2.yaml": "shards"}
 
 def main() -> int:
     failed = 0
-    print("| where a rank dies | processes | launchers | seconds | |\n|---|---|---|---|---|")
-    for place, (name, what), launchers in itertools.product(PLACES, CONFIGS.items(), (1, 2)):
+    print("| where a rank dies | processes | launchers | rollouts | seconds | |\n|---|---|---|---|---|---|")
+    cases = [(*case, False) for case in itertools.product(PLACES, CONFIGS, (1, 2))]
+    cases += [(*case, True) for case in itertools.product(("step", "checkpoint"), CONFIGS, (2,))]
+    for place, name, launchers, apart in cases:
         start = time.monotonic()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                kill_and_compare(Path(folder), name, launchers, place)
+                kill_and_compare(Path(folder), name, launchers, place, apart)
             outcome = "the same run"
         except (AssertionError, Failed) as error:
             failed += 1
             outcome = "DIFFERS"
             print(error, file=sys.stderr)
-        print(f"| {place} | {what} | {launchers} | {time.monotonic() - start:.0f} | {outcome} |", flush=True)
+        rollouts = "apart" if apart else "by the ranks"
+        print(
+            f"| {place} | {CONFIGS[name]} | {launchers} | {rollouts} | {time.monotonic() - start:.0f} | {outcome} |",
+            flush=True,
+        )
     return 1 if failed else 0
 
 

@@ -80,7 +80,7 @@ class Gradients(TrainerCallback):
             self.gradients.append([whole(gradient).clone() for gradient in gradients])
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.weights.append([whole(p.detach()).clone() for p in model.parameters() if p.requires_grad])
+        self.weights.append([whole(p).clone() for p in model.parameters() if p.requires_grad])
 
 
 def logs_of(trainer) -> list[dict]:
@@ -91,7 +91,7 @@ def logs_of(trainer) -> list[dict]:
 
 def trained(trainer) -> list[torch.Tensor]:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
+    return [whole(p).clone() for p in model.parameters() if p.requires_grad]
 
 
 # --- SPO -------------------------------------------------------------------------------------------------------------

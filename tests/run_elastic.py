@@ -13,11 +13,12 @@
 # limitations under the License.
 
 """
-The program that `test_elastic.py` starts under a launcher: `run_elastic.py FOLDER [PLACE]`. Each rank trains SPO and appends what it
+The program that `test_elastic.py` starts under a launcher: `run_elastic.py FOLDER [PLACE] [--apart]`. Each rank trains SPO and appends what it
 trained on to `FOLDER/steps_{rank}.txt`. With a place of `test_elastic.PLACES` one rank is killed there, in its first life, when a checkpoint
-has the first two of five steps.
+has the first two of five steps. With `--apart` each rank has a process that rolls out for it.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -89,10 +90,12 @@ class Dies(TrainerCallback):
         self.trainer.die_in("step")
 
 
-def main(folder: Path, place: str | None):
+def main(folder: Path, place: str | None, apart: bool):
+    devices = ["cpu"] * int(os.environ["LOCAL_WORLD_SIZE"]) if apart else None  # of this machine
     config = tiny_spo_config(
         folder / "out", max_steps=5, num_inference_steps=3, guidance_scale=1.0, per_device_rollout_batch_size=1,
         per_device_train_batch_size=2, save_strategy="steps", save_steps=2, learning_rate=1e-2, ddp_timeout=60,
+        rollout_devices=devices,
     )  # fmt: skip
     pipeline = tiny_sd_pipeline(folder / f"tokenizer_{RANK}")
     trainer = Recording(config, pipeline, redness, train_dataset=PROMPTS)
@@ -100,17 +103,24 @@ def main(folder: Path, place: str | None):
     trainer.add_callback(Dies(trainer))
     trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = [whole(p.detach()) for p in model.parameters() if p.requires_grad]
-    torch.save({"weights": weights, "life": trainer.life, "shards": trainer._shards}, folder / f"end_{RANK}.pt")
+    weights = [whole(p) for p in model.parameters() if p.requires_grad]
+    torch.save(
+        {"weights": weights, "life": trainer.life, "shards": trainer._shards, "devices": devices},
+        folder / f"end_{RANK}.pt",
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("place", nargs="?")
+    parser.add_argument("--apart", action="store_true")
+    words = parser.parse_args()
     shard_on_cpu()
-    main(Path(sys.argv[1]), next(iter(sys.argv[2:]), None))
+    main(words.folder, words.place, words.apart)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # on a busy machine a thread of torch aborts one of many processes that end, which would count as a death
+    # On a busy machine a thread of torch aborts one of many processes that end, which would count as a death.
+    os._exit(0)

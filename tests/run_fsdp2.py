@@ -13,10 +13,11 @@
 # limitations under the License.
 
 """
-The program that `test_fsdp2.py` starts in two processes: `run_fsdp2.py FOLDER SCENARIO [SCENARIO ...]`. What rank r saw of a
-scenario is left in `FOLDER/SCENARIO_r.pt`. The test calls the same functions in one process, on the pairs of both.
+The program that `test_fsdp2.py` and `test_zero3.py` start in two processes: `run_fsdp2.py FOLDER SCENARIO [SCENARIO ...]`. What
+rank r saw of a scenario is left in `FOLDER/SCENARIO_r.pt`. The tests call the same functions in one process, on the pairs of both.
 """
 
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -221,10 +222,11 @@ def resumed(folder: Path, recipe: Callable) -> dict:
 
 
 class Beginning(TrainerCallback):
-    """Keeps the weights and the pairs that wait before the first step."""
+    """Keeps the weights and the moments of the optimizer as they are before the first step."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.weights = [whole(p.detach()).clone() for p in model.parameters() if p.requires_grad]
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.weights = [whole(p).clone() for p in model.parameters() if p.requires_grad]
+        self.moments = [whole(entry["exp_avg"]).clone() for entry in optimizer.state_dict()["state"].values()]
 
 
 def resumed_by_others(folder: Path) -> dict:
@@ -238,6 +240,7 @@ def resumed_by_others(folder: Path) -> dict:
     steps = [float(whole(state["step"])) for state in trainer.optimizer.state_dict()["state"].values()]
     return {
         "beginning": beginning.weights,
+        "moments": beginning.moments,
         "weights": trained(trainer),
         "steps": steps,
         "pairs": trainer.pair_loader.num_pairs_seen,
@@ -248,8 +251,16 @@ def resumed_by_others(folder: Path) -> dict:
 
 def state_of(trainer) -> dict:
     moments = {}
-    for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
-        moments.update({f"{number}.{name}": whole(value) for name, value in state.items()})
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
+    else:
+        for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
+            moments.update({f"{number}.{name}": whole(value) for name, value in state.items()})
     return {**spo_result(trainer), "moments": moments, "waiting": trainer.pair_loader.state_dict()}
 
 
@@ -258,6 +269,8 @@ def resumed_transformer(folder: Path) -> dict:
 
 
 def resumed_whole_unet(folder: Path) -> dict:
+    """The first process writes the state of the optimizer as a whole."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
     return resumed(folder, whole_unet)
 
 

@@ -340,23 +340,31 @@ class TestMemory:
         model = PUBLISHED["stable-diffusion-v1-5/stable-diffusion-v1-5"]
         config = SPOConfig(output_dir="out", use_cpu=True, per_device_rollout_batch_size=2)
         forecasts = {}
-        for is_sharded in (False, True):
-            forecaster = SPOForecaster(model, lambda pipeline: None, lambda pipeline: None, 8, is_sharded)
-            forecasts[is_sharded] = forecaster.forecast(Variant(config, torch.float16))
-        whole, shards = (forecasts[key].resident for key in (False, True))
+        for sharding in (None, "FSDP 2", "DeepSpeed ZeRO-3"):
+            forecaster = SPOForecaster(model, lambda pipeline: None, lambda pipeline: None, 8, sharding)
+            forecasts[sharding] = forecaster.forecast(Variant(config, torch.float16))
+        whole, shards = (forecasts[key].resident for key in (None, "FSDP 2"))
         assert shards["unet"] == math.ceil(whole["unet"] / 8)
         assert shards["adapter"] == math.ceil(whole["adapter"] / 8)
         assert shards["gradients"] == math.ceil(
             whole["gradients"] / 2 / 8
         )  # without the buckets of several whole ones
         assert shards["VAE"] == whole["VAE"]
-        phases = {phase.name: phase.bytes for phase in forecasts[False].phases}
-        more = {phase.name: phase.bytes - phases[phase.name] for phase in forecasts[True].phases}
+        phases = {phase.name: phase.bytes for phase in forecasts[None].phases}
+        more = {phase.name: phase.bytes - phases[phase.name] for phase in forecasts["FSDP 2"].phases}
         gathered = more["rollout, unet"]
         assert (
             gathered == more["training step"] > 0 == more["optimizer step"] == more["rollout, decode and reward model"]
         )
         assert gathered < whole["unet"] / 4
+
+        # DeepSpeed steps from copies of its own, and takes the denoiser apart on the device.
+        by_deepspeed = forecasts["DeepSpeed ZeRO-3"]
+        copy = by_deepspeed.resident.pop("DeepSpeed's copy of what is trained")
+        assert by_deepspeed.resident == shards and copy == shards["adapter"]
+        assert by_deepspeed.phases[:-1] == forecasts["FSDP 2"].phases
+        apart = by_deepspeed.phases[-1].bytes + shards["unet"] + shards["adapter"]
+        assert apart == pytest.approx(whole["unet"] + whole["adapter"], rel=1e-6)
 
     def test_what_a_process_has_whole(self):
         """Blocks of 3 and 5 weights inside one of 20 of its own, another of 4, and 7 weights in none: 7 + 20 + 5 + 4 floats."""
@@ -386,12 +394,14 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("launch", "expected"),
         [
-            ([], (1, False)),
-            (["--num_processes", "4"], (4, False)),
-            (["--accelerate_config", "fsdp2", "--num_processes", "8"], (8, True)),
-            (["--accelerate_config", "multi_gpu"], (4, False)),
-            (["--use_fsdp", "--num_processes=2"], (2, True)),
-            (["--accelerate_config", "fsdp2", "--num_processes", "1"], (1, False)),
+            ([], (1, None)),
+            (["--num_processes", "4"], (4, None)),
+            (["--accelerate_config", "fsdp2", "--num_processes", "8"], (8, "FSDP 2")),
+            (["--accelerate_config", "multi_gpu"], (4, None)),
+            (["--use_fsdp", "--num_processes=2"], (2, "FSDP 2")),
+            (["--accelerate_config", "fsdp2", "--num_processes", "1"], (1, None)),
+            (["--accelerate_config", "deepspeed_zero2"], (4, None)),
+            (["--accelerate_config", "deepspeed_zero3"], (4, "DeepSpeed ZeRO-3")),
         ],
     )
     def test_it_reads_how_a_run_is_launched(self, launch, expected):
@@ -408,7 +418,10 @@ class TestMemory:
     def test_shards_of_a_command(self, examine, prompts):
         options = ["--dataset_name", prompts, "--accelerate_config", "fsdp2", "--num_processes", "8"]
         _, findings, _ = examine(*RUN, *options, "--card_memory", "24")
-        assert "spread over 8 processes" in texts(findings, name="shards")
+        assert "spread over 8 processes (FSDP 2)" in texts(findings, name="shards")
+        options[options.index("fsdp2")] = "deepspeed_zero3"
+        _, findings, _ = examine(*RUN, *options, "--card_memory", "24")
+        assert "spread over 8 processes (DeepSpeed ZeRO-3)" in texts(findings, name="shards")
 
     def test_a_chain_of_changes(self):
         """Where no change is enough alone, those that are together, without any that is not needed."""

@@ -97,14 +97,18 @@ def steps_of(folder: Path) -> list[list[dict]]:
     ]
 
 
-def kill_and_compare(folder: Path, name: str, launchers: int, place: str) -> None:
-    """A run in which a rank dies at one of `PLACES`, against one in which nobody does."""
+def kill_and_compare(folder: Path, name: str, launchers: int, place: str, apart: bool = False) -> None:
+    """
+    A run in which a rank dies at one of `PLACES`, against one under one launcher in which nobody does. `apart`: a process of each
+    rank rolls out, on the machine of that rank.
+    """
     whole, restarted = folder / "whole", folder / "restarted"
     for each in (whole, restarted):
         each.mkdir(parents=True)
     config = adjusted(name, folder, use_cpu=True) if name == "fsdp2.yaml" else CONFIGS / name
-    launch_all(whole, config, 1)
-    outputs = launch_all(restarted, config, launchers, place)
+    options = ["--apart"] if apart else []
+    launch_all(whole, config, 1, *options)
+    outputs = launch_all(restarted, config, launchers, place, *options)
     assert sum("The launcher has started the processes anew (1)" in output for output in outputs) >= 1
 
     for rank, (steps, expected) in enumerate(zip(steps_of(restarted), steps_of(whole), strict=True)):
@@ -116,16 +120,18 @@ def kill_and_compare(folder: Path, name: str, launchers: int, place: str) -> Non
         assert trained == [(entry["step"], entry["prompts"], entry["latents"]) for entry in expected]
         ends = [torch.load(each / f"end_{rank}.pt") for each in (whole, restarted)]
         assert [end["life"] for end in ends] == [0, 1]
+        assert [end["devices"] for end in ends] == ([["cpu"] * 2, ["cpu"] * (2 // launchers)] if apart else [None] * 2)
         assert ends[0]["shards"] == ends[1]["shards"] == (name == "fsdp2.yaml")
         assert_same_bits(ends[0]["weights"], ends[1]["weights"])
 
 
 @pytest.mark.parametrize(
-    ("name", "launchers", "place"), [("cpu_2proc.yaml", 1, "step"), ("fsdp2.yaml", 2, "checkpoint")]
+    ("name", "launchers", "place", "apart"),
+    [("cpu_2proc.yaml", 1, "step", False), ("fsdp2.yaml", 2, "checkpoint", True)],
 )
-def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(tmp_path, name, launchers, place):
+def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(tmp_path, name, launchers, place, apart):
     """All places with all ways to launch: `reliability/kill_ranks.py`."""
-    kill_and_compare(tmp_path, name, launchers, place)
+    kill_and_compare(tmp_path, name, launchers, place, apart)
 
 
 class TestOneProcess:

@@ -23,6 +23,8 @@ one that has all of it, on what the two found together.
 import json
 import math
 import re
+import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trl_spo import LatentRewardModel, SPOTrainer
+from trl_spo.training.checkpointing import checkpoint_problems
+from trl_spo.training.sharded_optimizer import SHARDS_NAME
 from trl_spo.training.sharding import check_denoiser_for_sharding, check_optimizer_file, check_sharding
 
 from . import run_fsdp2
@@ -117,40 +121,56 @@ class TestOneProcessOnThePooledPairs:
         assert_close(first["gradients"], alone["gradients"])
         assert_close(first["steps"], alone["steps"])
 
-        # Every logged number, and evaluations.
-        assert first["logs"] == second["logs"]
-        assert_logs_close(first["logs"], alone["logs"])
-        for name, value in alone["evaluation"].items():
-            if "runtime" not in name:
-                assert first["evaluation"][name] == second["evaluation"][name]
-                assert first["evaluation"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+        assert_same_logs(first, second, alone)
+        assert_same_output(their_folder, own_folder, WHOLE if recipe == "whole_unet" else LORA)
+        # Plain SGD has no tensors, so no shard.
+        assert_same_checkpoint(
+            their_folder / "checkpoint-2", own_folder / "checkpoint-2", {f"{SHARDS_NAME}/settings.json"}
+        )
 
-        # What is published, and the sample images.
-        file = WHOLE if recipe == "whole_unet" else LORA
-        assert_tensors_close(load_file(their_folder / file), load_file(own_folder / file))
-        assert "FSDP" not in (their_folder / "README.md").read_text()
-        self.assert_same_checkpoint(their_folder / "checkpoint-2", own_folder / "checkpoint-2", file)
-        names = sorted(path.name for path in (own_folder / "images").glob("*.png"))
-        assert names == sorted(path.name for path in (their_folder / "images").glob("*.png")) != []
-        for name in names:
-            pair = [Image.open(folder / "images" / name) for folder in (own_folder, their_folder)]
-            assert max(high for _, high in ImageChops.difference(*pair).getextrema()) <= 1, name
 
-    def assert_same_checkpoint(self, theirs: Path, ours: Path, file: str):
-        """Weights to rounding, waiting pairs to the bit; whole tensors, of what is trained only, and no pickled index."""
-        assert_tensors_close(load_file(theirs / file), load_file(ours / file))
-        for path in theirs.rglob("config.json"):
-            assert path.read_text() == (ours / path.relative_to(theirs)).read_text()
-        pools = [load_file(folder / "spo_pairs.safetensors") for folder in (theirs, ours)]
-        assert pools[0].keys() == pools[1].keys()
-        assert all(torch.equal(value, pools[1][name]) for name, value in pools[0].items())
-        states = [json.loads((folder / "spo_state.json").read_text()) for folder in (theirs, ours)]
-        for name in ("num_prompts_seen", "num_pairs_seen", "pool_prompts", "transitions", "base_weights"):
-            assert states[0][name] == states[1][name] != {}, name
-        expected = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file()}
-        expected -= {"optimizer.pt", "rng_state.pth"}
-        names = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()}
-        assert names == expected | {"optimizer.bin", "rng_state_0.pth", "rng_state_1.pth"}
+def assert_same_logs(first: dict, second: dict, alone: dict):
+    """Every logged number, and evaluations."""
+    assert first["logs"] == second["logs"]
+    assert_logs_close(first["logs"], alone["logs"])
+    for name, value in alone["evaluation"].items():
+        if "runtime" not in name:
+            assert first["evaluation"][name] == second["evaluation"][name]
+            assert first["evaluation"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+def assert_same_output(theirs: Path, ours: Path, file: str):
+    """What is published, and the sample images."""
+    assert_tensors_close(load_file(theirs / file), load_file(ours / file))
+    assert "FSDP" not in (theirs / "README.md").read_text()
+    names = sorted(path.name for path in (ours / "images").glob("*.png"))
+    assert names == sorted(path.name for path in (theirs / "images").glob("*.png")) != []
+    for name in names:
+        pair = [Image.open(folder / "images" / name) for folder in (ours, theirs)]
+        assert max(high for _, high in ImageChops.difference(*pair).getextrema()) <= 1, name
+
+
+def assert_same_checkpoint(theirs: Path, ours: Path, own_files: set[str]):
+    """
+    Weights to rounding, waiting pairs to the bit; whole tensors, of what is trained only. `own_files`: the state of the
+    optimizer as the shards write it.
+    """
+    files = [path for path in ours.rglob("*.safetensors") if path.name != "spo_pairs.safetensors"]
+    for path in files:
+        assert_tensors_close(load_file(theirs / path.relative_to(ours)), load_file(path))
+    assert len(files) == 1
+    for path in ours.rglob("config.json"):
+        assert path.read_text() == (theirs / path.relative_to(ours)).read_text()
+    pools = [load_file(folder / "spo_pairs.safetensors") for folder in (theirs, ours)]
+    assert pools[0].keys() == pools[1].keys()
+    assert all(torch.equal(value, pools[1][name]) for name, value in pools[0].items())
+    states = [json.loads((folder / "spo_state.json").read_text()) for folder in (theirs, ours)]
+    for name in ("num_prompts_seen", "num_pairs_seen", "pool_prompts", "transitions", "base_weights"):
+        assert states[0][name] == states[1][name] != {}, name
+    expected = {p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file()}
+    expected -= {"optimizer.pt", "rng_state.pth"}
+    names = {p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()}
+    assert names == expected | own_files | {"rng_state_0.pth", "rng_state_1.pth"}
 
 
 def test_the_bytes_that_travel(compared):
@@ -194,7 +214,7 @@ GOOD = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 
@@ -220,7 +240,6 @@ class TestRefusals:
             ("FSDP_VERSION", "1", "FSDP 1 is refused"),
             ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
             ("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D", "name no classes"),
-            ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "fsdp_state_dict_type: FULL_STATE_DICT"),
             ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: false"),
             ("FSDP_RESHARD_AFTER_FORWARD", "false", "fsdp_reshard_after_forward: true"),
             ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading: false"),
@@ -247,10 +266,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`fp16` is refused"):
             check_sharding(config)
 
-    def test_zero_3(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(check_sharding.__globals__, "is_deepspeed_zero3_enabled", lambda: True)
-        with pytest.raises(ValueError, match="ZeRO-3 is refused"):
+    def test_shards_of_optimizers_by_an_old_torch(self, tmp_path, monkeypatch):
+        """Its storage writes no safetensors, so there is no class to import."""
+        monkeypatch.setattr("torch.distributed.checkpoint.HuggingFaceStorageWriter", None)
+        check_sharding(tiny_spo_config(tmp_path))
+        monkeypatch.delattr("torch.distributed.checkpoint.HuggingFaceStorageWriter")
+        with pytest.raises(ValueError, match="SHARDED_STATE_DICT` needs torch 2.8.*set FULL_STATE_DICT"):
             check_sharding(tiny_spo_config(tmp_path))
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+        check_sharding(tiny_spo_config(tmp_path))
 
     def test_one_process_has_nothing_to_shard(self, tmp_path):
         with pytest.raises(ValueError, match="accelerate does not shard here"):
@@ -265,21 +289,22 @@ class TestRefusals:
     def test_weights_in_eight_bits(self):
         network = torch.nn.Linear(2, 2)
         network.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(ValueError, match="cannot spread a quantised denoiser"):
+        with pytest.raises(ValueError, match="A quantised denoiser, or one under layerwise casting, cannot be spread"):
             check_denoiser_for_sharding(network)
 
     @pytest.mark.parametrize(
-        ("name", "sharded", "message"),
+        ("name", "own", "other", "message"),
         [
-            ("optimizer.bin", False, "was written with FSDP and this run trains without it"),
-            ("optimizer.pt", True, "was written without FSDP and this run trains with it"),
+            ("optimizer.bin", "FSDP", None, "was written with FSDP and this run trains without FSDP"),
+            (SHARDS_NAME, "FSDP", None, "was written with FSDP and this run trains without FSDP"),
+            ("optimizer.pt", None, "FSDP", "was written without FSDP and DeepSpeed and this run trains with FSDP"),
         ],
     )
-    def test_a_checkpoint_of_the_other_kind(self, tmp_path, name, sharded, message):
+    def test_a_checkpoint_of_the_other_kind(self, tmp_path, name, own, other, message):
         (tmp_path / name).touch()
-        check_optimizer_file(tmp_path, not sharded)
+        check_optimizer_file(tmp_path, own)
         with pytest.raises(ValueError, match=message):
-            check_optimizer_file(tmp_path, sharded)
+            check_optimizer_file(tmp_path, other)
 
 
 @pytest.fixture(scope="module")
@@ -288,8 +313,7 @@ def resumed(tmp_path_factory):
     return launch_sharded(tmp_path_factory.mktemp("resumed"), *scenarios)
 
 
-@pytest.mark.parametrize("recipe", ["transformer", "whole_unet"])
-def test_a_resumed_run_is_the_same_run(resumed, recipe):
+def assert_resumed_run_is_the_same(resumed: Path, recipe: str):
     for number, rank in enumerate(results(resumed, f"resumed_{recipe}")):
         first, second = rank["uninterrupted"], rank["resumed"]
         assert_same_bits(first["weights"], second["weights"])
@@ -305,10 +329,43 @@ def test_a_resumed_run_is_the_same_run(resumed, recipe):
     file = WHOLE if recipe == "whole_unet" else LORA
     files = [resumed / f"resumed_{recipe}" / name / "checkpoint-2" / file for name in ("out", "again")]
     first, second = (load_file(file) for file in files)
-    assert first.keys() == second.keys()
+    assert first.keys() == second.keys() != set()
     assert_same_bits([first[name] for name in first], [second[name] for name in first])
     with safe_open(files[0], "pt") as first, safe_open(files[1], "pt") as second:
         assert first.metadata() == second.metadata()
+
+
+@pytest.mark.parametrize("recipe", ["transformer", "whole_unet"])
+def test_a_resumed_run_is_the_same_run(resumed, recipe):
+    assert_resumed_run_is_the_same(resumed, recipe)
+    # Of the transformer each process wrote its part of the optimizer's state, and read it back; of the UNet the first one did.
+    folder = resumed / f"resumed_{recipe}" / "out" / "checkpoint-2"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    shards = {f"{SHARDS_NAME}/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
+    assert names & {"optimizer.bin", *shards} == ({"optimizer.bin"} if recipe == "whole_unet" else shards)
+
+
+def test_the_parts_of_the_optimizer_state(resumed, tmp_path):
+    """Each file has half of the moments, and says which; a checkpoint that lacks one is not complete."""
+    checkpoint = resumed / "resumed_transformer" / "out" / "checkpoint-1"
+    sizes = [sum(value.numel() for value in load_file(file).values()) for file in shard_files(checkpoint)]
+    whole = sum(value.numel() for value in load_file(checkpoint / LORA).values())
+    assert sum(sizes) == 2 * whole and max(sizes) < 1.2 * whole
+    settings = json.loads((checkpoint / SHARDS_NAME / "settings.json").read_text())
+    assert settings["files"] == [file.name for file in shard_files(checkpoint)]
+    assert {v for n, v in settings["numbers"].items() if n.endswith("/step")} == {1.0}
+    assert checkpoint_problems(checkpoint, SPOTrainer.checkpoint_files) == []
+    copy = tmp_path / "checkpoint-1"
+    shutil.copytree(checkpoint, copy)
+    shard_files(copy)[1].unlink()
+    problem = f"{SHARDS_NAME}/{shard_files(checkpoint)[1].name} is missing"
+    assert checkpoint_problems(copy, SPOTrainer.checkpoint_files) == [problem]
+    (copy / SHARDS_NAME / "settings.json").write_text("{")
+    assert any("settings.json" in problem for problem in checkpoint_problems(copy, SPOTrainer.checkpoint_files))
+
+
+def shard_files(checkpoint: Path) -> list[Path]:
+    return sorted((checkpoint / SHARDS_NAME).glob("*.safetensors"))
 
 
 def test_workers_with_the_whole_denoiser_find_the_pairs_of_the_shards(resumed):
@@ -330,7 +387,15 @@ def test_three_processes_go_on_where_two_had_been(resumed):
     state = json.loads((checkpoint / "spo_state.json").read_text())
     ranks = [torch.load(resumed / f"resumed_by_others_{rank}.pt", weights_only=False) for rank in range(3)]
     saved = sorted(float(value.double().norm()) for value in load_file(checkpoint / LORA).values())
+    moments = defaultdict(float)
+    for file in shard_files(checkpoint):
+        for name, value in load_file(file).items():
+            if name.endswith("/exp_avg"):
+                moments[name] += float(value.double().square().sum())
     for rank in ranks:
+        assert_same_bits(rank["moments"], ranks[0]["moments"])
+        squares = sorted(float(value.double().square().sum()) for value in rank["moments"])
+        assert squares == pytest.approx(sorted(moments.values()), rel=1e-6) and squares[-1] > 0
         assert_same_bits(rank["beginning"], ranks[0]["beginning"])
         assert_same_bits(rank["weights"], ranks[0]["weights"])
         assert sorted(float(value.double().norm()) for value in rank["beginning"]) == pytest.approx(saved, rel=1e-6)

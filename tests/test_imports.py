@@ -27,13 +27,13 @@ import trl_spo
 PACKAGE = Path(trl_spo.__file__).parent
 ORDER = (  # a module may import from the modules before it
     "notices suggestions training.trainer_options training.arguments step_distribution scheduling_ddim scheduling_flow images captions rollout_settings spo_config step_reward_config pair_selection losses "
-    "training.numerics training.running_means training.gather prompt_suites prompts row_stream prompt_source pair_files label_folder label_session hub_files model_cards "
+    "training.numerics training.running_means training.gather prompt_suites prompts row_stream prompt_source streamed_pairs pair_files label_folder label_session hub_files model_cards "
     "pipelines.components pipelines.conditioning pipelines.reward_adapter pipelines.shards pipelines.adapters pipelines.autoencoder pipelines.denoiser pipelines.base pipelines.ddpo "
     "pipelines.stable_diffusion pipelines.stable_diffusion_xl pipelines.flow pipelines.stable_diffusion_3 "
     "pipelines.flux pipelines.flux2 pipelines.z_image pipelines.qwen_image pipelines.auto pipelines.encoding_cache "
     "rewards.inputs rewards.publishing rewards.step_aware_config rewards.step_conditioning rewards.step_aware_clip rewards.latent_features rewards.latent_config rewards.latent_heads rewards.latent_text rewards.latent_building rewards.lpo rewards.dina rewards.latent rewards.base rewards.user_code rewards.weighted rewards.scoring step_pairs branch_plan rollout noised_pairs sampler_file sampling "
     "preference_dataset preference_collator preference_labels preference_filters "
-    "training.run_record training.stopping training.log_lines training.checkpointing training.ema training.base training.model_card training.memory training.chunk_sizes training.rollouts training.pair_metrics training.sharding training.waiting_pairs training.spo_checks training.compilation training.callbacks training.decline training.memory_plan training.pair_exchange training.rollout_workers pair_queue pair_loader "
+    "training.run_record training.stopping training.log_lines training.sharded_optimizer training.checkpointing training.ema training.base training.model_card training.memory training.chunk_sizes training.rollouts training.pair_metrics training.sharding training.waiting_pairs training.spo_checks training.compilation training.callbacks training.decline training.memory_plan training.pair_exchange training.rollout_workers pair_queue pair_loader "
     "step_reward_trainer spo_trainer ddpo_interop export kohya "
     "evaluation.statistics evaluation.metric_images evaluation.metric_weights evaluation.metrics evaluation.named evaluation.protocols evaluation.provenance evaluation.sheets evaluation.agreement evaluation.preference_preview evaluation.curves evaluation.result evaluation.evaluate "
     "checkup.published checkup.networks checkup.forecast checkup.report checkup.environment checkup.hub checkup.data checkup.output checkup.names checkup.rates checkup.work checkup.remedies checkup.circumstances checkup.memory_report checkup.spo checkup.step_reward checkup.sampling checkup.run"

@@ -277,12 +277,15 @@ class TestAccelerateConfigs:
         assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
             "cpu_2proc",
             "deepspeed_zero2",
+            "deepspeed_zero3",
             "fsdp",
             "fsdp2",
             "multi_gpu",
             "single_gpu",
         }
-        assert load_config_from_file(str(CONFIGS / "deepspeed_zero2.yaml")).deepspeed_config["zero_stage"] == 2
+        for stage in (2, 3):
+            config = load_config_from_file(str(CONFIGS / f"deepspeed_zero{stage}.yaml"))
+            assert config.deepspeed_config["zero_stage"] == stage
 
 
 class TestPrompts:

@@ -20,6 +20,7 @@ at its place without reading what came before.
 import io
 import json
 import math
+import shutil
 import tarfile
 from itertools import islice
 
@@ -149,7 +150,7 @@ class TestRowStream:
         whole = captions(RowStream(stream_of(folder)), 6 * ROWS_PER_FILE)
         others = [RowStream(stream_of(folder), i, 3) for i in range(3)]
         for other in others:
-            other.go_to_one_of(places)
+            other.go_to(other.own_place(places))
         found = {captions(other, 1)[0].split(",")[0] for other in others}
         assert found == {
             row.split(",")[0] for row in whole[3 * ROWS_PER_FILE :]
@@ -359,10 +360,14 @@ def reward_trainer(tmp_path, data, **settings):
 
 
 class TestStepReward:
-    @pytest.mark.parametrize("accumulation", [1, 2])
-    def test_a_stopped_run_goes_on_as_if_it_had_not_been(self, pair_folder, tmp_path, accumulation):
-        """With accumulation the second pass has begun: five steps are 20 of 16 pairs. Reading ahead must not count."""
+    @pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 0), (1, 2), (2, 1)])
+    def test_a_stopped_run_goes_on_as_if_it_had_not_been(self, pair_folder, tmp_path, accumulation, workers):
+        """
+        With accumulation the second pass has begun: five steps are 20 of 16 pairs. Reading ahead must not count, not in processes
+        that load either; of two of these, the second one's turn comes after five batches.
+        """
         settings = {"gradient_accumulation_steps": accumulation, "max_steps": 6, "save_steps": 5}
+        settings["dataloader_num_workers"] = workers
         read = []
         counted = load_preference_dataset(pair_folder, streaming=True).map(
             lambda row: read.append(row["caption"]) or row
@@ -376,7 +381,37 @@ class TestStepReward:
         assert all(torch.equal(value, expected[name]) for name, value in state_of(second.model).items())
         keys = ("loss", "epoch", "accuracy")
         assert [train_logs(second)[-1][key] for key in keys] == [train_logs(whole)[-1][key] for key in keys]
-        assert len(read) <= 8  # one file: what was trained on before is not read again
+        if workers == 0:
+            assert len(read) <= 8  # one file: what was trained on before is not read again
+
+    def test_loading_processes_share_the_files(self, pair_folder, tmp_path):
+        """Two of them have a file each, and take turns: a pass has every pair once. There must be as many files as readers."""
+        data = load_preference_dataset(pair_folder, streaming=True)
+        trainer = reward_trainer(tmp_path, data, dataloader_num_workers=2)
+        batches = list(islice(trainer.get_train_dataloader(), 8))
+        assert sorted(prompt for batch in batches for prompt in batch["prompts"]) == sorted(
+            f"pair {i}" for i in range(16)
+        )
+        assert [batch["place"][0] for batch in batches] == [0, 1] * 4
+        files = [{int(prompt.split()[1]) // 8 for prompt in batch["prompts"]} for batch in batches]
+        assert files[::2] in ([{0}] * 4, [{1}] * 4) and files[1::2] == [{1 - files[0].copy().pop()}] * 4
+        with pytest.raises(ValueError, match="2 shards for 3 processes that read"):
+            reward_trainer(tmp_path, data, dataloader_num_workers=3)
+
+    def test_an_older_checkpoint_has_a_place_per_process(self, pair_folder, tmp_path):
+        data = load_preference_dataset(pair_folder, streaming=True)
+        reward_trainer(tmp_path, data).train()
+        file = tmp_path / "out" / "checkpoint-3" / "step_reward_state.json"
+        state = json.loads(file.read_text())
+        new = state["processes"][0].pop("stream")
+        state["processes"][0]["place"], state["num_shards"] = new["places"][0], new["num_shards"]
+        old = tmp_path / "old" / "checkpoint-3"
+        shutil.copytree(file.parent, old)
+        (old / file.name).write_text(json.dumps(state))
+        for folder in (file.parent, old):
+            trainer = reward_trainer(tmp_path, data)
+            trainer._read_state(str(folder))
+            assert trainer._stream.state_dict() == new and new["places"][0]["row"] > 0
 
     def test_a_named_webdataset(self, tmp_path):
         (tmp_path / "tars").mkdir()

@@ -175,4 +175,4 @@ class StreamedPrompts:
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         self.check(states[0])
-        self._rows.go_to_one_of([state["place"] for state in states])
+        self._rows.go_to(self._rows.own_place([state["place"] for state in states]))

@@ -18,11 +18,13 @@ checkpoint knows the place in them.
 """
 
 import weakref
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from datasets import IterableDataset
+from torch.utils.data import get_worker_info
 
 
 MOST_EMPTY_PASSES = 10  # shards are in another order in each pass, so one reader may miss the few that have rows
@@ -68,7 +70,7 @@ class RowStream:
             dataset = dataset.reshard()
         if dataset.num_shards < num_readers:
             raise ValueError(
-                f"The stream has {dataset.num_shards} shards for {num_readers} processes, each of which reads files of its own. "
+                f"The stream has {dataset.num_shards} shards for {num_readers} processes that read, each of which has files of its own. "
                 f"Write it as {num_readers} files or more, or load the dataset without streaming."
             )
         self.dataset = dataset
@@ -124,16 +126,16 @@ class RowStream:
             ) from error
         self._row = place["row"]
 
-    def go_to_one_of(self, places: list[dict[str, Any]]) -> None:
+    def own_place(self, places: list[dict[str, Any]]) -> dict[str, Any]:
         """
-        Continue at this reader's place among those of all readers. If there were more or fewer readers then, the shards that none
-        of them has opened come next; what they had not read of theirs is left out in this pass.
+        This reader's place among those of all readers. If there were more or fewer readers then, the shards that none of them has
+        opened come next; what they had not read of theirs is left out in this pass.
         """
         if len(places) == self.num_readers:
-            self.go_to(places[self.reader])
-            return
+            return places[self.reader]
         unopened = max(place["number"] for place in places) + 1
-        self._open(unopened + (self.reader - unopened) % self.num_readers)
+        number = unopened + (self.reader - unopened) % self.num_readers
+        return {"number": number, "block": 0, "state": None, "row": 0}
 
     def __iter__(self) -> "RowStream":
         return self
@@ -157,7 +159,7 @@ class RowStream:
         self._shard = self.dataset.shard(num_shards=self.num_shards, index=int(order[index]))
         if state is not None:
             self._shard.load_state_dict(state)
-        self._reading[:] = [iter(self._shard)]
+        self._reading[:] = [_rows_of(self._shard)]
         self._number = number
         self._block_number = block
         self._block_state = state
@@ -174,3 +176,10 @@ class RowStream:
         self._block = [rows[i] for i in order]
         self._row = 0
         return bool(rows)
+
+
+def _rows_of(shard: IterableDataset) -> Iterator[dict[str, Any]]:
+    """All rows of a shard. In a process that loads data, datasets would take its rows for those of all such processes; not so batches."""
+    if get_worker_info() is None:
+        return iter(shard)
+    return ({name: values[0] for name, values in batch.items()} for batch in shard.iter(batch_size=1))

@@ -45,7 +45,7 @@ from .pipelines.auto import wrap_pipeline
 from .pipelines.autoencoder import load_scoring_vae
 from .pipelines.components import changes_of_the_base, commit_of_the_base, parts_from_elsewhere
 from .pipelines.conditioning import PromptEmbeds
-from .pipelines.shards import is_sharded, plain_class, spread_like
+from .pipelines.shards import is_sharded, load_whole_state, plain_class
 from .prompts import PromptStream, load_prompts, read_prompts
 from .rewards.base import Reward, wrap_reward
 from .rollout_settings import RolloutSettings
@@ -65,14 +65,17 @@ from .training.pair_metrics import PairMetrics
 from .training.rollout_workers import RolloutWorkers, own_rollout_devices
 from .training.rollouts import RolloutMixin
 from .training.running_means import gather_from_processes
+from .training.sharded_optimizer import SHARDS_NAME, load_optimizer_shards, save_optimizer_shards
 from .training.sharding import (
     asks_for_fsdp,
+    asks_for_zero3,
     check_denoiser_for_sharding,
     check_equal_weights,
     check_optimizer_file,
     check_sharding,
     require_sharding,
     shard_frozen,
+    shards_optimizer,
     trained_state,
     write_denoiser,
 )
@@ -143,6 +146,7 @@ class SPOTrainer(RolloutMixin, StepTrainer):
     _tag_names = ["trl", "spo", "diffusers", "text-to-image"]
     _name = "SPO"
     _nonfinite_metric = "pairs/nonfinite"
+    _shards_optimizer = False  # under FSDP 2, whether each process writes its part of the optimizer's state
     checkpoint_files = CheckpointFiles(
         weights=(LORA_NAME, "*/diffusion_pytorch_model*.safetensors*"),
         state=(STATE_NAME, PAIRS_NAME),
@@ -179,8 +183,9 @@ class SPOTrainer(RolloutMixin, StepTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self._shards:
+        if asks_for_fsdp(config):
             require_sharding(self.accelerator)
+            self._shards_optimizer = shards_optimizer(config, self.accelerator)
         self._compile(config)
         self.pair_loader = self._new_pair_loader()
         self._add_callbacks(config, eval_prompts or prompts)
@@ -191,7 +196,9 @@ class SPOTrainer(RolloutMixin, StepTrainer):
         """What can be said before anything is loaded. Returns the prompts to train on and to evaluate with."""
         check_sharding(config)
         own_rollout_devices(config)
-        self._shards = asks_for_fsdp(config)  # the denoiser will be spread over the processes
+        self._shards = asks_for_fsdp(config) or asks_for_zero3(
+            config
+        )  # the denoiser will be spread over the processes
         choose_best_metric(config, self.metrics)
         self.check_output(config)
         if train_dataset is None:
@@ -387,8 +394,9 @@ class SPOTrainer(RolloutMixin, StepTrainer):
             RuntimeError: under FSDP 2 before training, when the denoiser is neither whole on the device nor sharded.
         """
         if self._shards and not is_sharded(self.pipeline.denoiser):
+            engine = "ZeRO-3" if self.is_deepspeed_enabled else "FSDP 2"
             raise RuntimeError(
-                "Under FSDP 2 the denoiser is spread over the processes when `train` begins: call `train` first. "
+                f"Under {engine} the denoiser is spread over the processes when `train` begins: call `train` first. "
                 "`eval_on_start=True` evaluates before the first step."
             )
 
@@ -495,8 +503,10 @@ class SPOTrainer(RolloutMixin, StepTrainer):
             with self._reference() as reference:
                 ref_mean, std, _ = distribution(reference)
             ref_mean, std = ref_mean.detach(), std.detach()
-            # With FSDP the denoiser itself, as in rollouts: whatever is called first is the root of all units.
-            mean = distribution(self.pipeline.denoiser if self._shards else model).prev_sample_mean
+            # With FSDP the denoiser itself, as in rollouts: whatever is called first is the root of all units. DeepSpeed has to
+            # be called, as it counts the passes whose gradients it adds.
+            fsdp = self._shards and not self.is_deepspeed_enabled
+            mean = distribution(self.pipeline.denoiser if fsdp else model).prev_sample_mean
 
         # Log-probabilities of both transitions under both; only stochastic steps branch.
         def log_probs(mean):
@@ -733,11 +743,30 @@ class SPOTrainer(RolloutMixin, StepTrainer):
         if not self._shards:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # The parent would write the whole model beside the optimizer.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        # The parent would write the frozen base beside the optimizer.
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self._shards_optimizer:
+            save_optimizer_shards(self.model, self.optimizer, output_dir)
+        else:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    @property
+    def _optimizer_engine(self) -> str | None:
+        """Who writes and reads the state of the optimizer; `None` for torch itself."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        return "FSDP" if self._shards else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / SHARDS_NAME).is_dir():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer_shards(self.model, self.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _write_model(self, folder: Path, output_dir: Path, state_dict: dict | None = None) -> None:
         """The adapter in diffusers' format, or the whole denoiser in its folder, its sampler, and a model card."""
@@ -771,7 +800,7 @@ class SPOTrainer(RolloutMixin, StepTrainer):
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
-            check_optimizer_file(folder, self._shards)
+            check_optimizer_file(folder, self._optimizer_engine)
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             pool = load_file(Path(folder) / PAIRS_NAME)
             self.pair_loader.load_state_dict({**state, "pool": pool})
@@ -812,8 +841,11 @@ class SPOTrainer(RolloutMixin, StepTrainer):
             self.pipeline.load_lora(directory)
         else:
             saved = load_denoiser(plain_class(self.pipeline.denoiser), directory, self.pipeline.denoiser_name)
-            denoiser = self.pipeline.denoiser
-            denoiser.load_state_dict(spread_like(saved.state_dict(), denoiser.state_dict()))
+            load_whole_state(self.pipeline.denoiser, saved.state_dict())
+        # DeepSpeed steps from copies of its own, in float32.
+        refresh = getattr(getattr(self.optimizer, "optimizer", None), "refresh_fp32_params", None)
+        if refresh is not None:
+            refresh()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.load_model(resume_from_checkpoint)

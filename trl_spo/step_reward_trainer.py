@@ -28,7 +28,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -44,14 +44,15 @@ from .preference_dataset import check_images, load_preference_dataset, prepare_p
 from .preference_labels import preference_labels, score_clean_images
 from .rewards.base import is_reward_model, load_reward_model, wrap_reward
 from .rewards.inputs import StepRewardOutput, freeze, thaw
-from .row_stream import RowStream
 from .step_reward_config import StepRewardConfig
+from .streamed_pairs import StreamedPairs, WithPlace
 from .training.base import StepTrainer
 from .training.checkpointing import CheckpointFiles
 from .training.gather import gather_rows
 from .training.model_card import step_reward_model_card
 from .training.numerics import NonFiniteGuard, SkipNonFiniteSteps, is_finite
 from .training.running_means import RunningMeans, gather_from_processes
+from .training.sharding import check_zero3_of_a_reward
 
 
 logger = logging.get_logger(__name__)
@@ -60,18 +61,6 @@ STATE_NAME = "step_reward_state.json"
 # These keep the random numbers of training and evaluation apart.
 TRAIN = 0
 EVAL = 1
-STREAM_SHUFFLE_BUFFER = 1000  # pairs, with their undecoded images
-
-
-class _StreamedPairs(IterableDataset):
-    """Pairs of a stream, each with the place of the one behind it: a loader reads ahead of what has been trained on."""
-
-    def __init__(self, rows: RowStream):
-        self.rows = rows
-
-    def __iter__(self):
-        for row in self.rows:
-            yield row, self.rows.place
 
 
 class _PositionCallback(TrainerCallback):
@@ -99,7 +88,7 @@ class _PositionCallback(TrainerCallback):
         self.inside_epoch = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer._rows is not None:  # a stream that resumes at its place: the Trainer has skipped nothing
+        if self.trainer._stream is not None:  # a stream that resumes at its place: the Trainer has skipped nothing
             state.epoch = state.global_step / state.max_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -188,9 +177,8 @@ class StepRewardTrainer(StepTrainer):
         reward_model = unwrapped(reward_model) if isinstance(reward_model, torch.nn.Module) else reward_model
         self._check(config, reward_model, train_dataset, eval_dataset, preference_model)
         train_dataset = self._training_data(config, train_dataset)
-        self._rows = self._row_stream(config, train_dataset)
-        self._place: dict | None = None  # behind the last pair that was trained on
-        config.ignore_data_skip = config.ignore_data_skip or self._rows is not None
+        self._stream = self._stream_of(config, train_dataset)
+        config.ignore_data_skip = config.ignore_data_skip or self._stream is not None
         reward_model = self._load(config, pipeline, reward_model)
         self._prepare(config, reward_model, preference_model)
         super().__init__(
@@ -217,6 +205,7 @@ class StepRewardTrainer(StepTrainer):
                 "in the first process only (version 4 does): text encoders in the other processes would have no weights. "
                 "Set it to false, as in the configuration 'fsdp' of `trl-spo step-reward --accelerate_config`."
             )
+        check_zero3_of_a_reward(config)
         self.check_output(config)
         trainable = isinstance(reward_model, PreTrainedModel) and is_reward_model(reward_model)
         if not isinstance(reward_model, (str, Path)) and not trainable:
@@ -287,20 +276,15 @@ class StepRewardTrainer(StepTrainer):
         """The pairs to train on, checked; those of the config if none are given."""
         if train_dataset is None and config.dataset_name is not None:
             train_dataset = load_preference_dataset(config.dataset_name, streaming=config.dataset_streaming)
-        train_dataset = _prepare(train_dataset, config, training=True)
-        if _mixes_stream(config, train_dataset) and config.dataloader_num_workers > 0:
-            # The Trainer shuffles only what it can index.
-            train_dataset = train_dataset.shuffle(seed=config.seed, buffer_size=STREAM_SHUFFLE_BUFFER)
-        return train_dataset
+        return _prepare(train_dataset, config, training=True)
 
     @staticmethod
-    def _row_stream(config: StepRewardConfig, train_dataset) -> RowStream | None:
-        """The reader of a stream that can go on at its place. Processes that load data have places of their own, so not with them."""
-        if not _mixes_stream(config, train_dataset) or config.dataloader_num_workers > 0:
+    def _stream_of(config: StepRewardConfig, train_dataset) -> StreamedPairs | None:
+        """The pairs of `dataset_streaming`; other streams are read as the Trainer does, in their own order."""
+        if not config.dataset_streaming or not isinstance(train_dataset, datasets.IterableDataset):
             return None
-        return RowStream(
-            train_dataset, config.process_index, config.world_size, config.seed, block_size=STREAM_SHUFFLE_BUFFER
-        )
+        workers = config.dataloader_num_workers
+        return StreamedPairs(train_dataset, config.process_index, config.world_size, workers, config.seed)
 
     @staticmethod
     def _collator(config: StepRewardConfig) -> StepPreferenceCollator:
@@ -394,19 +378,17 @@ class StepRewardTrainer(StepTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """That of the Trainer; of a stream, one that tells the place behind each batch."""
-        if self._rows is None:
+        if self._stream is None:
             return super().get_train_dataloader()
-        collator = self.data_collator
-
-        def collate(items: list[tuple[dict, dict]]) -> dict[str, Any]:
-            rows, places = zip(*items, strict=True)
-            return {**collator(list(rows)), "place": places[-1]}
-
+        args = self.args
         return DataLoader(
-            _StreamedPairs(self._rows),
+            self._stream,
             batch_size=self._train_batch_size,
-            collate_fn=collate,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            collate_fn=WithPlace(self.data_collator),
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
 
     def _score_pairs(
@@ -543,7 +525,7 @@ class StepRewardTrainer(StepTrainer):
 
     def training_step(self, model, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         if "place" in inputs:
-            self._place = inputs.pop("place")
+            self._stream.has_been_trained_on(inputs.pop("place"))
         loss = super().training_step(model, inputs, *args, **kwargs)
         position = self._position
         position.loss = position.loss + torch.where(loss.isfinite(), loss, 0.0)
@@ -563,7 +545,9 @@ class StepRewardTrainer(StepTrainer):
             self._write_model_card(folder, output_dir)
 
     def _write_state(self, folder: Path) -> None:
-        own = {"loss": float(self._position.loss), "metrics": self._metrics.state_dict(), "place": self._place}
+        own = {"loss": float(self._position.loss), "metrics": self._metrics.state_dict()}
+        if self._stream is not None:
+            own["stream"] = self._stream.state_dict()
         processes = gather_from_processes(own)
         if not self.args.should_save:
             return
@@ -572,7 +556,6 @@ class StepRewardTrainer(StepTrainer):
             "first_step_of_epoch": self._position.first_step,
             "last_logged_step": self._globalstep_last_logged,
             "num_pairs": None if self._is_streamed else len(self.train_dataset),
-            "num_shards": None if self._rows is None else self._rows.num_shards,
             "processes": processes,
         }
         (folder / STATE_NAME).write_text(json.dumps(state))
@@ -581,9 +564,8 @@ class StepRewardTrainer(StepTrainer):
         self._last_step = self._micro_step = -1
         self._position.start()
         self._metrics.clear()
-        self._place = None
-        if self._rows is not None:
-            self._rows.restart()
+        if self._stream is not None:
+            self._stream.restart()
         if folder is None:
             return False
         if not (Path(folder) / STATE_NAME).is_file():
@@ -600,31 +582,14 @@ class StepRewardTrainer(StepTrainer):
         loss = sum(process["loss"] for process in mine or processes) / len(mine or processes)
         self._position.start(state["epoch"], state["first_step_of_epoch"], state["last_logged_step"], loss)
         self._metrics.load_state_dict(*[_metrics_of(process, state) for process in mine])
-        if self._rows is not None:
-            self._go_on_in_stream(folder, state)
+        if self._stream is not None:
+            self._stream.load_state_dicts([_stream_state(process, state) for process in processes])
         elif self._is_streamed and state["epoch"] > 0 and not hasattr(Trainer, "_init_training_state"):
             raise ValueError(
                 f"{folder!r} is in pass {state['epoch'] + 1} over a stream, and this version of transformers resumes in "
                 "the first one only. Upgrade transformers to version 5."
             )
         return False
-
-    def _go_on_in_stream(self, folder: str, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: if the checkpoint is of another stream, or of none.
-        """
-        places = [process.get("place") for process in state["processes"]]
-        if None in places or state["num_shards"] != self._rows.num_shards:
-            before = (
-                "without `dataset_streaming`" if None in places else f"on a stream of {state['num_shards']} shards"
-            )
-            raise ValueError(
-                f"{folder!r} was written {before}, and this run has a stream of {self._rows.num_shards} shards. Resume with the "
-                "same `train_dataset`, `dataset_streaming` and `dataloader_num_workers`."
-            )
-        self._rows.go_to_one_of(places)
-        self._place = self._rows.place
 
     @property
     def _is_streamed(self) -> bool:
@@ -637,7 +602,7 @@ class StepRewardTrainer(StepTrainer):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        has_place = not self._is_streamed or self._rows is not None
+        has_place = not self._is_streamed or self._stream is not None
         if resume_from_checkpoint is None or has_place or self._position.epoch < 0:
             return position
         steps = self.state.global_step - self._position.first_step
@@ -736,9 +701,11 @@ def _metrics_of(process: dict, state: dict) -> dict[str, list]:
     return {**means, "nonfinite_pairs": [nonfinite, 0, "sum"], "skipped_steps": [skipped, 0, "sum"]}
 
 
-def _mixes_stream(config: StepRewardConfig, train_dataset) -> bool:
-    """Whether the rows of a stream are read in an order of the trainer's; otherwise in that of the stream."""
-    return config.dataset_streaming and isinstance(train_dataset, datasets.IterableDataset)
+def _stream_state(process: dict[str, Any], state: dict[str, Any]) -> dict[str, Any] | None:
+    """Where a process was in a stream; older checkpoints have one place for each process."""
+    if process.get("place") is not None:
+        return {"num_shards": state["num_shards"], "places": [process["place"]], "next": 0}
+    return process.get("stream")
 
 
 def _prepare(dataset: Any, config: StepRewardConfig, training: bool = False) -> Any:

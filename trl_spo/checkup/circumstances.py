@@ -34,14 +34,14 @@ class Circumstances:
     Attributes:
         card_memory (`float`, *optional*): GiB of a card elsewhere; `None` for this machine.
         world_size (`int`): processes of the run.
-        is_sharded (`bool`): whether FSDP spreads the denoiser over them.
+        sharding (`str`, *optional*): "FSDP 2" or "DeepSpeed ZeRO-3", which spread the denoiser over them.
         on_cpu (`bool`): whether there is no GPU here and `use_cpu` was set for that reason alone.
         hub ([`Hub`]): asked about repositories.
     """
 
     card_memory: float | None = None
     world_size: int = 1
-    is_sharded: bool = False
+    sharding: str | None = None
     on_cpu: bool = False
     hub: Hub = field(default_factory=Hub)
 

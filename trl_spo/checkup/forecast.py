@@ -54,6 +54,7 @@ from ..training.memory_plan import (
 from .networks import PublishedModel, embeds_of, pipeline_on_paper, text_shape
 
 
+FSDP2, ZERO3 = "FSDP 2", "DeepSpeed ZeRO-3"  # what spreads a denoiser over processes
 RESERVE = 0.1  # of a card, for its context, workspaces of kernels and fragments of the allocator
 CONTEXT_BYTES = GIB // 2  # what CUDA takes before anything is loaded
 OPTIMIZER_STATES = {  # part of an optimizer's name -> bytes of its states per byte of trained float32 weights; Adam's are 2
@@ -303,7 +304,7 @@ class SPOForecaster:
             for a reward that is not known.
         peft_config (`Callable[[SPOPipeline], PeftConfig | None]`): the adapter of the run.
         world_size (`int`, *optional*, defaults to `1`): processes of the run.
-        is_sharded (`bool`, *optional*, defaults to `False`): whether FSDP 2 spreads the denoiser over them.
+        sharding (`str`, *optional*): "FSDP 2" or "DeepSpeed ZeRO-3", which spread the denoiser over them.
     """
 
     def __init__(
@@ -312,13 +313,13 @@ class SPOForecaster:
         make_reward: Callable[[SPOPipeline], torch.nn.Module | None],
         peft_config: Callable[[SPOPipeline], Any],
         world_size: int = 1,
-        is_sharded: bool = False,
+        sharding: str | None = None,
     ):
         self.model = model
         self.make_reward = make_reward
         self.peft_config = peft_config
         self.world_size = world_size
-        self.is_sharded = is_sharded
+        self.sharding = sharding
         self._networks: dict[tuple, Networks] = {}
 
     def networks(self, variant: Variant) -> Networks:
@@ -352,10 +353,12 @@ class SPOForecaster:
         found["adapter" if config.use_peft else f"{pipeline.denoiser_name}, trained in float32"] = trained
         if pipeline._frozen_copy is not None:
             found["frozen copy of it"] = module_bytes(pipeline._frozen_copy)
-        exchanges_buckets = self.world_size > 1 and not self.is_sharded
+        exchanges_buckets = self.world_size > 1 and not self.sharding
         found["gradients"] = trained * (2 if exchanges_buckets else 1)
         found["optimizer states"] = int(optimizer_share(config) * trained)
-        if self.is_sharded:  # so far everything is of the denoiser, of which each process has a part
+        if self.sharding == ZERO3:
+            found["DeepSpeed's copy of what is trained"] = trained
+        if self.sharding:  # so far everything is of the denoiser, of which each process has a part
             found = {name: math.ceil(size / self.world_size) for name, size in found.items()}
         found |= frozen_bytes(pipeline)
         if networks.reward is not None:
@@ -378,7 +381,7 @@ class SPOForecaster:
         with autocast_of(autocast_dtype(config), like_cuda=card is not None and card.device_type == "cuda"):
             phases += self._rollout(config, networks, self._free(variant, card, resident), card)
             phases.append(self._training_step(config, networks))
-        if self.is_sharded:
+        if self.sharding:
             whole = gathered_bytes(networks.trained)
             uses_denoiser = [not phase.name.startswith(("text", "rollout, decode")) for phase in phases]
             phases = [
@@ -386,6 +389,9 @@ class SPOForecaster:
                 for phase, uses in zip(phases, uses_denoiser, strict=True)
             ]
         phases.append(Phase("optimizer step", 0))
+        if self.sharding == ZERO3:  # it takes the denoiser apart on the device
+            denoiser = module_bytes(networks.pipeline.denoiser)
+            phases.append(Phase("before training, the whole denoiser", denoiser - denoiser // self.world_size))
         return Forecast(resident, phases)
 
     def _free(self, variant: Variant, card: Card | None, resident: dict[str, int]) -> int | None:
@@ -407,7 +413,7 @@ class SPOForecaster:
         if not all(sizes.values()):
             limits = chunk_limits(config, pipeline, "cpu" if card is None else card.device_type, free)
             chosen = limits.busy
-            if limits.budget_gib is not None and not self.is_sharded:  # shards go by no memory, which may differ
+            if limits.budget_gib is not None and not self.sharding:  # shards go by no memory, which may differ
                 chosen = limits.sizes(*(_largest(phase, limits) for phase in (denoiser_of, scoring_of)))
             sizes = {name: size or chosen[name] for name, size in sizes.items()}
         denoiser, decoder, _ = (min(size, most) for size in sizes.values())

@@ -162,11 +162,11 @@ def _check_networks(report: Report, model: PublishedModel, note: str, arguments:
         lambda paper: _quiet_reward(reward_args, paper, where),
         model_args.peft_config,
         where.world_size,
-        where.is_sharded,
+        where.sharding,
     )
     variant = Variant(config, dtype, quantised)
-    if where.is_sharded:
-        text = f"the denoiser is spread over {where.world_size} processes (FSDP 2); predicted from its shapes, never measured on GPUs"
+    if where.sharding:
+        text = f"the denoiser is spread over {where.world_size} processes ({where.sharding}); predicted from its shapes, never measured on GPUs"
         report.add(MEMORY, NOTE, "shards", text)
         if quantised is not None:
             report.add(SETTINGS, PROBLEM, "shards", "a quantised denoiser cannot be spread: leave out one of the two.")

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .reward_adapter import REWARD_ADAPTER, reward_parameters
-from .shards import spread_like
+from .shards import gathered, spread_like
 
 
 logger = logging.get_logger(__name__)
@@ -369,23 +369,24 @@ def load_lora(pipeline: Any, denoiser_name: str, directory: str | Path) -> None:
     layers = {name.removeprefix(prefix): value for name, value in layers.items() if name.startswith(prefix)}
     layers = convert_unet_state_dict_to_peft(layers)
     denoiser = getattr(pipeline, denoiser_name)
-    expected = get_peft_model_state_dict(denoiser)
-    differing = sorted(set(layers) ^ set(expected))
-    if not differing:
-        differing = sorted(name for name in expected if layers[name].shape != expected[name].shape)
-    if differing:
-        raise ValueError(
-            f"The LoRA in {str(directory)!r} does not fit the adapter being trained (first difference: "
-            f"{differing[0]!r}). Use the `peft_config` of the run that wrote it."
-        )
+    with gathered(adapter_parameters(denoiser), writable=True):
+        expected = get_peft_model_state_dict(denoiser)
+        differing = sorted(set(layers) ^ set(expected))
+        if not differing:
+            differing = sorted(name for name in expected if layers[name].shape != expected[name].shape)
+        if differing:
+            raise ValueError(
+                f"The LoRA in {str(directory)!r} does not fit the adapter being trained (first difference: "
+                f"{differing[0]!r}). Use the `peft_config` of the run that wrote it."
+            )
 
-    # Undo the folding of strengths, and load.
-    folded = _check_strength(Path(directory) / LORA_NAME, denoiser_name, denoiser.peft_config["default"])
-    if folded:
-        for name in layers:
-            if ".lora_B." in name:
-                layers[name] = layers[name] / _strength(denoiser, name)
-    set_peft_model_state_dict(denoiser, spread_like(layers, expected))
+        # Undo the folding of strengths, and load.
+        folded = _check_strength(Path(directory) / LORA_NAME, denoiser_name, denoiser.peft_config["default"])
+        if folded:
+            for name in layers:
+                if ".lora_B." in name:
+                    layers[name] = layers[name] / _strength(denoiser, name)
+        set_peft_model_state_dict(denoiser, spread_like(layers, expected))
 
 
 def _check_strength(file: Path, denoiser_name: str, peft_config: PeftConfig) -> bool:

@@ -150,6 +150,20 @@ class DenoiserForTraining(torch.nn.Module):
     def forward(self, *args, **kwargs):
         return self.denoiser(*args, **kwargs)
 
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """
+        A state with all that is trained is complete: what is frozen comes from the base model, and checkpoints of DeepSpeed
+        leave it out.
+        """
+        keys = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        missing = sorted(trained & set(keys.missing_keys))
+        if strict and (missing or keys.unexpected_keys):
+            raise RuntimeError(
+                f"The state lacks {missing} and has {keys.unexpected_keys}, which the denoiser has not."
+            )
+        return keys
+
     @property
     def _no_split_modules(self) -> list[str]:
         """

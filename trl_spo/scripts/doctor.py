@@ -49,11 +49,13 @@ def split_own_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[
     return own, rest
 
 
-def processes_of(launch: list[str], resolve) -> tuple[int, bool]:
+def processes_of(launch: list[str], resolve) -> tuple[int, str | None]:
     """
-    How many processes the options of `accelerate launch` ask for, or the configuration that they name, and whether FSDP spreads the
-    denoiser over them.
+    How many processes the options of `accelerate launch` ask for, or the configuration that they name, and what spreads the denoiser
+    over them.
     """
+    from ..checkup.forecast import FSDP2, ZERO3
+
     words = split_values(launch)
     content = {}
     if "--accelerate_config" in words:
@@ -66,7 +68,9 @@ def processes_of(launch: list[str], resolve) -> tuple[int, bool]:
         if option in ("--num_processes", "--num-processes"):
             number = int(value)
     uses_fsdp = content.get("distributed_type") == "FSDP" or {"--use_fsdp", "--use-fsdp"} & set(words)
-    return number, bool(uses_fsdp) and number > 1
+    uses_zero3 = (content.get("deepspeed_config") or {}).get("zero_stage") == 3
+    sharding = FSDP2 if uses_fsdp else ZERO3 if uses_zero3 else None
+    return number, sharding if number > 1 else None
 
 
 def main(command: str, parser, arguments: list[str], launch: list[str] = (), resolve=None) -> int:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .trainer_options import REFUSED, check_options
 
@@ -119,6 +120,8 @@ class StepTrainingArguments(TrainingArguments):
         if self.activation_checkpointing and not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = True  # its name in transformers 4
         super().__post_init__()
+        # Under DeepSpeed ZeRO-3 transformers would load all networks in parts, also those that are not trained.
+        unset_hf_deepspeed_config()
 
     def check_kinds(self) -> None:
         """

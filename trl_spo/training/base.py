@@ -27,6 +27,7 @@ from pathlib import Path
 
 from transformers import Trainer
 from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .arguments import StepTrainingArguments
@@ -86,6 +87,10 @@ class StepTrainer(AveragedWeightsMixin, CheckpointingMixin, Trainer):
                 raise ValueError(
                     f"`report_to` names {name!r}, which is not installed: install it, or set `report_to='none'`."
                 )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        unset_hf_deepspeed_config()  # as in the config: accelerate has said it anew
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` to the output directory; arguments of the parent method are accepted and not used."""

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..captions import captioned_grid
 from ..images import to_pil
+from ..pipelines.shards import is_sharded
 from .checkpointing import write_text
 from .model_card import SAMPLES_NAME
 
@@ -99,7 +100,9 @@ class ImageLoggingCallback(TrainerCallback):
 
     def _log(self, args, state):
         writes = state.is_world_process_zero
-        if not writes and not self.trainer.is_fsdp_enabled:  # all processes call a denoiser that is spread over them
+        if not writes and not is_sharded(
+            self.trainer.pipeline.denoiser
+        ):  # all processes call one that is spread over them
             return
         self._last = state.global_step
         # Sample, and save what the model card shows.

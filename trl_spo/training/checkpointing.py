@@ -47,6 +47,7 @@ from .run_record import (
     read_record,
     settings_of,
 )
+from .sharded_optimizer import missing_shards
 from .stopping import StopOnSignalCallback, stop_signal
 
 
@@ -368,6 +369,7 @@ def _damaged_files(folder: Path) -> list[str]:
             problems.append(f"{path.relative_to(folder).as_posix()} {damage}")
         if path.name.endswith(".safetensors.index.json"):
             problems += _missing_shards(path)
+    problems += missing_shards(folder)
     networks = {path.parent for path in folder.glob("*/diffusion_pytorch_model*.safetensors*")}
     for network in networks:
         if not (network / "config.json").is_file():
@@ -494,6 +496,12 @@ def checkpoint_to_resume(
 
     # Another number of processes can go on from here, but does not repeat the run exactly.
     written_by = len(_rng_files(Path(folder)))
+    if written_by != world_size and any(Path(folder).glob("global_step*")):
+        raise ValueError(
+            f"{folder!r} was written by {written_by} process(es) with DeepSpeed and this run has {world_size}. DeepSpeed reads its "
+            f"own checkpoints with as many processes only: start {written_by}, or begin a new run with the weights, by "
+            "`trainer.load_model(...)` and `trainer.train()`."
+        )
     if written_by != world_size:
         logger.warning(
             f"{folder!r} was written by {written_by} process(es) and this run has {world_size}. It goes on from there, "

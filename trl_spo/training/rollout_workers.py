@@ -158,7 +158,7 @@ class RolloutWorkers:
         """
         if version != self._version:
             trained = {name: p for name, p in self._pipeline.denoiser.named_parameters() if p.requires_grad}
-            weights = {name: whole(p.detach()).cpu().contiguous() for name, p in trained.items()}
+            weights = {name: whole(p).cpu().contiguous() for name, p in trained.items()}
             self._weights, self._version, self._unsent = save(weights), version, set(range(len(self.devices)))
         futures = []
         for i, executor in enumerate(self._executors):

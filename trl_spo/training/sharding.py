@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-SPO with a denoiser that is spread over the processes (FSDP 2, `fully_shard` of torch, by way of accelerate).
+SPO with a denoiser that is spread over the processes, by FSDP 2 (`fully_shard` of torch) or DeepSpeed ZeRO-3, by way of accelerate.
 
 A sharded network gathers the weights of each block from all processes whenever it is called. So a rollout runs unchanged, as
 long as one rule is kept: every process calls the denoiser equally often. This module says which settings keep it, and reads
@@ -26,22 +26,26 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils import fsdp2_prepare_model, gather_object
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import TrainingArguments
 
 from ..pipelines.denoiser import DenoiserForTraining, layerwise_casting
-from ..pipelines.shards import is_sharded, plain_class
+from ..pipelines.shards import is_partitioned, is_sharded, plain_class, whole
 from ..spo_config import SPOConfig
+from .sharded_optimizer import LOWEST_TORCH, SHARDS_NAME, can_shard_optimizers
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that were run on shards
 COMPARED_NUMBERS = 4  # of each parameter
+ADVICE_ZERO3 = (
+    "The configuration `deepspeed_zero3` of the package has all that is needed: `--accelerate_config deepspeed_zero3`."
+)
 ADVICE = "The configuration `fsdp2` of the package has all that is needed: `--accelerate_config fsdp2`."
 
 
@@ -50,21 +54,30 @@ def asks_for_fsdp(config: SPOConfig) -> bool:
     return bool(config.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def _settings_of(config: SPOConfig) -> dict:
+    """What the config says about FSDP; the rest is in the environment."""
+    return getattr(config, "fsdp_plugin_args", None) or {}
+
+
+def asks_for_zero3(config: TrainingArguments) -> bool:
+    """Whether the config, or `accelerate launch` through the environment, wants DeepSpeed ZeRO-3."""
+    plugin = getattr(config, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def check_sharding(config: SPOConfig) -> None:
     """
     Check that SPO can train with the way in which parameters would be spread over processes, if they would be.
 
     Raises:
-        ValueError: for DeepSpeed ZeRO-3 and FSDP 1, and for settings that do not work with FSDP 2.
+        ValueError: for FSDP 1, and for settings that do not work with FSDP 2 or DeepSpeed ZeRO-3.
     """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "DeepSpeed ZeRO-3 is refused: rollouts of SPO with parameters that DeepSpeed has sharded were never compared with "
-            "those of a whole denoiser. Use FSDP 2 (`--accelerate_config fsdp2`), or ZeRO-1 or 2."
-        )
+    if asks_for_zero3(config):
+        for problem in (*_of_zero3(config.deepspeed_plugin), *_of_the_config(config)):
+            raise ValueError(f"SPO under DeepSpeed ZeRO-3: {problem} {ADVICE_ZERO3}")
     if not asks_for_fsdp(config):
         return
-    settings = getattr(config, "fsdp_plugin_args", None) or {}
+    settings = _settings_of(config)
     # Asked first: accelerate's plugin for version 1 cannot even be built on a machine without accelerators.
     if int(settings.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1)) != 2:
         raise ValueError(
@@ -76,6 +89,35 @@ def check_sharding(config: SPOConfig) -> None:
         raise ValueError(f"SPO under FSDP 2: {problem} {ADVICE}")
 
 
+def check_zero3_of_a_reward(config: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: for settings of ZeRO-3 under which a reward model would be saved without its weights.
+    """
+    if not asks_for_zero3(config):
+        return
+    zero = config.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if not zero.get("stage3_gather_16bit_weights_on_model_save", False):
+        raise ValueError(
+            "Under DeepSpeed ZeRO-3 set `zero3_save_16bit_model: true`, otherwise the reward model would be saved without its weights. "
+            f"{ADVICE_ZERO3}"
+        )
+
+
+def _of_zero3(plugin: DeepSpeedPlugin) -> list[str]:
+    """What is wrong with the settings of ZeRO-3 itself, one sentence each."""
+    problems = []
+    zero = plugin.deepspeed_config["zero_optimization"]
+    if plugin.zero3_init_flag:
+        problems.append(
+            "set `zero3_init_flag: false`. Networks are loaded whole, and the denoiser is spread when training begins."
+        )
+    for key, name in (("offload_param", "offload_param_device"), ("offload_optimizer", "offload_optimizer_device")):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            problems.append(f"set `{name}: none`. Offloading was never run with rollouts.")
+    return problems
+
+
 def _of_the_plugin(plugin: FullyShardedDataParallelPlugin) -> list[str]:
     """What is wrong with the settings of FSDP itself, one sentence each."""
     problems = []
@@ -84,10 +126,10 @@ def _of_the_plugin(plugin: FullyShardedDataParallelPlugin) -> list[str]:
             "set `fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP` and name no classes: the blocks of the denoiser and the "
             "denoiser itself are the units, as rollouts call the denoiser by itself."
         )
-    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+    if plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT and not can_shard_optimizers():
         problems.append(
-            "set `fsdp_state_dict_type: FULL_STATE_DICT`. Sharded checkpoints have an index that is unpickled, which may run "
-            "code, and what training resumes from here must not."
+            f"`fsdp_state_dict_type: SHARDED_STATE_DICT` needs torch {LOWEST_TORCH}, whose shards are safetensors, and this is "
+            f"torch {torch.__version__}: set FULL_STATE_DICT."
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         problems.append("set `fsdp_offload_params: false`. Latents are made on the device where the weights are.")
@@ -133,8 +175,8 @@ def check_denoiser_for_sharding(denoiser: torch.nn.Module) -> None:
     plain = all(w.is_floating_point() and not is_traceable_wrapper_subclass(w) for w in denoiser.parameters())
     if not plain or layerwise_casting(denoiser) is not None:
         raise ValueError(
-            "FSDP 2 cannot spread a quantised denoiser, or one under layerwise casting, over the processes. Load it in "
-            "bfloat16 or float32, or train without FSDP."
+            "A quantised denoiser, or one under layerwise casting, cannot be spread over the processes. Load it in bfloat16 or "
+            "float32, or train without FSDP and ZeRO-3."
         )
 
 
@@ -156,6 +198,16 @@ def require_sharding(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
+def shards_optimizer(config: SPOConfig, accelerator: Accelerator) -> bool:
+    """
+    Whether each process shall write its own part of the optimizer's state. accelerate is told that it shall be whole: its own
+    way of writing parts has an index that is unpickled, which may run code.
+    """
+    asked = FullyShardedDataParallelPlugin(**_settings_of(config)).state_dict_type
+    accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    return asked == StateDictType.SHARDED_STATE_DICT
+
+
 def check_equal_weights(network: torch.nn.Module) -> None:
     """
     Check that all processes begin with the same weights: each will keep its own part of its own copy. A few numbers of every
@@ -170,26 +222,31 @@ def check_equal_weights(network: torch.nn.Module) -> None:
         digest.update(str(value.detach().flatten()[:COMPARED_NUMBERS].float().tolist()).encode())
     if len(set(gather_object([digest.hexdigest()]))) > 1:
         raise ValueError(
-            "The processes have denoisers with different weights, of which FSDP 2 would make a mixture. Load the same weights "
+            "The processes have denoisers with different weights, of which their parts would be a mixture. Load the same weights "
             "in every process; where they are drawn at random, set the same seed before."
         )
 
 
-def check_optimizer_file(folder: str | Path, sharded: bool) -> None:
+def check_optimizer_file(folder: str | Path, written_by: str | None) -> None:
     """
-    Check that the optimizer state of a checkpoint was written as this run reads it: with FSDP by the names of parameters,
-    otherwise by their order.
+    Check that the optimizer state of a checkpoint was written as this run reads it: with FSDP by the names of parameters, with
+    DeepSpeed by itself, otherwise by the order of parameters.
+
+    Args:
+        folder (`str` or `Path`): of the checkpoint.
+        written_by (`str`, *optional*): "FSDP" or "DeepSpeed", as this run would write it.
 
     Raises:
-        ValueError: if it is of the other kind.
+        ValueError: if it is of another kind.
     """
-    own, other = ("optimizer.bin", "optimizer.pt") if sharded else ("optimizer.pt", "optimizer.bin")
-    folder = Path(folder)
-    if (folder / other).is_file() and not (folder / own).is_file():
-        written, now = ("without", "with") if sharded else ("with", "without")
+    kinds = {"FSDP": ("optimizer.bin", SHARDS_NAME), "DeepSpeed": ("global_step*",), None: ("optimizer.pt",)}
+    found = [kind for kind, names in kinds.items() if any(any(Path(folder).glob(name)) for name in names)]
+    if found and written_by not in found:
+        written = f"with {found[0]}" if found[0] else "without FSDP and DeepSpeed"
+        now = f"with {written_by}" if written_by else "without them" if not found[0] else f"without {found[0]}"
         raise ValueError(
-            f"{str(folder)!r} was written {written} FSDP and this run trains {now} it, which reads another optimizer state. "
-            f"Resume {written} FSDP; or start a new run from its weights, with `trainer.load_model(...)` and `trainer.train()`."
+            f"{str(folder)!r} was written {written} and this run trains {now}, which reads another optimizer state. "
+            f"Resume {written}; or start a new run from its weights, with `trainer.load_model(...)` and `trainer.train()`."
         )
 
 
@@ -198,14 +255,28 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     The whole tensors of all parameters that are trained, on the CPU of the first process; the others get none. Every process
     must call it.
     """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if is_partitioned(next(iter(trained.values()))):
+        state = {name: whole(parameter).cpu() for name, parameter in trained.items()}
+        return state if torch.distributed.get_rank() == 0 else {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return get_model_state_dict(model, options=options)
 
 
 def shard_frozen(network: torch.nn.Module, accelerator: Accelerator) -> None:
     """Spread the frozen copy of full fine-tuning as the trained network is, if that has not been done."""
-    if not is_sharded(network):
+    if is_sharded(network):
+        return
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
         fsdp2_prepare_model(accelerator, DenoiserForTraining(network))
+        return
+    import deepspeed
+
+    zero = {k: v for k, v in plugin.deepspeed_config["zero_optimization"].items() if v != "auto"}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    config["bf16"] = {"enabled": accelerator.mixed_precision == "bf16"}
+    deepspeed.initialize(model=DenoiserForTraining(network), config=config)
 
 
 def write_denoiser(denoiser: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:

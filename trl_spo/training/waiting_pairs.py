@@ -17,6 +17,7 @@ Check that a checkpoint belongs to a run. Pairs that still wait in it for their 
 and guidance, and its weights are changes of one base model: a run with others must not go on as if they were its own.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
 
     Returns:
         `dict[str, list[float]]`: name of the denoiser and of each text encoder -> numbers. Networks that are trained as a
-        whole, or whose weights are quantised, have none. Under FSDP every process must call it.
+        whole, or whose weights are quantised, have none. If the denoiser is spread over processes, each must call it.
     """
     numbers = {}
     for name, network in {pipeline.denoiser_name: pipeline.denoiser, **pipeline.text_encoders()}.items():
@@ -108,7 +109,7 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
         chosen = base[:: max(len(base) // SAMPLED_WEIGHTS, 1)][:SAMPLED_WEIGHTS]
         values = []
         for weight in chosen:
-            values += whole(weight.detach()).flatten()[:SAMPLED_WEIGHTS].float().tolist()
+            values += whole(weight).flatten()[:SAMPLED_WEIGHTS].float().tolist()
         if values:
             numbers[name] = values
     return numbers
@@ -116,7 +117,8 @@ def sample_base_weights(pipeline: SPOPipeline) -> dict[str, list[float]]:
 
 def _is_comparable(weight: torch.nn.Parameter) -> bool:
     """Whether a weight is frozen and has plain numbers. Rounded to 8 bits or less, those of two models may look alike."""
-    if weight.requires_grad or weight.ndim < 2 or weight.numel() == 0:
+    shape = getattr(weight, "ds_shape", weight.shape)  # DeepSpeed takes the tensor away
+    if weight.requires_grad or len(shape) < 2 or math.prod(shape) == 0:
         return False
     if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):  # a shard of FSDP is plain
         return False
