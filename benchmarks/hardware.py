@@ -17,11 +17,14 @@ Which preset fits which card: the prediction of `trl-spo doctor` for every pair 
 
 ```
 python benchmarks/hardware.py --json benchmarks/results/hardware.json
-python benchmarks/hardware.py --fsdp2 2 4 8 --presets sd3 flux qwen_image --json benchmarks/results/hardware_fsdp2.json
+python benchmarks/hardware.py --fsdp2 2 4 8 --json benchmarks/results/hardware_fsdp2.json
+python benchmarks/hardware.py --zero3 2 4 8 --presets sd3 flux qwen_image --json benchmarks/results/hardware_zero3.json
+python benchmarks/hardware.py --fsdp2 8 16 64 --all_weights --presets sd3 flux qwen_image --cards 24 40 80 141 \
+    --json benchmarks/results/hardware_fsdp2_all_weights.json
 ```
 
 A cell is the predicted peak in GiB where the preset fits as it is (a tenth of the card is left for workspaces and fragments);
-otherwise the change of settings that costs the least time and is enough, with its peak. Nothing is measured. With `--fsdp2` the
+otherwise the change of settings that costs the least time and is enough, with its peak. Nothing is measured. With `--fsdp2` or `--zero3` the
 table is about a denoiser that is spread over so many cards: the peak of each, and the smallest of the cards on which that fits.
 """
 
@@ -29,13 +32,14 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trl_spo.checkup.circumstances import Circumstances, precision_of, read_shapes
-from trl_spo.checkup.forecast import Card, SPOForecaster, Variant
+from trl_spo.checkup.forecast import FSDP2, ZERO3, Card, SPOForecaster, Variant
 from trl_spo.checkup.networks import reward_on_paper
 from trl_spo.checkup.remedies import find_remedies
 from trl_spo.scripts import spo
@@ -64,11 +68,13 @@ def predict(preset: str, cards: tuple[int, ...]) -> dict[str, dict]:
     return found
 
 
-def predict_sharded(preset: str, processes: list[int], cards: tuple[int, ...]) -> dict[str, dict]:
-    """Processes -> peak of each with FSDP 2, its phase, and the smallest card on which it fits."""
+def predict_sharded(
+    preset: str, processes: list[int], cards: tuple[int, ...], sharding: str, options: list[str]
+) -> dict[str, dict]:
+    """Processes -> peak of each with a denoiser that is spread over them, its phase, and the smallest card on which it fits."""
     found = {}
     for count in processes:
-        forecaster, variant = planned(preset, count)
+        forecaster, variant = planned(preset, count, sharding, options)
         for gib in sorted(cards):
             card = Card.planned(gib)
             forecast = forecaster.forecast(variant, card)
@@ -80,10 +86,12 @@ def predict_sharded(preset: str, processes: list[int], cards: tuple[int, ...]) -
     return found
 
 
-def planned(preset: str, shards: int = 1) -> tuple[SPOForecaster, Variant]:
-    """The run of a preset on paper, its denoiser whole or spread over so many processes."""
+def planned(
+    preset: str, shards: int = 1, sharding: str = FSDP2, options: Sequence[str] = ()
+) -> tuple[SPOForecaster, Variant]:
+    """The run of a preset on paper, with further options, its denoiser whole or spread over so many processes."""
     config_file = ROOT / "examples" / "configs" / f"spo_{preset}.yaml"
-    arguments = ["--config", str(config_file), "--dataset_name", "prompts.txt", "--use_cpu"]
+    arguments = ["--config", str(config_file), "--dataset_name", "prompts.txt", "--use_cpu", *options]
     model_args, reward_args, _, config = spo.make_parser().parse_args_and_config(arguments)
     where = Circumstances(card_memory=24)
     where.hub.why_not = "shapes as published are what is wanted"
@@ -94,7 +102,7 @@ def planned(preset: str, shards: int = 1) -> tuple[SPOForecaster, Variant]:
         lambda pipeline: reward_on_paper(reward_args, pipeline, online=False)[0],
         model_args.peft_config,
         world_size=shards,
-        sharding="FSDP 2" if shards > 1 else None,
+        sharding=sharding if shards > 1 else None,
     )
     return forecaster, Variant(config, dtype, quantised)
 
@@ -140,10 +148,16 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--cards", nargs="+", type=int, default=list(CARDS), help="GiB of each card")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--fsdp2", nargs="+", type=int, help="processes that share a denoiser, instead of whole ones")
+    parser.add_argument("--zero3", nargs="+", type=int, help="the same by DeepSpeed ZeRO-3")
+    parser.add_argument("--all_weights", action="store_true", help="with these two: train the whole denoiser, no LoRA")
     arguments = parser.parse_args(argv)
     cards = tuple(arguments.cards)
-    if arguments.fsdp2:
-        results = {preset: predict_sharded(preset, arguments.fsdp2, cards) for preset in arguments.presets}
+    if arguments.fsdp2 or arguments.zero3:
+        counts, sharding = (arguments.fsdp2, FSDP2) if arguments.fsdp2 else (arguments.zero3, ZERO3)
+        options = ["--use_peft", "false"] if arguments.all_weights else []
+        results = {}
+        for preset in arguments.presets:
+            results[preset] = predict_sharded(preset, counts, cards, sharding, options)
         print(sharded_table(results))
     else:
         results = {preset: predict(preset, cards) for preset in arguments.presets}

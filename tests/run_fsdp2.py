@@ -17,6 +17,7 @@ The program that `test_fsdp2.py` and `test_zero3.py` start in two processes: `ru
 rank r saw of a scenario is left in `FOLDER/SCENARIO_r.pt`. The tests call the same functions in one process, on the pairs of both.
 """
 
+import functools
 import os
 import pickle
 import sys
@@ -26,7 +27,13 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from tests.flow_testing import tiny_sd3_pipeline
+from tests.flow_testing import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 from tests.run_distributed import (
     MORE_PROMPTS,
     RANK,
@@ -38,7 +45,7 @@ from tests.run_distributed import (
     spo_result,
     trained,
 )
-from tests.testing_utils import PROMPTS, tiny_sd_pipeline
+from tests.testing_utils import PROMPTS, tiny_sd_pipeline, tiny_sdxl_pipeline
 from trl_spo import LatentRewardModel, SPOTrainer
 from trl_spo.pair_queue import RowLayout
 from trl_spo.pipelines.shards import is_sharded, whole
@@ -64,13 +71,22 @@ COMPARED = {
 }
 
 
-HALF = {
+ONE_STEP = {
     "max_steps": 1,
     "gradient_accumulation_steps": 1,
     "max_grad_norm": 0.0,
     "eval_strategy": "no",
     "save_strategy": "no",
     "log_images_steps": 0,
+}
+
+
+FAMILIES = {
+    "sdxl": tiny_sdxl_pipeline,
+    "flux": tiny_flux_pipeline,
+    "flux2": tiny_flux2_klein_pipeline,
+    "z_image": tiny_z_image_pipeline,
+    "qwen_image": tiny_qwen_image_pipeline,
 }
 
 
@@ -192,10 +208,35 @@ def replay(folder: Path, recipe: Callable, recorded: list[dict]) -> dict:
     return finish(trainer)
 
 
+def of_family(folder: Path, make: Callable):
+    """A LoRA of any family, and a reward that judges images."""
+    return make(folder / f"tokenizer_{RANK}"), redness, {"height": 32, "width": 32}
+
+
+def families(folder: Path, names: tuple[str, ...] = tuple(FAMILIES)) -> dict:
+    """A step of every other family."""
+    found = {}
+    for name in names:
+        trainer = build(folder / name, functools.partial(of_family, make=FAMILIES[name]), **ONE_STEP)
+        trainer.train()
+        found[name] = {**spo_result(trainer), "is_sharded": is_sharded(trainer.pipeline.denoiser)}
+    return found
+
+
+def family_alone(folder: Path, name: str, recorded: list[dict]) -> dict:
+    """The same in one process."""
+    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
+    recipe = functools.partial(of_family, make=FAMILIES[name])
+    trainer = build(folder, recipe, ReplayingTrainer, **ONE_STEP, **sizes)
+    trainer.recorded = recorded
+    trainer.train()
+    return spo_result(trainer)
+
+
 def half_precision(folder: Path) -> dict:
     """One step of a bfloat16 denoiser under autocast."""
     pipeline, reward, settings = transformer(folder)
-    settings = {**COMPARED, **settings, **HALF, "bf16": True}
+    settings = {**COMPARED, **settings, **ONE_STEP, "bf16": True}
     trainer = RecordingTrainer(spo_config(folder, **settings), pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
     trainer.train()
     return spo_result(trainer)
@@ -205,17 +246,21 @@ def half_precision_alone(folder: Path, recorded: list[dict]) -> dict:
     """The same in one process."""
     pipeline, reward, settings = transformer(folder)
     sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
-    config = spo_config(folder, **{**COMPARED, **settings, **HALF, **sizes, "bf16": True})
+    config = spo_config(folder, **{**COMPARED, **settings, **ONE_STEP, **sizes, "bf16": True})
     trainer = ReplayingTrainer(config, pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
     trainer.recorded = recorded
     trainer.train()
     return spo_result(trainer)
 
 
-def resumed(folder: Path, recipe: Callable) -> dict:
-    """Two steps, and the second once more, from a checkpoint."""
+def resumed(
+    folder: Path, recipe: Callable, written: str = "SHARDED_STATE_DICT", other: str = "FULL_STATE_DICT"
+) -> dict:
+    """Two steps, and the second once more, from a checkpoint, by a run that would write the state of the optimizer another way."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = written
     trainer = build(folder, recipe, **RESUMED)
     trainer.train()
+    os.environ["FSDP_STATE_DICT_TYPE"] = other
     again = build(folder, recipe, name="again", **RESUMED)
     again.train(resume_from_checkpoint=folder / "out" / "checkpoint-1")
     return {"uninterrupted": state_of(trainer), "resumed": state_of(again)}
@@ -269,9 +314,7 @@ def resumed_transformer(folder: Path) -> dict:
 
 
 def resumed_whole_unet(folder: Path) -> dict:
-    """The first process writes the state of the optimizer as a whole."""
-    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
-    return resumed(folder, whole_unet)
+    return resumed(folder, whole_unet, written="FULL_STATE_DICT", other="SHARDED_STATE_DICT")
 
 
 def rolled_out_apart(folder: Path) -> dict:

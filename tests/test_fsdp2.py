@@ -77,7 +77,7 @@ def assert_tensors_close(ours: dict, theirs: dict):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision")
+    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision", "families")
     return launch_sharded(tmp_path_factory.mktemp("compared"), *scenarios)
 
 
@@ -195,6 +195,22 @@ def test_the_bytes_that_travel(compared):
             rows = math.ceil(shape[0] / 2) * 2
             once += rows * math.prod(shape[1:]) * itemsize
         assert gathered == calls * once
+
+
+@pytest.mark.parametrize("family", run_fsdp2.FAMILIES)
+def test_a_step_of_every_other_family(compared, tmp_path, family):
+    assert_same_step_of_a_family(compared, tmp_path, family)
+
+
+def assert_same_step_of_a_family(compared: Path, folder: Path, family: str):
+    first, second = (rank[family] for rank in results(compared, "families"))
+    alone = run_fsdp2.family_alone(folder, family, [first["rollouts"], second["rollouts"]])
+    assert first["is_sharded"] and sum(alone["batches"]) == 2 * sum(first["batches"])
+    assert_same_bits(first["weights"], second["weights"])
+    assert_close([first["weights"]] * 2, [alone["weights"]] * 2)
+    # The second matrices begin at zero, and move.
+    moved = [weight for weight in alone["weights"] if 0 < weight.abs().max() < 0.1]
+    assert len(moved) >= 3 and all(weight.isfinite().all() for weight in alone["weights"])
 
 
 def test_half_precision_starts_from_the_reference(compared, tmp_path):
@@ -338,11 +354,14 @@ def assert_resumed_run_is_the_same(resumed: Path, recipe: str):
 @pytest.mark.parametrize("recipe", ["transformer", "whole_unet"])
 def test_a_resumed_run_is_the_same_run(resumed, recipe):
     assert_resumed_run_is_the_same(resumed, recipe)
-    # Of the transformer each process wrote its part of the optimizer's state, and read it back; of the UNet the first one did.
-    folder = resumed / f"resumed_{recipe}" / "out" / "checkpoint-2"
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    # Of the transformer each process wrote its part of the optimizer's state, of the UNet the first one all of it; a run that
+    # writes it the other way has read it.
     shards = {f"{SHARDS_NAME}/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
-    assert names & {"optimizer.bin", *shards} == ({"optimizer.bin"} if recipe == "whole_unet" else shards)
+    kinds = [{"optimizer.bin"}, shards] if recipe == "whole_unet" else [shards, {"optimizer.bin"}]
+    for run, kind in zip(("out", "again"), kinds, strict=True):
+        folder = resumed / f"resumed_{recipe}" / run / "checkpoint-2"
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        assert names & {"optimizer.bin", *shards} == kind
 
 
 def test_the_parts_of_the_optimizer_state(resumed, tmp_path):

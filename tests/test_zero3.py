@@ -43,6 +43,7 @@ from .test_fsdp2 import (
     assert_same_checkpoint,
     assert_same_logs,
     assert_same_output,
+    assert_same_step_of_a_family,
     assert_tensors_close,
 )
 from .testing_utils import tiny_spo_config
@@ -63,7 +64,7 @@ def launch_zero3(folder: Path, *scenarios: str) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision")
+    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision", "families")
     return launch_zero3(tmp_path_factory.mktemp("compared"), *scenarios)
 
 
@@ -98,6 +99,12 @@ def test_zero_3_equals_one_process_on_the_pooled_pairs(compared, tmp_path, recip
     assert_same_logs(first, second, alone)
     assert_same_output(their_folder, own_folder, WHOLE if recipe == "whole_unet" else LORA)
     assert_same_checkpoint(their_folder / "checkpoint-2", own_folder / "checkpoint-2", files_of_deepspeed(2))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("family", run_fsdp2.FAMILIES)
+def test_a_step_of_every_other_family_under_zero_3(compared, tmp_path, family):
+    assert_same_step_of_a_family(compared, tmp_path, family)
 
 
 @needs_deepspeed

@@ -391,7 +391,7 @@ class SPOTrainer(RolloutMixin, StepTrainer):
     def _require_denoiser(self) -> None:
         """
         Raises:
-            RuntimeError: under FSDP 2 before training, when the denoiser is neither whole on the device nor sharded.
+            RuntimeError: under FSDP 2 and ZeRO-3 before training, when the denoiser is neither whole on the device nor sharded.
         """
         if self._shards and not is_sharded(self.pipeline.denoiser):
             engine = "ZeRO-3" if self.is_deepspeed_enabled else "FSDP 2"
@@ -402,8 +402,8 @@ class SPOTrainer(RolloutMixin, StepTrainer):
 
     def rollout(self, prompts: list[str], seed: int = 0, return_trajectory: bool = False) -> StepPairs:
         """
-        One stepwise rollout under the current policy, with the settings of the config. Under FSDP 2 every process must call
-        it; those with fewer than `per_device_rollout_batch_size` prompts, or none, roll out others besides, which are
+        One stepwise rollout under the current policy, with the settings of the config. Under FSDP 2 and ZeRO-3 every process must
+        call it; those with fewer than `per_device_rollout_batch_size` prompts, or none, roll out others besides, which are
         forgotten.
 
         Args:
@@ -626,8 +626,8 @@ class SPOTrainer(RolloutMixin, StepTrainer):
 
     def generate(self, prompts: list[str], seeds: list[int] | None = None, progress: str | None = None):
         """
-        Images of the current policy with the sampler of the config, one fixed seed per prompt. Under FSDP 2 every process must
-        call it, with as many prompts.
+        Images of the current policy with the sampler of the config, one fixed seed per prompt. Under FSDP 2 and ZeRO-3 every process
+        must call it, with as many prompts.
 
         Returns:
             `torch.Tensor` of shape `(len(prompts), 3, height, width)` in [0, 1], on the CPU.
@@ -818,7 +818,7 @@ class SPOTrainer(RolloutMixin, StepTrainer):
     def load_model(self, directory: str | Path) -> None:
         """
         Read back what [`~SPOTrainer.save_model`] or a checkpoint wrote, into the model that is being trained. Under FSDP 2
-        every process must call it.
+        and ZeRO-3 every process must call it.
 
         Args:
             directory (`str` or `Path`): `output_dir`, or one of its `checkpoint-*` folders.

@@ -144,7 +144,7 @@ class RolloutWorkers:
 
     def start(self, prompts: list[str], seed: int, version: int) -> Callable[[], tuple[list[StepPairs], float]]:
         """
-        Start rollouts of prompts, in shares of nearly the same size, under the weights as they are. Under FSDP 2 every process
+        Start rollouts of prompts, in shares of nearly the same size, under the weights as they are. With a spread denoiser every process
         that trains must call it.
 
         Args:

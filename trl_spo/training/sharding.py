@@ -204,7 +204,9 @@ def shards_optimizer(config: SPOConfig, accelerator: Accelerator) -> bool:
     way of writing parts has an index that is unpickled, which may run code.
     """
     asked = FullyShardedDataParallelPlugin(**_settings_of(config)).state_dict_type
-    accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # which it keeps from the other type otherwise
+    plugin.set_state_dict_type("FULL_STATE_DICT")
     return asked == StateDictType.SHARDED_STATE_DICT
 
 
