@@ -364,8 +364,9 @@ def reward_trainer(folder: Path, dataset, num_ranks=1, reward_model=None, **sett
         torch.manual_seed(0)  # for the timestep embedder, the one part of a fresh model that is random
         # `save_pretrained` is silent on rank 1: made by the test
         reward_model = StepAwareRewardModel.from_clip(folder.parent / "clip")
+    output_dir = settings.pop("output_dir", folder / "reward_out")
     trainer = OneProcessOfTwo(
-        tiny_step_reward_config(folder / "reward_out", **{**defaults, **settings}),
+        tiny_step_reward_config(output_dir, **{**defaults, **settings}),
         tiny_sd_pipeline(folder / f"tokenizer_{RANK}"),
         reward_model,
         train_dataset=dataset,
@@ -392,6 +393,17 @@ def step_reward(folder: Path, num_ranks: int = 1) -> dict:
     trainer.train()
     trainer.save_model()
     return {**reward_result(trainer), "evaluation": trainer.evaluate()}
+
+
+def resumed_reward(folder: Path) -> dict:
+    """Three steps, and the last two once more, from a checkpoint."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    uninterrupted = reward_trainer(folder, preference_pairs(folder), **settings)
+    uninterrupted.train()
+    settings["output_dir"] = str(folder / "again")
+    resumed = reward_trainer(folder, preference_pairs(folder), **settings)
+    resumed.train(resume_from_checkpoint=folder / "reward_out" / "checkpoint-1")
+    return {"uninterrupted": reward_result(uninterrupted), "resumed": reward_result(resumed)}
 
 
 class InOrder(OneProcessOfTwo):

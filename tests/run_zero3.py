@@ -24,7 +24,7 @@ from accelerate.utils import DeepSpeedPlugin
 from transformers import TrainerCallback
 
 from tests import run_fsdp2
-from tests.run_distributed import step_reward, trained
+from tests.run_distributed import resumed_reward, step_reward, trained
 
 
 def part_with_every_weight():
@@ -91,7 +91,7 @@ def loaded_again(folder: Path) -> dict:
 def main(folder: Path, scenarios: list[str]):
     run_fsdp2.compared = compared
     run_fsdp2.loaded_again = loaded_again
-    run_fsdp2.step_reward = step_reward
+    run_fsdp2.step_reward, run_fsdp2.resumed_reward = step_reward, resumed_reward
     run_fsdp2.main(folder, scenarios)
 
 

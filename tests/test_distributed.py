@@ -346,7 +346,8 @@ class TestSharding:
         pytest.importorskip("deepspeed", reason="needs `make test-deepspeed`")
         tiny_clip(tmp_path)
         scenarios = ("accumulation_1", "accumulation_2", "step_reward")
-        run = launch(tmp_path, *scenarios, config=adjusted("deepspeed_zero2.yaml", tmp_path, use_cpu=True))
+        config = adjusted("deepspeed_zero2.yaml", tmp_path, use_cpu=True)
+        run = launch(tmp_path, *scenarios, "resumed_reward", config=config)
         assert run.status == 0, run.output[-5000:]
         self.assert_as_without_deepspeed(tmp_path, two_processes, scenarios)
 
@@ -355,7 +356,7 @@ class TestSharding:
         pytest.importorskip("deepspeed", reason="needs `make test-deepspeed`")
         tiny_clip(tmp_path)
         config = adjusted("deepspeed_zero3.yaml", tmp_path, use_cpu=True)
-        run = launch(tmp_path, "step_reward", config=config, program=("run_zero3.py",))
+        run = launch(tmp_path, "step_reward", "resumed_reward", config=config, program=("run_zero3.py",))
         assert run.status == 0, run.output[-5000:]
         self.assert_as_without_deepspeed(tmp_path, two_processes, ("step_reward",))
 
@@ -378,3 +379,7 @@ class TestSharding:
                     assert all(weights[i].abs().max() < 1e-8 for i in vanishing)
                 pair = [[w for i, w in enumerate(weights) if i not in vanishing] for weights in pair]
             assert_close([pair[0]] * 2, [pair[1]] * 2)
+        for rank in results(tmp_path, "resumed_reward"):
+            first, second = rank["uninterrupted"], rank["resumed"]
+            assert_same_bits(first["weights"], second["weights"])
+            assert first["logs"][1:-1] == second["logs"][1:-1] != []

@@ -35,9 +35,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trl_spo import LatentRewardModel, SPOTrainer
-from trl_spo.training.checkpointing import checkpoint_problems
+from trl_spo.training.checkpointing import check_optimizer_file, checkpoint_problems
 from trl_spo.training.sharded_optimizer import SHARDS_NAME
-from trl_spo.training.sharding import check_denoiser_for_sharding, check_optimizer_file, check_sharding
+from trl_spo.training.sharding import check_denoiser_for_sharding, check_sharding
 
 from . import run_fsdp2
 from .test_distributed import (

@@ -30,8 +30,8 @@ import torch
 from safetensors.torch import load_file
 
 from trl_spo import SPOTrainer
-from trl_spo.training.checkpointing import checkpoint_problems, checkpoint_to_resume
-from trl_spo.training.sharding import check_optimizer_file, check_sharding, check_zero3_of_a_reward
+from trl_spo.training.checkpointing import check_optimizer_file, checkpoint_problems, checkpoint_to_resume
+from trl_spo.training.sharding import check_sharding, check_zero3_of_a_reward
 
 from . import run_fsdp2
 from .test_distributed import adjusted, assert_close, assert_same_bits, launch, results

@@ -71,7 +71,6 @@ from .training.sharding import (
     asks_for_zero3,
     check_denoiser_for_sharding,
     check_equal_weights,
-    check_optimizer_file,
     check_sharding,
     require_sharding,
     shard_frozen,
@@ -754,13 +753,6 @@ class SPOTrainer(RolloutMixin, StepTrainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    @property
-    def _optimizer_engine(self) -> str | None:
-        """Who writes and reads the state of the optimizer; `None` for torch itself."""
-        if self.is_deepspeed_enabled:
-            return "DeepSpeed"
-        return "FSDP" if self._shards else None
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (Path(checkpoint) / SHARDS_NAME).is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -800,7 +792,6 @@ class SPOTrainer(RolloutMixin, StepTrainer):
     def _read_state(self, folder: str | None) -> bool:
         self.pair_loader = self._new_pair_loader()
         if folder is not None:
-            check_optimizer_file(folder, self._optimizer_engine)
             state = json.loads((Path(folder) / STATE_NAME).read_text())
             pool = load_file(Path(folder) / PAIRS_NAME)
             self.pair_loader.load_state_dict({**state, "pool": pool})

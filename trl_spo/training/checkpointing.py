@@ -47,7 +47,7 @@ from .run_record import (
     read_record,
     settings_of,
 )
-from .sharded_optimizer import missing_shards
+from .sharded_optimizer import SHARDS_NAME, missing_shards
 from .stopping import StopOnSignalCallback, stop_signal
 
 
@@ -510,6 +510,33 @@ def checkpoint_to_resume(
     return folder
 
 
+def check_optimizer_file(folder: str | Path, written_by: str | None) -> None:
+    """
+    Check that the optimizer state of a checkpoint was written as this run reads it: with FSDP by the names of parameters, with
+    DeepSpeed by itself, otherwise by the order of parameters.
+
+    Args:
+        folder (`str` or `Path`): of the checkpoint.
+        written_by (`str`, *optional*): "FSDP" or "DeepSpeed", as this run would write it.
+
+    Raises:
+        ValueError: if it is of another kind.
+    """
+    kinds = {
+        "FSDP": ("optimizer.bin", SHARDS_NAME, "optimizer_0"),
+        "DeepSpeed": ("global_step*",),
+        None: ("optimizer.pt",),
+    }
+    found = [kind for kind, names in kinds.items() if any(any(Path(folder).glob(name)) for name in names)]
+    if found and written_by not in found:
+        written = f"with {found[0]}" if found[0] else "without FSDP and DeepSpeed"
+        now = f"with {written_by}" if written_by else f"without {found[0]}"
+        raise ValueError(
+            f"{str(folder)!r} was written {written} and this run trains {now}, which reads another optimizer state. "
+            f"Resume {written}; or start a new run from its weights, with `trainer.load_model(...)` and `trainer.train()`."
+        )
+
+
 # --- the trainers ----------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +568,13 @@ class CheckpointingMixin:
     def nothing_to_train(self) -> bool:
         """Whether the last training went on from a checkpoint that had taken all steps already."""
         return self._resumed_at_end
+
+    @property
+    def _optimizer_engine(self) -> str | None:
+        """Who writes and reads the state of the optimizer; `None` for torch itself."""
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed"
+        return "FSDP" if self.is_fsdp_enabled else None
 
     @property
     def checkpoint_writers(self) -> list[Callable[[Path], None]]:
@@ -645,6 +679,8 @@ class CheckpointingMixin:
         folder = checkpoint_to_resume(
             resume_from_checkpoint, self.args.output_dir, self.args.world_size, self.checkpoint_files
         )
+        if folder is not None:
+            check_optimizer_file(folder, self._optimizer_engine)
         exhausted = self._read_state(folder)
         self._begin_or_go_on(folder)
         self._resumed_at_end = folder is not None and (exhausted or 0 < self.args.max_steps <= global_step_of(folder))

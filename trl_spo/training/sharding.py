@@ -38,7 +38,7 @@ from transformers import TrainingArguments
 from ..pipelines.denoiser import DenoiserForTraining, layerwise_casting
 from ..pipelines.shards import is_partitioned, is_sharded, plain_class, whole
 from ..spo_config import SPOConfig
-from .sharded_optimizer import LOWEST_TORCH, SHARDS_NAME, can_shard_optimizers
+from .sharded_optimizer import LOWEST_TORCH, can_shard_optimizers
 
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that were run on shards
@@ -226,29 +226,6 @@ def check_equal_weights(network: torch.nn.Module) -> None:
         raise ValueError(
             "The processes have denoisers with different weights, of which their parts would be a mixture. Load the same weights "
             "in every process; where they are drawn at random, set the same seed before."
-        )
-
-
-def check_optimizer_file(folder: str | Path, written_by: str | None) -> None:
-    """
-    Check that the optimizer state of a checkpoint was written as this run reads it: with FSDP by the names of parameters, with
-    DeepSpeed by itself, otherwise by the order of parameters.
-
-    Args:
-        folder (`str` or `Path`): of the checkpoint.
-        written_by (`str`, *optional*): "FSDP" or "DeepSpeed", as this run would write it.
-
-    Raises:
-        ValueError: if it is of another kind.
-    """
-    kinds = {"FSDP": ("optimizer.bin", SHARDS_NAME), "DeepSpeed": ("global_step*",), None: ("optimizer.pt",)}
-    found = [kind for kind, names in kinds.items() if any(any(Path(folder).glob(name)) for name in names)]
-    if found and written_by not in found:
-        written = f"with {found[0]}" if found[0] else "without FSDP and DeepSpeed"
-        now = f"with {written_by}" if written_by else "without them" if not found[0] else f"without {found[0]}"
-        raise ValueError(
-            f"{str(folder)!r} was written {written} and this run trains {now}, which reads another optimizer state. "
-            f"Resume {written}; or start a new run from its weights, with `trainer.load_model(...)` and `trainer.train()`."
         )
 
 
