@@ -340,14 +340,14 @@ class TestEvaluate:
         return evaluate_parser().parse_args_and_config(list(arguments))
 
     def test_changes_of_a_protocol_are_named(self):
-        _, sampler, _, _ = self.parse("--num_inference_steps", "20", "--guidance_scale", "7.5", "--seed", "3")
-        protocol = make_protocol("spo-paper", sampler)
+        model, sampler, _, _ = self.parse("--num_inference_steps", "20", "--guidance_scale", "7.5", "--seed", "3")
+        protocol = make_protocol("spo-paper", sampler, model)
         assert (protocol.guidance_scale, protocol.seed, protocol.num_inference_steps) == (7.5, 3, 20)
         assert protocol.name == "spo-paper with guidance_scale=7.5, seed=3"
-        _, sampler, _, _ = self.parse()
-        assert make_protocol("spo-rollout", sampler).name == "spo-rollout"
+        model, sampler, _, _ = self.parse()
+        assert make_protocol("spo-rollout", sampler, model).name == "spo-rollout"
         with pytest.raises(SystemExit, match="no protocol 'other'; there are spo-paper"):
-            make_protocol("other", sampler)
+            make_protocol("other", sampler, model)
 
     @pytest.mark.parametrize(
         "arguments, message",

@@ -43,6 +43,7 @@ from trl_spo.evaluation.sheets import (
     labelled_grid,
 )
 from trl_spo.evaluation.statistics import paired_statistics, statistics_table, wilson_interval
+from trl_spo.export import merge_lora
 from trl_spo.images import eight_bits
 from trl_spo.sampler_file import read_sampler
 from trl_spo.sampling import generate_images
@@ -146,6 +147,18 @@ class TestOneSeedIsOnePicture:
         own = pixels(one.trainer.generate(PROMPTS[:3]))
         assert max(np.abs(a.astype(int) - b).max() for a, b in zip(own, sampled, strict=True)) <= 1
         assert record_of(tmp_path / "sample")["sampler"]["eta"] == FAMILIES[family][1]["eta"]
+
+    def test_a_merged_model_keeps_it(self, trained, family, tmp_path):
+        """The images are those of the LoRA on its base, to the rounding of the merged weights."""
+        one = trained[family]
+        merged = merge_lora(one.base, one.run, tmp_path / "merged")
+        assert read_sampler(merged) == read_sampler(one.run)
+        sampled = one.sample(tmp_path / "sample", "--lora", one.run)
+        evaluated = one.evaluate(tmp_path / "evaluate", "--model_name_or_path", merged)
+        assert evaluated.protocol.name == "trained"
+        assert evaluated.protocol == one.evaluate(tmp_path / "lora", "--lora", one.run).protocol
+        difference = [np.abs(a.astype(int) - b).mean() for a, b in zip(pixels(evaluated.images), sampled, strict=True)]
+        assert max(difference) < 2
 
     def test_without_a_lora_both_use_the_default(self, trained, family, tmp_path):
         one = trained[family]

@@ -21,6 +21,7 @@ not changed, and a layer of the LoRA that the model does not have is an error, w
 
 import contextlib
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from .pipelines.adapters import LORA_NAME
 from .pipelines.base import SPOPipeline
 from .pipelines.components import plain_pipeline
 from .pipelines.denoiser import layerwise_casting
+from .sampler_file import SAMPLER_NAME
 from .training.checkpointing import check_output_dir
 
 
@@ -64,7 +66,7 @@ def merge_lora(
             The folder [`SPOTrainer.save_model`] wrote, or a LoRA file in a format that diffusers reads for this family
             (its own, and for most families kohya's).
         output_dir (`str` or `Path`):
-            Where the merged pipeline goes, as safetensors.
+            Where the merged pipeline goes, as safetensors, with the `sampler.json` that lies beside the LoRA.
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Strength of the LoRA; 0 is the base model.
         from_pretrained_kwargs:
@@ -110,6 +112,8 @@ def merge_lora(
     merged.fuse_lora(components=[name], lora_scale=lora_scale, safe_fusing=True)
     denoiser.unload_lora()
     merged.save_pretrained(output_dir, safe_serialization=True)
+    if (source.parent / SAMPLER_NAME).is_file():
+        shutil.copyfile(source.parent / SAMPLER_NAME, output_dir / SAMPLER_NAME)
     return output_dir
 
 

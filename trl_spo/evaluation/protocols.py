@@ -154,7 +154,7 @@ def find_protocol(name: str, lora: str | Path | None = None) -> EvaluationProtoc
 
     Args:
         name (`str`): one of `PROTOCOLS`, or `"trained"` for [`trained_protocol`].
-        lora (`str` or `Path`, *optional*): the LoRA that `"trained"` asks for its sampler.
+        lora (`str` or `Path`, *optional*): the LoRA, or the folder of a merged pipeline, that `"trained"` asks for its sampler.
 
     Raises:
         ValueError: for another name, or a LoRA whose file of the sampler is broken.

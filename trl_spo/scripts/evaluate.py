@@ -158,7 +158,7 @@ def main(
     check_output_dir(sampler_args.output_dir)
     prompts = sampler_args.read_prompts()
     sampler_args.locate_lora()
-    protocol = make_protocol(sampler_args.protocol, sampler_args)
+    protocol = make_protocol(sampler_args.protocol, sampler_args, model_args)
 
     # Load the model with its LoRA, and the metrics.
     pipeline = sampler_args.place(model_args.load_pipeline())  # with the LoRA: a broken one is found before any image

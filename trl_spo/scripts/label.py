@@ -167,7 +167,7 @@ def prepare(model_args, sampler_args, label_args, folder: Path):
     seed = 0 if sampler_args.seed is None else sampler_args.seed[0]
     if sampler_args.prompts is not None:
         prompts = prompt_order(list(sampler_args.read_prompts()), label_args.num_pairs or 100, seed)
-        protocol = make_protocol(sampler_args.protocol, dataclasses.replace(sampler_args, seed=None))
+        protocol = make_protocol(sampler_args.protocol, dataclasses.replace(sampler_args, seed=None), model_args)
         open_folder(folder, {**sampling_settings(model_args, sampler_args, protocol), "seed": seed})
         session = LabelSession(folder, len(prompts), label_args.repeat_fraction, seed)
         if len(session.pairs) >= len(prompts):

@@ -102,7 +102,7 @@ def main(
     draw_random_seed(sampler_args)
     plan = make_plan(sampler_args, sample_args, prompts)
     no_seed = dataclasses.replace(sampler_args, seed=None)  # it belongs to the images
-    protocol = make_protocol(sampler_args.protocol, no_seed, next(iter(plan.loras()), None))
+    protocol = make_protocol(sampler_args.protocol, no_seed, model_args, next(iter(plan.loras()), None))
 
     # Load the model, and see that every LoRA fits it and every setting exists before the first image is made.
     pipeline = model_args.load_pipeline()

@@ -27,13 +27,16 @@ from .arguments import LoadedPipelineArguments, SamplerArguments
 LARGEST_RANDOM_SEED = 2**31  # so that it can be typed
 
 
-def make_protocol(name: str, sampler_args: SamplerArguments, lora: str | Path | None = None):
+def make_protocol(
+    name: str, sampler_args: SamplerArguments, model_args: LoadedPipelineArguments, lora: str | Path | None = None
+):
     """
     The named [`EvaluationProtocol`] with the sampler options that were given, which become part of its name.
 
     Args:
         name (`str`): one of `PROTOCOLS`, or `"trained"`.
         sampler_args ([`SamplerArguments`]): the options, and the LoRA that may say how it was trained.
+        model_args ([`LoadedPipelineArguments`]): the model; without a LoRA, the folder of one that was merged may say so.
         lora (`str` or `Path`, *optional*): the LoRA that says so, if it is another one.
 
     Raises:
@@ -42,7 +45,10 @@ def make_protocol(name: str, sampler_args: SamplerArguments, lora: str | Path | 
     from ..evaluation.protocols import find_protocol
 
     try:
-        protocol = find_protocol(name, lora or sampler_args.lora)
+        trained = lora or sampler_args.lora
+        if trained is None and Path(model_args.model_name_or_path).is_dir():
+            trained = model_args.model_name_or_path
+        protocol = find_protocol(name, trained)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     given = sampler_args.overrides()
