@@ -423,6 +423,14 @@ class TestMemory:
         _, findings, _ = examine(*RUN, *options, "--card_memory", "24")
         assert "spread over 8 processes (DeepSpeed ZeRO-3)" in texts(findings, name="shards")
 
+        # What such a run refuses, which it would say when the processes have started.
+        status, findings, _ = examine(
+            *RUN, *options, "--card_memory", "24", "--compile_regions", "true", "--optim", "adafactor"
+        )
+        problems = texts(findings, "problem", "shards")
+        assert status == 1 and "with DeepSpeed ZeRO-3: `torch_compile` and `compile_regions` are refused" in problems
+        assert "`optim` must be one of" in problems
+
     def test_a_chain_of_changes(self):
         """Where no change is enough alone, those that are together, without any that is not needed."""
         from trl_spo.checkup.forecast import Forecast, Phase

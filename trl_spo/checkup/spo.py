@@ -25,7 +25,7 @@ from ..spo_trainer import SPOTrainer
 from ..training.checkpointing import resume_from
 from ..training.memory_plan import trained_bytes
 from ..training.rollout_workers import own_rollout_devices
-from ..training.sharding import check_sharding
+from ..training.sharding import check_sharding, problems_of_settings
 from ..training.spo_checks import choose_best_metric
 from .circumstances import Circumstances, precision_of, read_shapes
 from .data import check_prompts
@@ -168,6 +168,8 @@ def _check_networks(report: Report, model: PublishedModel, note: str, arguments:
     if where.sharding:
         text = f"the denoiser is spread over {where.world_size} processes ({where.sharding}); predicted from its shapes, never measured on GPUs"
         report.add(MEMORY, NOTE, "shards", text)
+        for problem in problems_of_settings(config):
+            report.add(SETTINGS, PROBLEM, "shards", f"with {where.sharding}: {problem}")
         if quantised is not None:
             report.add(SETTINGS, PROBLEM, "shards", "a quantised denoiser cannot be spread: leave out one of the two.")
     report_memory(report, forecaster.forecast, variant, card, pipeline.denoiser_name)

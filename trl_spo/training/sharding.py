@@ -73,7 +73,7 @@ def check_sharding(config: SPOConfig) -> None:
         ValueError: for FSDP 1, and for settings that do not work with FSDP 2 or DeepSpeed ZeRO-3.
     """
     if asks_for_zero3(config):
-        for problem in (*_of_zero3(config.deepspeed_plugin), *_of_the_config(config)):
+        for problem in (*_of_zero3(config.deepspeed_plugin), *problems_of_settings(config)):
             raise ValueError(f"SPO under DeepSpeed ZeRO-3: {problem} {ADVICE_ZERO3}")
     if not asks_for_fsdp(config):
         return
@@ -85,7 +85,7 @@ def check_sharding(config: SPOConfig) -> None:
             f"(`fsdp_version: 2`). {ADVICE}"
         )
     plugin = FullyShardedDataParallelPlugin(**settings)
-    for problem in (*_of_the_plugin(plugin), *_of_the_config(config)):
+    for problem in (*_of_the_plugin(plugin), *problems_of_settings(config)):
         raise ValueError(f"SPO under FSDP 2: {problem} {ADVICE}")
 
 
@@ -148,8 +148,8 @@ def _of_the_plugin(plugin: FullyShardedDataParallelPlugin) -> list[str]:
     return problems
 
 
-def _of_the_config(config: SPOConfig) -> list[str]:
-    """What is wrong with the settings of the run, one sentence each."""
+def problems_of_settings(config: SPOConfig) -> list[str]:
+    """What is wrong with the settings of a run whose denoiser is spread over the processes, one sentence each."""
     problems = []
     if config.fp16:
         problems.append("`fp16` is refused, as its gradient scaler was never run on shards: use `bf16`.")
