@@ -24,7 +24,16 @@ from accelerate.utils import DeepSpeedPlugin
 from transformers import TrainerCallback
 
 from tests import run_fsdp2
-from tests.run_distributed import resumed_reward, step_reward, trained
+from tests.run_distributed import (
+    MORE_PROMPTS,
+    RecordingTrainer,
+    resumed_reward,
+    spo_config,
+    spo_result,
+    step_reward,
+    trained,
+)
+from tests.testing_utils import PROMPTS
 
 
 def part_with_every_weight():
@@ -51,6 +60,16 @@ def compared(folder: Path, recipe) -> dict:
         "partitioned": sum(hasattr(parameter, "ds_id") for parameter in parameters),
         "frozen_is_sharded": len(networks) == 2 and run_fsdp2.is_sharded(networks[1]),
     }
+
+
+def half_precision_of_all(folder: Path) -> dict:
+    """A step of a whole float32 denoiser in bf16, which DeepSpeed stores in bfloat16."""
+    pipeline, reward, settings = run_fsdp2.whole_unet(folder)
+    config = spo_config(folder, **{**run_fsdp2.COMPARED, **settings, **run_fsdp2.ONE_STEP, "bf16": True})
+    trainer = RecordingTrainer(config, pipeline, reward, MORE_PROMPTS[:4])
+    trainer.train()
+    images = trainer.generate(PROMPTS[:1])
+    return {**spo_result(trainer), "dtypes": {p.dtype for p in pipeline.unet.parameters()}, "images": images}
 
 
 class LoadsAgain(TrainerCallback):
@@ -91,6 +110,7 @@ def loaded_again(folder: Path) -> dict:
 def main(folder: Path, scenarios: list[str]):
     run_fsdp2.compared = compared
     run_fsdp2.loaded_again = loaded_again
+    run_fsdp2.half_precision_of_all = half_precision_of_all
     run_fsdp2.step_reward, run_fsdp2.resumed_reward = step_reward, resumed_reward
     run_fsdp2.main(folder, scenarios)
 

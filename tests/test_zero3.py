@@ -64,7 +64,14 @@ def launch_zero3(folder: Path, *scenarios: str) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    scenarios = ("compared_unet", "compared_whole_unet", "compared_transformer", "half_precision", "families")
+    scenarios = (
+        "compared_unet",
+        "compared_whole_unet",
+        "compared_transformer",
+        "half_precision",
+        "half_precision_of_all",
+        "families",
+    )
     return launch_zero3(tmp_path_factory.mktemp("compared"), *scenarios)
 
 
@@ -110,9 +117,16 @@ def test_a_step_of_every_other_family_under_zero_3(compared, tmp_path, family):
 @needs_deepspeed
 def test_zero_3_in_half_precision_starts_from_the_reference(compared):
     for rank in results(compared, "half_precision"):
-        log = rank["logs"][0]
-        assert log["ratio/chosen"] == log["ratio/rejected"] == 1 and log["kl"] == 0
-        assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert_starts_from_the_reference(rank)
+    for rank in results(compared, "half_precision_of_all"):
+        assert rank["dtypes"] == {torch.bfloat16} and rank["images"].isfinite().all()
+        assert_starts_from_the_reference(rank)
+
+
+def assert_starts_from_the_reference(rank: dict):
+    log = rank["logs"][0]
+    assert log["ratio/chosen"] == log["ratio/rejected"] == 1 and log["kl"] == 0
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @needs_deepspeed
@@ -131,7 +145,7 @@ def test_a_resumed_run_of_zero_3_is_the_same_run(resumed, recipe):
 def test_a_whole_denoiser_under_zero_2(tmp_path):
     """Gradients and states are spread, weights are not. A LoRA's run that is resumed is the same run."""
     config = adjusted("deepspeed_zero2.yaml", tmp_path, use_cpu=True)
-    scenarios = ("compared_whole_unet", "resumed_transformer")
+    scenarios = ("compared_whole_unet", "half_precision_of_all", "resumed_transformer")
     run = launch(tmp_path, *scenarios, config=config, program=("run_zero3.py",), bound=BOUND)
     assert run.status == 0, run.output[-5000:]
     first, second = results(tmp_path, "compared_whole_unet")
@@ -143,6 +157,9 @@ def test_a_whole_denoiser_under_zero_2(tmp_path):
     assert_same_logs(first, second, alone)
     assert_same_output(tmp_path / "compared_whole_unet" / "out", own_folder / "out", WHOLE)
     assert_resumed_run_is_the_same(tmp_path, "transformer")
+    for rank in results(tmp_path, "half_precision_of_all"):
+        assert rank["dtypes"] == {torch.bfloat16} and rank["images"].isfinite().all()
+        assert_starts_from_the_reference(rank)
 
 
 @needs_deepspeed

@@ -72,8 +72,8 @@ from .training.sharding import (
     check_denoiser_for_sharding,
     check_equal_weights,
     check_sharding,
+    prepare_frozen,
     require_sharding,
-    shard_frozen,
     shards_optimizer,
     trained_state,
     write_denoiser,
@@ -539,8 +539,9 @@ class SPOTrainer(RolloutMixin, StepTrainer):
     @contextlib.contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
         """The untouched model. What it predicts may carry a graph; detach it."""
-        if self._shards and not self.pipeline.use_lora:
-            shard_frozen(self.pipeline._frozen_copy, self.accelerator)
+        frozen = self.pipeline._frozen_copy
+        if frozen is not None and (self._shards or self.is_deepspeed_enabled):
+            prepare_frozen(frozen, self.pipeline.denoiser, self.accelerator)
         if self._compiles_blocks:
             with reference_on_same_code(self.pipeline) as reference:
                 yield reference

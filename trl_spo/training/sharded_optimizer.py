@@ -101,7 +101,7 @@ def load_optimizer_shards(model: torch.nn.Module, optimizer: torch.optim.Optimiz
         distributed_checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(str(shards)))
     for name, value in saved["numbers"].items():
         own = numbers[name]
-        numbers[name] = torch.tensor(value, dtype=own.dtype) if torch.is_tensor(own) else value
+        numbers[name] = torch.tensor(value, dtype=own.dtype, device=own.device) if torch.is_tensor(own) else value
     for own, group in zip(state["param_groups"], saved["param_groups"], strict=True):
         own.update({k: tuple(value) if isinstance(own[k], tuple) else value for k, value in group.items()})
     read = {**tensors, **numbers}

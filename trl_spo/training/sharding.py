@@ -242,8 +242,21 @@ def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=options)
 
 
-def shard_frozen(network: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Spread the frozen copy of full fine-tuning as the trained network is, if that has not been done."""
+def prepare_frozen(network: torch.nn.Module, trained: torch.nn.Module, accelerator: Accelerator) -> None:
+    """
+    Do to the frozen copy of full fine-tuning what FSDP or DeepSpeed has done to the trained network: spread it over the processes,
+    or store it in half precision. What has been done is not done again.
+
+    Args:
+        network (`torch.nn.Module`): the frozen copy.
+        trained (`torch.nn.Module`): the denoiser, once training has begun.
+        accelerator (`Accelerator`): of the trainer.
+    """
+    if not is_sharded(trained):
+        dtype = next(trained.parameters()).dtype
+        if next(network.parameters()).dtype != dtype:  # DeepSpeed's ZeRO-1 and 2 in bf16, which know no autocast
+            network.to(dtype)
+        return
     if is_sharded(network):
         return
     plugin = accelerator.state.deepspeed_plugin
