@@ -416,17 +416,23 @@ class TestMemory:
         assert status == 1 and "names 'cuda:99', and this machine has" in texts(findings, "problem", "rollout_devices")
 
     def test_shards_of_a_command(self, examine, prompts):
-        options = ["--dataset_name", prompts, "--accelerate_config", "fsdp2", "--num_processes", "8"]
-        _, findings, _ = examine(*RUN, *options, "--card_memory", "24")
+        options = [
+            "--dataset_name",
+            prompts,
+            "--accelerate_config",
+            "fsdp2",
+            "--num_processes",
+            "8",
+            "--card_memory",
+            "80",
+        ]
+        _, findings, _ = examine(*RUN, *options)
         assert "spread over 8 processes (FSDP 2)" in texts(findings, name="shards")
-        options[options.index("fsdp2")] = "deepspeed_zero3"
-        _, findings, _ = examine(*RUN, *options, "--card_memory", "24")
-        assert "spread over 8 processes (DeepSpeed ZeRO-3)" in texts(findings, name="shards")
 
         # What such a run refuses, which it would say when the processes have started.
-        status, findings, _ = examine(
-            *RUN, *options, "--card_memory", "24", "--compile_regions", "true", "--optim", "adafactor"
-        )
+        options[options.index("fsdp2")] = "deepspeed_zero3"
+        status, findings, _ = examine(*RUN, *options, "--compile_regions", "true", "--optim", "adafactor")
+        assert "spread over 8 processes (DeepSpeed ZeRO-3)" in texts(findings, name="shards")
         problems = texts(findings, "problem", "shards")
         assert status == 1 and "with DeepSpeed ZeRO-3: `torch_compile` and `compile_regions` are refused" in problems
         assert "`optim` must be one of" in problems
