@@ -44,7 +44,7 @@ demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world: about 5
 	$(BIN)/python examples/shapes/demo.py --output_dir demo_output
 
 test: $(STAMP)  ## the whole test suite: 10 minutes or more on two cores
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # A machine with a GPU has a torch of its own, and perhaps no network: nothing is installed.
 test-gpu:  ## both trainers on the GPU of this machine: under four minutes; without one it says so
@@ -83,7 +83,7 @@ reliability: $(STAMP)  ## kills, faults, two processes, bad input: up to half an
 	$(BIN)/python reliability/run.py
 
 coverage: $(STAMP)  ## lines and branches of trl_spo that the suite runs; less than 90% is an error
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered
 
 # mutmut has an environment of its own, which sees the packages of .venv and does not change them.
 $(MUTATION_STAMP): $(STAMP)

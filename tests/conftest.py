@@ -17,6 +17,19 @@ import os
 import pytest
 
 
+# pytest-xdist gives out files in this order. The longest come first, so that at the end no process waits for another; those that
+# start several processes take turns with others.
+LONGEST_FILES = (
+    "test_fsdp2 test_benchmarks test_doctor test_elastic test_upstream test_distributed test_two_devices test_scripts test_faults "
+    "test_latent_reward test_rollouts_apart test_label_browser test_hub test_memory test_pipelines test_checkpointing"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def own_precision():
     """`TrainingArguments` of transformers 4 leave `bf16`, `torch_compile` and `fsdp` in the environment, and later ones obey."""

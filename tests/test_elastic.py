@@ -126,12 +126,11 @@ def kill_and_compare(folder: Path, name: str, launchers: int, place: str, apart:
 
 
 @pytest.mark.parametrize(
-    ("name", "launchers", "place", "apart"),
-    [("cpu_2proc.yaml", 1, "step", False), ("fsdp2.yaml", 2, "checkpoint", True)],
+    ("name", "launchers", "place"), [("cpu_2proc.yaml", 1, "step"), ("fsdp2.yaml", 2, "checkpoint")]
 )
-def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(tmp_path, name, launchers, place, apart):
-    """All places with all ways to launch: `reliability/kill_ranks.py`."""
-    kill_and_compare(tmp_path, name, launchers, place, apart)
+def test_a_rank_that_dies_costs_the_steps_since_the_last_checkpoint(tmp_path, name, launchers, place):
+    """All places with all ways to launch, and with rollouts apart: `reliability/kill_ranks.py`."""
+    kill_and_compare(tmp_path, name, launchers, place)
 
 
 class TestOneProcess:
