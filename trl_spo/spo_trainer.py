@@ -195,9 +195,8 @@ class SPOTrainer(RolloutMixin, StepTrainer):
         """What can be said before anything is loaded. Returns the prompts to train on and to evaluate with."""
         check_sharding(config)
         own_rollout_devices(config)
-        self._shards = asks_for_fsdp(config) or asks_for_zero3(
-            config
-        )  # the denoiser will be spread over the processes
+        # The denoiser will be spread over the processes.
+        self._shards = asks_for_fsdp(config) or asks_for_zero3(config)
         choose_best_metric(config, self.metrics)
         self.check_output(config)
         if train_dataset is None:

@@ -499,8 +499,7 @@ def checkpoint_to_resume(
     if written_by != world_size and any(Path(folder).glob("global_step*")):
         raise ValueError(
             f"{folder!r} was written by {written_by} process(es) with DeepSpeed and this run has {world_size}. DeepSpeed reads its "
-            f"own checkpoints with as many processes only: start {written_by}, or begin a new run with the weights, by "
-            "`trainer.load_model(...)` and `trainer.train()`."
+            f"own checkpoints with as many processes only: start {written_by}, or begin a new run from its weights."
         )
     if written_by != world_size:
         logger.warning(
@@ -533,7 +532,7 @@ def check_optimizer_file(folder: str | Path, written_by: str | None) -> None:
         now = f"with {written_by}" if written_by else f"without {found[0]}"
         raise ValueError(
             f"{str(folder)!r} was written {written} and this run trains {now}, which reads another optimizer state. "
-            f"Resume {written}; or start a new run from its weights, with `trainer.load_model(...)` and `trainer.train()`."
+            f"Resume {written}, or begin a new run from its weights."
         )
 
 
