@@ -43,7 +43,7 @@ test-deepspeed: export OMP_NUM_THREADS := 1
 demo: $(STAMP)  ## reward model, SPO and evaluation in the shapes world: about 5 minutes once installed; writes demo_output/
 	$(BIN)/python examples/shapes/demo.py --output_dir demo_output
 
-test: $(STAMP)  ## the whole test suite: 10 minutes or more on two cores
+test: $(STAMP)  ## the whole test suite: about a quarter of an hour on two cores
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # A machine with a GPU has a torch of its own, and perhaps no network: nothing is installed.

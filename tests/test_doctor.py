@@ -340,8 +340,9 @@ class TestMemory:
         model = PUBLISHED["stable-diffusion-v1-5/stable-diffusion-v1-5"]
         config = SPOConfig(output_dir="out", use_cpu=True, per_device_rollout_batch_size=2)
         forecasts = {}
+        forecaster = SPOForecaster(model, lambda pipeline: None, lambda pipeline: None, 8)
         for sharding in (None, "FSDP 2", "DeepSpeed ZeRO-3"):
-            forecaster = SPOForecaster(model, lambda pipeline: None, lambda pipeline: None, 8, sharding)
+            forecaster.sharding = sharding  # the networks are the same
             forecasts[sharding] = forecaster.forecast(Variant(config, torch.float16))
         whole, shards = (forecasts[key].resident for key in (None, "FSDP 2"))
         assert shards["unet"] == math.ceil(whole["unet"] / 8)

@@ -214,7 +214,10 @@ def test_the_package_works_there(checkout):
     names += ["test_spo_trainer.py::TestInvariants::test_first_step_has_ratio_one_and_loss_ln_two"]
     names += ["test_spo_trainer.py::TestSaving::test_full_model_loads_in_plain_diffusers"]
     # Each starts itself or a helper as a program, from the root of the checkout.
-    names += ["test_evaluation.py::test_two_processes_share_the_prompts", "test_hub.py"]
+    names += [
+        "test_evaluation.py::test_two_processes_share_the_prompts",
+        "test_hub.py::test_a_pushed_lora_is_what_was_trained",
+    ]
     names += ["test_faults.py::test_a_folder_that_belongs_to_somebody_else"]
     arguments = ["-q", "-p", "no:cacheprovider", *(f"{tests}/{name}" for name in names)]
     code = (
