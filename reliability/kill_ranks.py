@@ -13,8 +13,9 @@
 # limitations under the License.
 
 """
-Kills a rank of two at every one of `PLACES` in `tests/test_elastic.py`, with whole denoisers and with shards, under one launcher and under two that
-stand for two machines, also where processes of their own roll out. The launcher starts the processes anew; pairs and weights must be those of a run in which nobody died.
+Kills a rank of two at every one of `PLACES` in `tests/test_elastic.py`, with whole denoisers and with shards, under one launcher and
+under two that stand for two machines, also where processes of their own roll out. The launcher starts the processes anew; pairs and
+weights must be those of a run in which nobody died.
 
     python reliability/kill_ranks.py          # about ten minutes on two cores
 """

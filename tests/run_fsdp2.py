@@ -81,6 +81,9 @@ ONE_STEP = {
 }
 
 
+OF_BOTH = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}  # one process instead of two
+
+
 FAMILIES = {
     "sdxl": tiny_sdxl_pipeline,
     "flux": tiny_flux_pipeline,
@@ -202,8 +205,7 @@ def compared(folder: Path, recipe: Callable) -> dict:
 
 def replay(folder: Path, recipe: Callable, recorded: list[dict]) -> dict:
     """`compared` in one process, without shards, on the rollouts of two."""
-    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
-    trainer = build(folder, recipe, ReplayingTrainer, **sizes)
+    trainer = build(folder, recipe, ReplayingTrainer, **OF_BOTH)
     trainer.recorded = recorded
     return finish(trainer)
 
@@ -213,11 +215,11 @@ def of_family(folder: Path, make: Callable):
     return make(folder / f"tokenizer_{RANK}"), redness, {"height": 32, "width": 32}
 
 
-def families(folder: Path, names: tuple[str, ...] = tuple(FAMILIES)) -> dict:
+def families(folder: Path) -> dict:
     """A step of every other family."""
     found = {}
-    for name in names:
-        trainer = build(folder / name, functools.partial(of_family, make=FAMILIES[name]), **ONE_STEP)
+    for name, make in FAMILIES.items():
+        trainer = build(folder / name, functools.partial(of_family, make=make), **ONE_STEP)
         trainer.train()
         found[name] = {**spo_result(trainer), "is_sharded": is_sharded(trainer.pipeline.denoiser)}
     return found
@@ -225,9 +227,8 @@ def families(folder: Path, names: tuple[str, ...] = tuple(FAMILIES)) -> dict:
 
 def family_alone(folder: Path, name: str, recorded: list[dict]) -> dict:
     """The same in one process."""
-    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
     recipe = functools.partial(of_family, make=FAMILIES[name])
-    trainer = build(folder, recipe, ReplayingTrainer, **ONE_STEP, **sizes)
+    trainer = build(folder, recipe, ReplayingTrainer, **ONE_STEP, **OF_BOTH)
     trainer.recorded = recorded
     trainer.train()
     return spo_result(trainer)
@@ -245,8 +246,7 @@ def half_precision(folder: Path) -> dict:
 def half_precision_alone(folder: Path, recorded: list[dict]) -> dict:
     """The same in one process."""
     pipeline, reward, settings = transformer(folder)
-    sizes = {"per_device_train_batch_size": 6, "per_device_rollout_batch_size": 4}
-    config = spo_config(folder, **{**COMPARED, **settings, **ONE_STEP, **sizes, "bf16": True})
+    config = spo_config(folder, **{**COMPARED, **settings, **ONE_STEP, **OF_BOTH, "bf16": True})
     trainer = ReplayingTrainer(config, pipeline.to(torch.bfloat16), reward, MORE_PROMPTS[:4])
     trainer.recorded = recorded
     trainer.train()
@@ -310,7 +310,19 @@ def state_of(trainer) -> dict:
 
 
 def resumed_transformer(folder: Path) -> dict:
-    return resumed(folder, transformer)
+    found = resumed(folder, transformer)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        found["refusal"] = refusal_of_another_optimizer(folder)
+    return found
+
+
+def refusal_of_another_optimizer(folder: Path) -> str:
+    trainer = build(folder, transformer, name="other", **{**RESUMED, "optim": "sgd"})
+    try:
+        trainer.train(resume_from_checkpoint=folder / "out" / "checkpoint-1")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def resumed_whole_unet(folder: Path) -> dict:

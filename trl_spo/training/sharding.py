@@ -91,6 +91,8 @@ def check_sharding(config: SPOConfig) -> None:
 
 def check_zero3_of_a_reward(config: TrainingArguments) -> None:
     """
+    Check that a reward model can be saved with the way in which DeepSpeed would spread its parameters, if it would.
+
     Raises:
         ValueError: for settings of ZeRO-3 under which a reward model would be saved without its weights.
     """
